@@ -1,0 +1,469 @@
+//! The resolved configuration: what the program needs, with nothing optional left in it.
+//!
+//! [`load`] is the one way to get it. It reads a file in two passes ([`file`]), resolves it ([`resolve`]), and
+//! reports every problem at once, each with line and path. Nothing here needs the network to be judged.
+
+pub mod file;
+mod resolve;
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+
+pub use file::{DEFAULT_MAX_BYTES, Problem};
+
+/// A whole configuration. Equal files resolve to equal values.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Config {
+    /// Worker threads; changes take effect at the next start.
+    pub workers: usize,
+    /// What is known about cells, for people and reports.
+    pub cells: Vec<CellFacts>,
+    /// Pools in the order of the file.
+    pub pools: Vec<Pool>,
+    /// Listeners in the order of the file.
+    pub listeners: Vec<Listener>,
+    /// Interfaces for operators.
+    pub admin: Admin,
+    /// Log.
+    pub log: Log,
+    /// How the process stops.
+    pub shutdown: Shutdown,
+}
+
+/// Facts about a cell that change nothing in routing.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CellFacts {
+    /// The cell's name in pools.
+    pub name: String,
+    /// Owner of the failure domain.
+    pub cloud: Option<String>,
+    /// Place of the failure domain.
+    pub region: Option<String>,
+}
+
+/// The same thing served from several cells, and the policy for choosing.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Pool {
+    /// Unique name.
+    pub name: String,
+    /// At least one.
+    pub cells: Vec<Cell>,
+    /// Choice inside the cell.
+    pub balance: Balance,
+    /// What pins a client to a cell and a backend.
+    pub affinity: Affinity,
+    /// The active check; `None` when it is off.
+    pub probe: Option<Probe>,
+    /// Dialling.
+    pub connect: Connect,
+    /// Bounds on a running session.
+    pub timeouts: Timeouts,
+    /// What happens to the sessions of a backend that goes down.
+    pub on_down: OnDown,
+    /// What new clients get when no backend is fit.
+    pub when_all_down: WhenAllDown,
+    /// How long a backend that went down stays out.
+    pub hold: Hold,
+    /// Time in which a returning backend's share grows to its full size.
+    #[serde(serialize_with = "as_text")]
+    pub ramp: Duration,
+    /// Most connections at once; `None`: half of the process's (all of them for an only pool).
+    pub max_connections: Option<u32>,
+}
+
+/// One cell's part of a pool.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// Name, the same in every pool that the cell serves.
+    pub name: String,
+    /// Share against the other cells of its tier, 1 to 1000.
+    pub weight: u32,
+    /// 0 is used first.
+    pub tier: u8,
+    /// At least one.
+    pub backends: Vec<Backend>,
+}
+
+/// One address in one cell.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Backend {
+    /// Unique in its pool; the address unless the file says otherwise.
+    pub name: String,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Share against the other backends of its cell, 1 to 1000.
+    pub weight: u32,
+    /// Most connections at once; `None`: no bound of its own.
+    pub max_connections: Option<u32>,
+}
+
+/// How the backend inside a cell is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Balance {
+    /// The less loaded of two drawn at random (Mitzenmacher 2001).
+    TwoChoices,
+    /// Smooth weighted turns.
+    RoundRobin,
+    /// The fewest connections for its weight.
+    LeastConnections,
+}
+
+/// What pins a client to a cell and the backend in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Affinity {
+    /// Nothing.
+    None,
+    /// The client's address.
+    ClientIp,
+}
+
+/// An active check of every backend of a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Probe {
+    /// What is asked.
+    pub kind: ProbeKind,
+    /// Time from one probe to the next; jittered by a tenth, shorter while a backend is in doubt.
+    #[serde(serialize_with = "as_text")]
+    pub interval: Duration,
+    /// Time for the whole probe.
+    #[serde(serialize_with = "as_text")]
+    pub timeout: Duration,
+    /// Failures in a row before `down`.
+    pub fall: u32,
+    /// Successes in a row before a backend that was down returns.
+    pub rise: u32,
+    /// Port when it is not the backend's own.
+    pub port: Option<u16>,
+}
+
+/// What a probe asks.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProbeKind {
+    /// A handshake.
+    Tcp,
+    /// One HTTP/1.1 request.
+    Http {
+        /// GET, HEAD or OPTIONS.
+        method: String,
+        /// Request target.
+        path: String,
+        /// Host header; `None`: the address.
+        host: Option<String>,
+        /// Accepted status ranges, both ends included.
+        status: Vec<(u16, u16)>,
+        /// Text that must stand in the first 64 KiB of the body.
+        body: Option<String>,
+    },
+    /// Bytes sent, and bytes that must come back within the first 64 KiB.
+    Exchange {
+        /// Sent first; may be empty.
+        send: String,
+        /// Must stand in the answer.
+        expect: String,
+    },
+}
+
+/// Dialling of one client.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Connect {
+    /// The client's whole time.
+    #[serde(serialize_with = "as_text")]
+    pub timeout: Duration,
+    /// Most attempts.
+    pub attempts: u32,
+    /// Whether silence starts a second attempt before the first has failed.
+    pub race: bool,
+    /// Local addresses to dial from; empty: the kernel's choice.
+    pub source: Vec<IpAddr>,
+}
+
+/// Bounds on a running session.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Timeouts {
+    /// Without a byte either way.
+    #[serde(serialize_with = "as_text")]
+    pub idle: Duration,
+    /// Without a byte after one side has finished sending.
+    #[serde(serialize_with = "as_text")]
+    pub half_close: Duration,
+    /// With bytes sent that the peer's kernel does not acknowledge.
+    #[serde(serialize_with = "as_text")]
+    pub unacked: Duration,
+}
+
+/// What happens to the sessions of a backend that goes down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDown {
+    /// Those that show it themselves (bytes sent and not acknowledged) are reset.
+    Stuck,
+    /// All are reset, at a bounded pace.
+    Reset,
+    /// All may finish within `shutdown.drain`.
+    Drain,
+    /// Nothing.
+    Keep,
+}
+
+/// What new clients get when no backend is fit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenAllDown {
+    /// Every backend is tried, the least recently failed first.
+    TryAll,
+    /// A reset.
+    Refuse,
+}
+
+/// How long a backend that went down stays out.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Hold {
+    /// After the first failure.
+    #[serde(serialize_with = "as_text")]
+    pub first: Duration,
+    /// However often it fails.
+    #[serde(serialize_with = "as_text")]
+    pub longest: Duration,
+}
+
+/// An address we accept on.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Listener {
+    /// Name in logs and metrics; the first address unless the file says otherwise.
+    pub name: String,
+    /// At least one address.
+    pub bind: Vec<SocketAddr>,
+    /// Name of the pool.
+    pub tcp: String,
+    /// Clients that may connect; empty: everybody.
+    pub allow: Vec<Network>,
+    /// Clients that may not; wins over `allow`.
+    pub deny: Vec<Network>,
+    /// Most connections at once; `None`: the process's bound.
+    pub max_connections: Option<u32>,
+    /// How long a new connection waits at the cap before it is reset.
+    #[serde(serialize_with = "as_text")]
+    pub wait: Duration,
+    /// Without a byte either way; the pool's own bound holds too.
+    #[serde(serialize_with = "as_text")]
+    pub idle: Duration,
+}
+
+/// Interfaces for operators.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Admin {
+    /// Unix socket with full control.
+    pub socket: PathBuf,
+    /// Whether the file names the socket: then failing to open it is an error.
+    #[serde(skip)]
+    pub socket_given: bool,
+    /// Read-only HTTP; `None`: off.
+    pub http: Option<SocketAddr>,
+}
+
+/// Log.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Log {
+    /// Least severe level that is written.
+    pub level: Level,
+    /// Form of a line.
+    pub format: Format,
+    /// Which connections get a line, and where.
+    pub access: Access,
+}
+
+/// Severity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Level {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// Form of a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[allow(missing_docs)]
+pub enum Format {
+    Json,
+    Text,
+}
+
+/// Which connections get a line in the access log, and where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Access {
+    /// None.
+    Off,
+    /// On standard output: those that failed or took more than one attempt.
+    Errors,
+    /// On standard output: all.
+    Stdout,
+    /// In a file, reopened on USR1: all.
+    File(String),
+}
+
+/// How the process stops.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Shutdown {
+    /// `/readyz` fails for this long before the listeners close.
+    #[serde(serialize_with = "as_text")]
+    pub announce: Duration,
+    /// Running sessions may finish for this long.
+    #[serde(serialize_with = "as_text")]
+    pub drain: Duration,
+}
+
+/// A network of addresses, such as 10.0.0.0/8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network {
+    base: IpAddr,
+    bits: u8,
+}
+
+impl Network {
+    /// Parses `ADDRESS` or `ADDRESS/BITS`; `None` when it is neither or has host bits set.
+    pub fn parse(text: &str) -> Option<Network> {
+        let (base, bits) = match text.split_once('/') {
+            Some((base, bits)) if !bits.starts_with('+') => {
+                (base.parse::<IpAddr>().ok()?, Some(bits.parse::<u8>().ok()?))
+            }
+            Some(_) => return None,
+            None => (text.parse::<IpAddr>().ok()?, None),
+        };
+        let most = if base.is_ipv4() { 32 } else { 128 };
+        let bits = bits.unwrap_or(most);
+        let network = Network { base, bits };
+        (bits <= most && network.mask(base) == base).then_some(network)
+    }
+
+    /// Whether `address` lies in this network. IPv4 and IPv6 never match each other.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.base.is_ipv4() == address.is_ipv4() && self.mask(address) == self.base
+    }
+
+    fn mask(&self, address: IpAddr) -> IpAddr {
+        match address {
+            IpAddr::V4(v4) => {
+                IpAddr::V4((v4.to_bits() & u32::MAX.checked_shl(32 - u32::from(self.bits)).unwrap_or(0)).into())
+            }
+            IpAddr::V6(v6) => {
+                IpAddr::V6((v6.to_bits() & u128::MAX.checked_shl(128 - u32::from(self.bits)).unwrap_or(0)).into())
+            }
+        }
+    }
+}
+
+impl Serialize for Network {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.base, self.bits)
+    }
+}
+
+/// A configuration that was read, with what identifies it.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The configuration.
+    pub config: Config,
+    /// Hash of the file's bytes (XXH3, hexadecimal), to tell two files apart.
+    pub hash: String,
+    /// Keys that are right but change nothing where they stand.
+    pub warnings: Vec<Problem>,
+}
+
+/// Why a file is no configuration.
+#[derive(Debug)]
+pub struct Refused {
+    /// The file.
+    pub file: PathBuf,
+    /// Everything wrong with it, in the order of the lines.
+    pub problems: Vec<Problem>,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, problem) in self.problems.iter().enumerate() {
+            if i > 0 {
+                f.write_str("\n")?;
+            }
+            write!(f, "{}:{problem}", self.file.display())?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Reads and judges one file of at most `max_bytes` bytes.
+///
+/// # Errors
+/// Every problem of the file at once. Waits for the disk.
+pub fn load(path: &Path, max_bytes: usize) -> Result<Loaded, Refused> {
+    let refused = |problems| Refused { file: path.to_owned(), problems };
+    let bytes = read(path, max_bytes).map_err(|message| {
+        refused(vec![Problem { line: 0, column: 0, path: String::new(), message: format!(" {message}") }])
+    })?;
+    parse(&bytes, max_bytes).map_err(refused)
+}
+
+/// Judges the bytes of a file.
+///
+/// # Errors
+/// Every problem at once, in the order of the lines.
+pub fn parse(bytes: &[u8], max_bytes: usize) -> Result<Loaded, Vec<Problem>> {
+    let (file, index, mut problems) = file::parse(bytes, max_bytes);
+    let warnings = file.warnings.iter().map(|(path, reason)| index.problem(path, reason.clone())).collect();
+    let config = resolve::resolve(file, &index, &mut problems);
+    if problems.is_empty() {
+        let hash = format!("{:016x}", xxhash_rust::xxh3::xxh3_64(bytes));
+        return Ok(Loaded { config, hash, warnings });
+    }
+    problems.sort_by_key(|problem| (problem.line, problem.column));
+    problems.dedup();
+    Err(problems)
+}
+
+/// Reads a regular file. A directory, a pipe or a device is refused before anything is read from it, because
+/// reading them can wait for ever.
+fn read(path: &Path, max_bytes: usize) -> Result<Vec<u8>, String> {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(path)
+        .map_err(|error| format!("cannot be opened: {error}"))?;
+    let metadata = file.metadata().map_err(|error| format!("cannot be examined: {error}"))?;
+    if !metadata.is_file() {
+        return Err("is not a regular file".into());
+    }
+    let mut bytes = Vec::new();
+    file.take(max_bytes as u64 + 1).read_to_end(&mut bytes).map_err(|error| format!("cannot be read: {error}"))?;
+    Ok(bytes)
+}
+
+/// A duration as the file writes it.
+pub fn human(duration: Duration) -> String {
+    humantime::format_duration(duration).to_string()
+}
+
+fn as_text<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&humantime::format_duration(*duration))
+}

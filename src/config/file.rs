@@ -1,0 +1,1055 @@
+//! The YAML file, in two passes over the same bytes; the only user of YAML crates.
+//!
+//! 1. [`scan`] walks parser events without building anything. It bounds size, depth and node count, refuses
+//!    what a reader of the file could misread (anchors, aliases, tags, merge keys, duplicate keys), and leaves an
+//!    [`Index`] from path to position.
+//! 2. `serde_yaml` turns the bytes into values, and the readers below walk them into the file model. They
+//!    collect every problem and never stop at the first.
+//!
+//! The model mirrors the file: what was not written is `None`. Defaults and references are `resolve`'s business.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use saphyr_parser::{Event, Parser, Span};
+use serde_yaml::{Mapping, Value};
+
+use super::Network;
+
+/// Largest accepted file in bytes, unless the command line says otherwise.
+pub const DEFAULT_MAX_BYTES: usize = 1 << 20;
+const MAX_DEPTH: usize = 32;
+const MAX_NODES: usize = 200_000;
+/// Beyond this many problems a file is not a configuration with mistakes but something else.
+const MAX_PROBLEMS: usize = 1_000;
+
+/// One thing wrong with the file: where, what was found, what is allowed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Line, counted from 1; 0 when the problem belongs to no line (an unreadable file).
+    pub line: usize,
+    /// Column, counted from 1.
+    pub column: usize,
+    /// Path of the value, such as `pools.shop.cells.a[0]`; empty for the whole document.
+    pub path: String,
+    /// A clear sentence without the place.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.line > 0 {
+            write!(f, "{}:{}: ", self.line, self.column)?;
+        }
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+/// Position of every node by its path.
+#[derive(Debug, Default)]
+pub struct Index(HashMap<String, (usize, usize)>);
+
+impl Index {
+    /// Line and column of `path`, or of its nearest parent that stands in the file.
+    pub fn position(&self, path: &str) -> (usize, usize) {
+        let mut path = path;
+        loop {
+            if let Some(&position) = self.0.get(path) {
+                return position;
+            }
+            match path.rfind(['.', '[']) {
+                Some(end) => path = &path[..end],
+                None => return self.0.get("").copied().unwrap_or((1, 1)),
+            }
+        }
+    }
+
+    /// A problem at `path`.
+    pub fn problem(&self, path: &str, message: impl Into<String>) -> Problem {
+        let (line, column) = self.position(path);
+        Problem { line, column, path: path.to_owned(), message: message.into() }
+    }
+}
+
+/// What the file says; every field that was not written is `None` or empty.
+#[derive(Debug, Default)]
+#[allow(missing_docs)] // The names are the file's own; configs/reference.yaml is their manual.
+pub struct File {
+    pub workers: Option<u64>,
+    pub cells: Option<Vec<(String, FileCellFacts)>>,
+    pub pools: Vec<(String, FilePool)>,
+    pub listeners: Vec<FileListener>,
+    pub admin: FileAdmin,
+    pub log: FileLog,
+    pub shutdown: FileShutdown,
+    /// Keys that are right but change nothing where they stand, as path and reason.
+    pub warnings: Vec<(String, String)>,
+}
+
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileCellFacts {
+    pub cloud: Option<String>,
+    pub region: Option<String>,
+}
+
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FilePool {
+    pub cells: Vec<(String, FileCell)>,
+    pub balance: Option<super::Balance>,
+    pub affinity: Option<super::Affinity>,
+    pub probe: Option<FileProbe>,
+    pub connect_timeout: Option<Duration>,
+    pub attempts: Option<u64>,
+    pub race: Option<bool>,
+    pub source: Option<Vec<IpAddr>>,
+    pub idle: Option<Duration>,
+    pub half_close: Option<Duration>,
+    pub unacked: Option<Duration>,
+    pub on_down: Option<super::OnDown>,
+    pub when_all_down: Option<super::WhenAllDown>,
+    pub hold_first: Option<Duration>,
+    pub hold_longest: Option<Duration>,
+    pub ramp: Option<Duration>,
+    pub max_connections: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileCell {
+    pub weight: Option<u64>,
+    pub tier: Option<u64>,
+    /// Each with its path, because a cell may be a list or a map.
+    pub backends: Vec<(String, FileBackend)>,
+}
+
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub struct FileBackend {
+    pub address: SocketAddr,
+    pub name: Option<String>,
+    pub weight: Option<u64>,
+    pub max_connections: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileProbe {
+    pub kind: Option<super::ProbeKind>,
+    pub off: bool,
+    pub interval: Option<Duration>,
+    pub timeout: Option<Duration>,
+    pub fall: Option<u64>,
+    pub rise: Option<u64>,
+    pub port: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileListener {
+    pub name: Option<String>,
+    pub bind: Vec<(String, SocketAddr)>,
+    pub tcp: Option<String>,
+    pub allow: Option<Vec<Network>>,
+    pub deny: Option<Vec<Network>>,
+    pub max_connections: Option<u64>,
+    pub wait: Option<Duration>,
+    pub idle: Option<Duration>,
+}
+
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileAdmin {
+    pub socket: Option<String>,
+    pub http: Option<SocketAddr>,
+}
+
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileLog {
+    pub level: Option<super::Level>,
+    pub format: Option<super::Format>,
+    pub access: Option<super::Access>,
+}
+
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileShutdown {
+    pub announce: Option<Duration>,
+    pub drain: Option<Duration>,
+}
+
+/// Both passes: bytes to the file model, its index, and every problem of the file's shape.
+pub fn parse(bytes: &[u8], max_bytes: usize) -> (File, Index, Vec<Problem>) {
+    let whole = |message: String| Problem { line: 1, column: 1, path: String::new(), message };
+    if bytes.len() > max_bytes {
+        let message = format!(
+            "the file has {} bytes; at most {max_bytes} are read (raise the bound with --max-config-bytes)",
+            bytes.len()
+        );
+        return (File::default(), Index::default(), vec![whole(message)]);
+    }
+    let text = match std::str::from_utf8(bytes) {
+        Ok(text) => text.strip_prefix('\u{feff}').unwrap_or(text),
+        Err(error) => {
+            let line = 1 + bytes[..error.valid_up_to()].iter().filter(|b| **b == b'\n').count();
+            let message = "the file is not UTF-8 text from here on".to_owned();
+            let problem = Problem { line, column: 1, path: String::new(), message };
+            return (File::default(), Index::default(), vec![problem]);
+        }
+    };
+    let (index, problems) = scan(text);
+    if !problems.is_empty() {
+        return (File::default(), index, problems);
+    }
+    let value: Value = match serde_yaml::from_str(text) {
+        Ok(value) => value,
+        Err(error) => {
+            let (line, column) = error.location().map_or((1, 1), |at| (at.line(), at.column()));
+            let problem = Problem { line, column, path: String::new(), message: error.to_string() };
+            return (File::default(), index, vec![problem]);
+        }
+    };
+    let mut reader = Reader { index: &index, problems: Vec::new(), warnings: Vec::new() };
+    let mut file = reader.file(&value);
+    file.warnings = std::mem::take(&mut reader.warnings);
+    let problems = reader.problems;
+    (file, index, problems)
+}
+
+/// One open collection of the event walk.
+enum Frame {
+    Map { path: String, keys: HashSet<String>, key: Option<String> },
+    List { path: String, next: usize },
+}
+
+/// First pass: bounds, forbidden constructs, and the index from path to position.
+pub fn scan(text: &str) -> (Index, Vec<Problem>) {
+    let mut index = Index::default();
+    let mut problems: Vec<Problem> = Vec::new();
+    let mut frames: Vec<Frame> = Vec::new();
+    let mut nodes = 0usize;
+    let mut documents = 0usize;
+
+    // Control characters end some parsers' lines silently; YAML allows none of them but tab and line ends.
+    if let Some(at) = text.char_indices().find(|(_, c)| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}')) {
+        let line = 1 + text[..at.0].matches('\n').count();
+        let message = format!("control character U+{:04X}; YAML text may hold none but tab and line ends", at.1 as u32);
+        return (index, vec![Problem { line, column: 1, path: String::new(), message }]);
+    }
+
+    for event in Parser::new_from_str(text) {
+        let (event, span) = match event {
+            Ok(event) => event,
+            Err(error) => {
+                let marker = error.marker();
+                problems.push(Problem {
+                    line: marker.line().max(1),
+                    column: marker.col() + 1,
+                    path: String::new(),
+                    message: format!("not valid YAML here: {}", error.info()),
+                });
+                return (index, problems);
+            }
+        };
+        let forbid = |what: &str, path: String, problems: &mut Vec<Problem>| {
+            problems.push(Problem {
+                line: span.start.line(),
+                column: span.start.col() + 1,
+                path,
+                message: format!("{what}; write the value out in full"),
+            });
+        };
+        match event {
+            Event::DocumentStart(_) => {
+                documents += 1;
+                if documents > 1 {
+                    problems.push(at_span(&span, "", "a second document begins here; a configuration is one document"));
+                    return (index, problems);
+                }
+            }
+            Event::Alias(_) => {
+                let path = place(&mut frames, None, &span, &mut index, &mut problems);
+                forbid("aliases (*name) are not accepted", path, &mut problems);
+            }
+            Event::Scalar(value, style, anchor, tag) => {
+                nodes += 1;
+                let is_key = matches!(frames.last(), Some(Frame::Map { key: None, .. }));
+                let plain = matches!(style, saphyr_parser::ScalarStyle::Plain);
+                let path = place(&mut frames, Some(&value), &span, &mut index, &mut problems);
+                if is_key && plain && &*value == "<<" {
+                    forbid("merge keys (<<) are not accepted", path.clone(), &mut problems);
+                }
+                if anchor > 0 {
+                    forbid("anchors (&name) are not accepted", path.clone(), &mut problems);
+                }
+                if tag.is_some() {
+                    forbid("tags (!name) are not accepted", path, &mut problems);
+                }
+            }
+            Event::SequenceStart(anchor, ref tag) | Event::MappingStart(anchor, ref tag) => {
+                nodes += 1;
+                let path = place(&mut frames, None, &span, &mut index, &mut problems);
+                if anchor > 0 {
+                    forbid("anchors (&name) are not accepted", path.clone(), &mut problems);
+                }
+                if tag.is_some() {
+                    forbid("tags (!name) are not accepted", path.clone(), &mut problems);
+                }
+                frames.push(match event {
+                    Event::MappingStart(..) => Frame::Map { path, keys: HashSet::new(), key: None },
+                    _ => Frame::List { path, next: 0 },
+                });
+            }
+            Event::SequenceEnd | Event::MappingEnd => {
+                frames.pop();
+            }
+            Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => {}
+        }
+        if nodes > MAX_NODES {
+            problems.push(at_span(&span, "", format!("more than {MAX_NODES} values in one file")));
+            return (index, problems);
+        }
+        if frames.len() > MAX_DEPTH {
+            problems.push(at_span(&span, "", format!("nested deeper than {MAX_DEPTH} levels")));
+            return (index, problems);
+        }
+        if problems.len() >= MAX_PROBLEMS {
+            return (index, problems);
+        }
+    }
+    if documents == 0 {
+        problems.push(Problem {
+            line: 1,
+            column: 1,
+            path: String::new(),
+            message: "the file is empty; it needs at least `pools` and `listeners`".into(),
+        });
+    }
+    (index, problems)
+}
+
+fn at_span(span: &Span, path: &str, message: impl Into<String>) -> Problem {
+    Problem { line: span.start.line(), column: span.start.col() + 1, path: path.to_owned(), message: message.into() }
+}
+
+/// Gives the node that begins here its path, notes its position, and moves the enclosing collection on.
+///
+/// `scalar` is the text when the node is a scalar; only such a node may be a key.
+fn place(
+    frames: &mut [Frame],
+    scalar: Option<&str>,
+    span: &Span,
+    index: &mut Index,
+    problems: &mut Vec<Problem>,
+) -> String {
+    let position = (span.start.line(), span.start.col() + 1);
+    match frames.last_mut() {
+        None => {
+            index.0.insert(String::new(), position);
+            String::new()
+        }
+        Some(Frame::List { path, next }) => {
+            let own = format!("{path}[{next}]");
+            *next += 1;
+            index.0.insert(own.clone(), position);
+            own
+        }
+        Some(Frame::Map { path, keys, key }) => match key.take() {
+            // The position of an entry is that of its key, which is where a person looks for it.
+            Some(name) => join(path, &name),
+            None => {
+                let Some(name) = scalar else {
+                    problems.push(at_span(span, path, "a key must be plain text, not a list or a map"));
+                    *key = Some(String::from("?"));
+                    return join(path, "?");
+                };
+                let own = join(path, name);
+                if !keys.insert(name.to_owned()) {
+                    let first = index.position(&own).0;
+                    problems.push(at_span(
+                        span,
+                        &own,
+                        format!("this key stands here a second time (first on line {first})"),
+                    ));
+                } else {
+                    index.0.insert(own.clone(), position);
+                }
+                *key = Some(name.to_owned());
+                own
+            }
+        },
+    }
+}
+
+fn join(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
+}
+
+/// A value and where it stands.
+struct Node<'v> {
+    value: &'v Value,
+    path: String,
+}
+
+/// A map whose keys have all been judged.
+struct Fields<'v> {
+    map: &'v Mapping,
+    path: String,
+}
+
+impl<'v> Fields<'v> {
+    fn get(&self, key: &str) -> Option<Node<'v>> {
+        self.map.get(key).map(|value| Node { value, path: join(&self.path, key) })
+    }
+}
+
+/// Keys of later versions, each with what would have to exist before it means something.
+type Later = &'static [&'static str];
+
+/// Second pass: values to the file model, all problems by path.
+struct Reader<'a> {
+    index: &'a Index,
+    problems: Vec<Problem>,
+    warnings: Vec<(String, String)>,
+}
+
+impl Reader<'_> {
+    fn file(&mut self, value: &Value) -> File {
+        let mut file = File::default();
+        let root = Node { value, path: String::new() };
+        let known = ["version", "workers", "cells", "pools", "listeners", "admin", "log", "shutdown"];
+        let Some(fields) = self.fields(&root, &known, &[]) else { return file };
+        if let Some(node) = fields.get("version") {
+            self.number(&node, 1, 1);
+        }
+        file.workers = fields.get("workers").and_then(|node| self.number(&node, 1, 1_024));
+        if let Some(node) = fields.get("cells") {
+            file.cells = Some(self.entries(&node, Self::cell_facts));
+        }
+        match fields.get("pools") {
+            Some(node) => file.pools = self.entries(&node, Self::pool),
+            None => self.error("", "`pools` is missing; name at least one pool with its cells"),
+        }
+        match fields.get("listeners") {
+            Some(node) => {
+                for item in self.list(&node) {
+                    let listener = self.listener(&item);
+                    file.listeners.push(listener);
+                }
+                if file.listeners.is_empty() {
+                    self.error(
+                        &node.path,
+                        "no listener; write at least one, such as `- { bind: 0.0.0.0:443, tcp: POOL }`",
+                    );
+                }
+            }
+            None => self
+                .error("", "`listeners` is missing; write at least one, such as `- { bind: 0.0.0.0:443, tcp: POOL }`"),
+        }
+        if let Some(node) = fields.get("admin") {
+            file.admin = self.admin(&node);
+        }
+        if let Some(node) = fields.get("log") {
+            file.log = self.log(&node);
+        }
+        if let Some(node) = fields.get("shutdown") {
+            file.shutdown = self.shutdown(&node);
+        }
+        file
+    }
+
+    fn cell_facts(&mut self, node: &Node<'_>) -> FileCellFacts {
+        let mut facts = FileCellFacts::default();
+        if let Some(fields) = self.fields(node, &["cloud", "region"], &[]) {
+            facts.cloud = fields.get("cloud").and_then(|node| self.text(&node));
+            facts.region = fields.get("region").and_then(|node| self.text(&node));
+        }
+        facts
+    }
+
+    fn pool(&mut self, node: &Node<'_>) -> FilePool {
+        let mut pool = FilePool::default();
+        let known = [
+            "cells",
+            "balance",
+            "affinity",
+            "probe",
+            "connect",
+            "timeouts",
+            "on_down",
+            "when_all_down",
+            "hold",
+            "ramp",
+            "limits",
+        ];
+        let Some(fields) = self.fields(node, &known, &["tls", "send_proxy", "http", "replay"]) else { return pool };
+        match fields.get("cells") {
+            Some(node) => pool.cells = self.entries(&node, Self::cell),
+            None => self.error(&node.path, "`cells` is missing; a pool is served by at least one cell"),
+        }
+        pool.balance = fields.get("balance").and_then(|node| {
+            use super::Balance::*;
+            self.word(
+                &node,
+                &[("two_choices", TwoChoices), ("round_robin", RoundRobin), ("least_connections", LeastConnections)],
+            )
+        });
+        pool.affinity = fields.get("affinity").and_then(|node| self.affinity(&node));
+        pool.probe = fields.get("probe").map(|node| self.probe(&node));
+        if let Some(node) = fields.get("connect")
+            && let Some(fields) = self.fields(&node, &["timeout", "attempts", "race", "source"], &[])
+        {
+            pool.connect_timeout = self.duration_at(&fields, "timeout", 1, 60_000);
+            pool.attempts = fields.get("attempts").and_then(|node| self.number(&node, 1, 32));
+            pool.race = fields.get("race").and_then(|node| self.word(&node, &[("auto", true), ("off", false)]));
+            pool.source = fields.get("source").map(|node| {
+                let mut sources = Vec::new();
+                for item in self.list(&node) {
+                    let found = self.text(&item).and_then(|text| match text.parse::<IpAddr>() {
+                        Ok(address) => Some(address),
+                        Err(_) => self.refuse(&item, "a local IP address, such as 192.0.2.10"),
+                    });
+                    sources.extend(found);
+                }
+                sources
+            });
+        }
+        if let Some(node) = fields.get("timeouts")
+            && let Some(fields) = self.fields(&node, &["request", "idle", "half_close", "unacked"], &[])
+        {
+            if self.duration_at(&fields, "request", 1, DAY).is_some() {
+                let reason =
+                    "has no effect on tcp listeners; it bounds an HTTP request, and this version has no http listener";
+                self.warnings.push((join(&fields.path, "request"), reason.into()));
+            }
+            pool.idle = self.duration_at(&fields, "idle", 10, 30 * DAY);
+            pool.half_close = self.duration_at(&fields, "half_close", 10, DAY);
+            pool.unacked = self.duration_at(&fields, "unacked", 1_000, DAY);
+        }
+        pool.on_down = fields.get("on_down").and_then(|node| {
+            use super::OnDown::*;
+            self.word(&node, &[("stuck", Stuck), ("reset", Reset), ("drain", Drain), ("keep", Keep)])
+        });
+        pool.when_all_down = fields.get("when_all_down").and_then(|node| {
+            use super::WhenAllDown::*;
+            self.word(&node, &[("try_all", TryAll), ("refuse", Refuse)])
+        });
+        if let Some(node) = fields.get("hold")
+            && let Some(fields) = self.fields(&node, &["first", "longest"], &[])
+        {
+            pool.hold_first = self.duration_at(&fields, "first", 10, DAY);
+            pool.hold_longest = self.duration_at(&fields, "longest", 10, DAY);
+        }
+        pool.ramp = self.duration_at(&fields, "ramp", 0, DAY);
+        if let Some(node) = fields.get("limits")
+            && let Some(fields) = self.fields(&node, &["max_connections"], &["queue", "queue_timeout"])
+        {
+            pool.max_connections =
+                fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
+        }
+        pool
+    }
+
+    fn affinity(&mut self, node: &Node<'_>) -> Option<super::Affinity> {
+        let fields = self.fields(node, &["by"], &[])?;
+        let Some(node) = fields.get("by") else {
+            self.error(&node.path, "`by` is missing; expected none or client_ip");
+            return None;
+        };
+        let later = match node.value {
+            Value::String(text) => text == "sni",
+            Value::Mapping(map) => map.contains_key("header") || map.contains_key("cookie"),
+            _ => false,
+        };
+        if later {
+            self.error(
+                &node.path,
+                "not in this version: affinity by sni, header or cookie; expected none or client_ip",
+            );
+            return None;
+        }
+        self.word(&node, &[("none", super::Affinity::None), ("client_ip", super::Affinity::ClientIp)])
+    }
+
+    fn probe(&mut self, node: &Node<'_>) -> FileProbe {
+        let mut probe = FileProbe::default();
+        if let Value::String(text) = node.value {
+            if text == "off" {
+                probe.off = true;
+            } else {
+                self.refuse::<()>(node, "off, or a map such as { http: { path: /healthz } }");
+            }
+            return probe;
+        }
+        let known = ["tcp", "http", "exchange", "interval", "timeout", "fall", "rise", "port"];
+        let Some(fields) = self.fields(node, &known, &["tls", "grpc"]) else { return probe };
+        let kinds =
+            ["tcp", "http", "exchange"].into_iter().filter(|kind| fields.get(kind).is_some()).collect::<Vec<_>>();
+        if kinds.len() > 1 {
+            self.error(&node.path, format!("{} stand side by side; a pool has one kind of probe", kinds.join(" and ")));
+        }
+        if let Some(node) = fields.get("tcp") {
+            self.fields(&node, &[], &[]);
+            probe.kind = Some(super::ProbeKind::Tcp);
+        }
+        if let Some(node) = fields.get("http") {
+            probe.kind = self.probe_http(&node);
+        }
+        if let Some(node) = fields.get("exchange") {
+            probe.kind = self.probe_exchange(&node);
+        }
+        probe.interval = self.duration_at(&fields, "interval", 10, DAY);
+        probe.timeout = self.duration_at(&fields, "timeout", 1, 60_000);
+        probe.fall = fields.get("fall").and_then(|node| self.number(&node, 1, 100));
+        probe.rise = fields.get("rise").and_then(|node| self.number(&node, 1, 100));
+        probe.port = fields.get("port").and_then(|node| self.number(&node, 1, 65_535));
+        probe
+    }
+
+    fn probe_http(&mut self, node: &Node<'_>) -> Option<super::ProbeKind> {
+        let fields = self.fields(node, &["method", "path", "host", "status", "body"], &[])?;
+        let method = fields
+            .get("method")
+            .and_then(|node| self.word(&node, &[("GET", "GET"), ("HEAD", "HEAD"), ("OPTIONS", "OPTIONS")]));
+        let path = fields.get("path").and_then(|node| {
+            let text = self.text(&node)?;
+            if text.starts_with('/') && text.bytes().all(|b| (0x21..0x7f).contains(&b)) && text.len() <= 2_048 {
+                Some(text)
+            } else {
+                self.refuse(&node, "a path that begins with / and holds no spaces, at most 2048 bytes")
+            }
+        });
+        let host = fields.get("host").and_then(|node| {
+            let text = self.text(&node)?;
+            if !text.is_empty() && text.bytes().all(|b| (0x21..0x7f).contains(&b)) && text.len() <= 255 {
+                Some(text)
+            } else {
+                self.refuse(&node, "a host name without spaces, at most 255 bytes")
+            }
+        });
+        let status = fields.get("status").and_then(|node| self.statuses(&node));
+        let body = fields.get("body").and_then(|node| self.fragment(&node));
+        Some(super::ProbeKind::Http {
+            method: method.unwrap_or("GET").to_owned(),
+            path: path.unwrap_or_else(|| "/".to_owned()),
+            host,
+            status: status.unwrap_or_else(|| vec![(200, 299)]),
+            body,
+        })
+    }
+
+    fn probe_exchange(&mut self, node: &Node<'_>) -> Option<super::ProbeKind> {
+        let fields = self.fields(node, &["send", "expect"], &[])?;
+        let send = fields.get("send").and_then(|node| self.fragment(&node));
+        let Some(expect) = fields.get("expect") else {
+            self.error(&node.path, "`expect` is missing; it names the bytes the backend must answer with");
+            return None;
+        };
+        let expect = self.fragment(&expect)?;
+        Some(super::ProbeKind::Exchange { send: send.unwrap_or_default(), expect })
+    }
+
+    /// `200`, `200-299`, or a list of both.
+    fn statuses(&mut self, node: &Node<'_>) -> Option<Vec<(u16, u16)>> {
+        let wanted = "a status such as 200, a range such as 200-299, or a list of both, within 100 and 599";
+        let items = if node.value.is_sequence() {
+            self.list(node)
+        } else {
+            vec![Node { value: node.value, path: node.path.clone() }]
+        };
+        let mut ranges = Vec::new();
+        for item in &items {
+            let text = match item.value {
+                Value::Number(number) => number.to_string(),
+                Value::String(text) => text.clone(),
+                _ => return self.refuse(item, wanted),
+            };
+            let (low, high) = text.split_once('-').unwrap_or((&text, &text));
+            match (low.trim().parse::<u16>(), high.trim().parse::<u16>()) {
+                (Ok(low), Ok(high)) if (100..=599).contains(&low) && low <= high && high <= 599 => {
+                    ranges.push((low, high))
+                }
+                _ => return self.refuse(item, wanted),
+            }
+        }
+        if ranges.is_empty() { self.refuse(node, wanted) } else { Some(ranges) }
+    }
+
+    fn fragment(&mut self, node: &Node<'_>) -> Option<String> {
+        let text = self.text(node)?;
+        if text.is_empty() || text.len() > 4_096 {
+            return self.refuse(node, "1 to 4096 bytes of text");
+        }
+        Some(text)
+    }
+
+    fn cell(&mut self, node: &Node<'_>) -> FileCell {
+        let mut cell = FileCell::default();
+        if node.value.is_sequence() {
+            cell.backends = self.backends(node);
+            return cell;
+        }
+        let Some(fields) = self.fields(node, &["weight", "tier", "backends"], &[]) else { return cell };
+        cell.weight = fields.get("weight").and_then(|node| self.number(&node, 1, MAX_WEIGHT));
+        cell.tier = fields.get("tier").and_then(|node| self.number(&node, 0, 15));
+        match fields.get("backends") {
+            Some(node) => cell.backends = self.backends(&node),
+            None => self.error(&node.path, "`backends` is missing; expected a list of addresses"),
+        }
+        cell
+    }
+
+    fn backends(&mut self, node: &Node<'_>) -> Vec<(String, FileBackend)> {
+        let mut backends = Vec::new();
+        let items = self.list(node);
+        if items.is_empty() && node.value.is_sequence() {
+            self.error(&node.path, "the list is empty; a cell has at least one backend");
+        }
+        for item in items {
+            let path = item.path.clone();
+            backends.extend(self.backend(&item).map(|backend| (path, backend)));
+        }
+        backends
+    }
+
+    fn backend(&mut self, node: &Node<'_>) -> Option<FileBackend> {
+        if !node.value.is_mapping() {
+            let address = self.address(node, false)?;
+            return Some(FileBackend { address, name: None, weight: None, max_connections: None });
+        }
+        let fields = self.fields(node, &["address", "name", "weight", "max_connections"], &[])?;
+        let name = fields.get("name").and_then(|node| self.name(&node));
+        let weight = fields.get("weight").and_then(|node| self.number(&node, 1, MAX_WEIGHT));
+        let max_connections = fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
+        let Some(address) = fields.get("address") else {
+            self.error(&node.path, "`address` is missing; expected IP:PORT");
+            return None;
+        };
+        let address = self.address(&address, false)?;
+        Some(FileBackend { address, name, weight, max_connections })
+    }
+
+    fn listener(&mut self, node: &Node<'_>) -> FileListener {
+        let mut listener = FileListener::default();
+        let known = ["name", "bind", "tcp", "allow", "deny", "limits", "timeouts"];
+        let Some(fields) = self.fields(node, &known, &["sni", "http", "tls", "proxy_protocol"]) else {
+            return listener;
+        };
+        listener.name = fields.get("name").and_then(|node| self.name(&node));
+        match fields.get("bind") {
+            Some(node) if node.value.is_sequence() => {
+                for item in self.list(&node) {
+                    let address = self.address(&item, true);
+                    listener.bind.extend(address.map(|address| (item.path.clone(), address)));
+                }
+                if listener.bind.is_empty() && node.value.as_sequence().is_some_and(Vec::is_empty) {
+                    self.error(&node.path, "the list is empty; a listener has at least one address");
+                }
+            }
+            Some(node) => {
+                let address = self.address(&node, true);
+                listener.bind.extend(address.map(|address| (node.path.clone(), address)));
+            }
+            None => self.error(&node.path, "`bind` is missing; expected IP:PORT or a list of them"),
+        }
+        let faces = ["sni", "http"].into_iter().any(|key| fields.get(key).is_some());
+        match fields.get("tcp") {
+            Some(node) => listener.tcp = self.name(&node),
+            None if faces => {}
+            None => self
+                .error(&node.path, "`tcp` is missing; it names the pool that this listener carries its connections to"),
+        }
+        listener.allow = fields.get("allow").map(|node| self.networks(&node));
+        listener.deny = fields.get("deny").map(|node| self.networks(&node));
+        if let Some(node) = fields.get("limits")
+            && let Some(fields) = self.fields(&node, &["max_connections", "wait"], &["per_client"])
+        {
+            listener.max_connections =
+                fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
+            listener.wait = self.duration_at(&fields, "wait", 0, 60_000);
+        }
+        if let Some(node) = fields.get("timeouts")
+            && let Some(fields) = self.fields(&node, &["handshake", "header", "keepalive", "idle"], &[])
+        {
+            for key in ["handshake", "header", "keepalive"] {
+                if self.duration_at(&fields, key, 1, DAY).is_some() {
+                    let reason =
+                        "has no effect on a tcp listener; it belongs to tls and http, which this version has not";
+                    self.warnings.push((join(&fields.path, key), reason.into()));
+                }
+            }
+            listener.idle = self.duration_at(&fields, "idle", 10, 30 * DAY);
+        }
+        listener
+    }
+
+    fn networks(&mut self, node: &Node<'_>) -> Vec<Network> {
+        let mut networks = Vec::new();
+        for item in self.list(node) {
+            let found = self.text(&item).and_then(|text| match Network::parse(&text) {
+                Some(network) => Some(network),
+                None => {
+                    self.refuse(&item, "an address or a network such as 10.0.0.0/8 or 2001:db8::/32 (no host bits set)")
+                }
+            });
+            networks.extend(found);
+        }
+        networks
+    }
+
+    fn admin(&mut self, node: &Node<'_>) -> FileAdmin {
+        let mut admin = FileAdmin::default();
+        let Some(fields) = self.fields(node, &["socket", "http"], &[]) else { return admin };
+        admin.socket = fields.get("socket").and_then(|node| {
+            let text = self.text(&node)?;
+            // sockaddr_un holds 108 bytes with the closing zero.
+            if text.starts_with('/') && text.len() <= 107 {
+                Some(text)
+            } else {
+                self.refuse(&node, "an absolute path of at most 107 bytes")
+            }
+        });
+        admin.http = fields.get("http").and_then(|node| self.address(&node, true));
+        admin
+    }
+
+    fn log(&mut self, node: &Node<'_>) -> FileLog {
+        let mut log = FileLog::default();
+        let Some(fields) = self.fields(node, &["level", "format", "access"], &[]) else { return log };
+        log.level = fields.get("level").and_then(|node| {
+            use super::Level::*;
+            self.word(&node, &[("error", Error), ("warn", Warn), ("info", Info), ("debug", Debug), ("trace", Trace)])
+        });
+        log.format = fields
+            .get("format")
+            .and_then(|node| self.word(&node, &[("json", super::Format::Json), ("text", super::Format::Text)]));
+        log.access = fields.get("access").and_then(|node| {
+            use super::Access::*;
+            match node.value {
+                Value::String(text) if text.starts_with('/') && text.len() < 4_096 => Some(File(text.clone())),
+                _ => self
+                    .word(&node, &[("off", Off), ("errors", Errors), ("stdout", Stdout), ("an absolute /path", Off)]),
+            }
+        });
+        log
+    }
+
+    fn shutdown(&mut self, node: &Node<'_>) -> FileShutdown {
+        let mut shutdown = FileShutdown::default();
+        let Some(fields) = self.fields(node, &["announce", "drain"], &[]) else { return shutdown };
+        shutdown.announce = self.duration_at(&fields, "announce", 0, DAY);
+        shutdown.drain = self.duration_at(&fields, "drain", 0, DAY);
+        shutdown
+    }
+
+    // ---- values ----
+
+    fn error(&mut self, path: &str, message: impl Into<String>) {
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(self.index.problem(path, message));
+        }
+    }
+
+    /// Reports what was found and what is allowed.
+    fn refuse<T>(&mut self, node: &Node<'_>, wanted: &str) -> Option<T> {
+        let message = format!("found {}; expected {wanted}", describe(node.value));
+        self.error(&node.path, message);
+        None
+    }
+
+    /// The map at `node`, after every unknown key has been reported.
+    fn fields<'v>(&mut self, node: &Node<'v>, known: &[&str], later: Later) -> Option<Fields<'v>> {
+        let Value::Mapping(map) = node.value else {
+            let wanted =
+                if known.is_empty() { "a map, here {}".to_owned() } else { format!("a map with {}", listed(known)) };
+            return self.refuse(node, &wanted);
+        };
+        for key in map.keys() {
+            let Some(key) = key.as_str() else {
+                self.error(&node.path, format!("the key {} is not text; expected {}", describe(key), listed(known)));
+                continue;
+            };
+            if known.contains(&key) {
+                continue;
+            }
+            let path = join(&node.path, key);
+            if later.contains(&key) {
+                self.error(&path, format!("`{key}` is not in this version of sailover; take it out"));
+                continue;
+            }
+            let message = match nearest(key, known) {
+                Some(similar) => format!("unknown key `{key}`; did you mean `{similar}`?"),
+                None if known.is_empty() => format!("unknown key `{key}`; expected an empty map, {{}}"),
+                None => format!("unknown key `{key}`; expected {}", listed(known)),
+            };
+            self.error(&path, message);
+        }
+        Some(Fields { map, path: node.path.clone() })
+    }
+
+    /// A map of names to things, in the order of the file.
+    fn entries<'v, T>(&mut self, node: &Node<'v>, read: impl Fn(&mut Self, &Node<'v>) -> T) -> Vec<(String, T)> {
+        let mut entries = Vec::new();
+        let Value::Mapping(map) = node.value else {
+            self.refuse::<()>(node, "a map from name to content");
+            return entries;
+        };
+        if map.is_empty() {
+            self.error(&node.path, "the map is empty; write at least one entry");
+        }
+        for (key, value) in map {
+            let name = match key {
+                Value::String(name) => name.clone(),
+                Value::Number(number) => number.to_string(),
+                _ => {
+                    self.error(&node.path, format!("the name {} is not text", describe(key)));
+                    continue;
+                }
+            };
+            let path = join(&node.path, &name);
+            if !is_name(&name) {
+                self.error(&path, format!("found the name {name:?}; expected {NAME}"));
+            }
+            let node = Node { value, path };
+            entries.push((name, read(self, &node)));
+        }
+        entries
+    }
+
+    fn list<'v>(&mut self, node: &Node<'v>) -> Vec<Node<'v>> {
+        let Value::Sequence(items) = node.value else {
+            self.refuse::<()>(node, "a list");
+            return Vec::new();
+        };
+        items.iter().enumerate().map(|(i, value)| Node { value, path: format!("{}[{i}]", node.path) }).collect()
+    }
+
+    fn text(&mut self, node: &Node<'_>) -> Option<String> {
+        match node.value {
+            Value::String(text) => Some(text.clone()),
+            _ => self.refuse(node, "text"),
+        }
+    }
+
+    fn name(&mut self, node: &Node<'_>) -> Option<String> {
+        match node.value {
+            Value::String(text) if is_name(text) => Some(text.clone()),
+            Value::Number(number) if is_name(&number.to_string()) => Some(number.to_string()),
+            _ => self.refuse(node, NAME),
+        }
+    }
+
+    fn number(&mut self, node: &Node<'_>, low: u64, high: u64) -> Option<u64> {
+        match node.value {
+            Value::Number(number) if number.as_u64().is_some_and(|n| (low..=high).contains(&n)) => number.as_u64(),
+            _ if low == high => self.refuse(node, &format!("{low}")),
+            _ => self.refuse(node, &format!("a whole number from {low} to {high}")),
+        }
+    }
+
+    fn duration_at(&mut self, fields: &Fields<'_>, key: &str, low: u64, high: u64) -> Option<Duration> {
+        let node = fields.get(key)?;
+        let (low, high) = (Duration::from_millis(low), Duration::from_millis(high));
+        let within =
+            format!("a duration with its unit, such as 800ms, 30s or 1h, from {low:?} to {}", super::human(high));
+        let text = match node.value {
+            Value::String(text) => text,
+            _ => return self.refuse(&node, &within),
+        };
+        match humantime::parse_duration(text) {
+            Ok(duration) if (low..=high).contains(&duration) => Some(duration),
+            _ => self.refuse(&node, &within),
+        }
+    }
+
+    fn word<T: Clone>(&mut self, node: &Node<'_>, words: &[(&str, T)]) -> Option<T> {
+        let text = match node.value {
+            Value::String(text) => text.as_str(),
+            Value::Bool(false) => "false",
+            _ => "",
+        };
+        if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
+            return Some(value.clone());
+        }
+        let names = words.iter().map(|(word, _)| *word).collect::<Vec<_>>();
+        let suggestion = nearest(text, &names).map(|word| format!("; did you mean {word}?")).unwrap_or_default();
+        let wanted = format!("{}{suggestion}", names.join(" | "));
+        self.refuse(node, &wanted)
+    }
+
+    fn address(&mut self, node: &Node<'_>, listening: bool) -> Option<SocketAddr> {
+        let wanted = "IP:PORT, such as 192.0.2.10:443 or [2001:db8::1]:443";
+        let Value::String(text) = node.value else { return self.refuse(node, wanted) };
+        match text.parse::<SocketAddr>() {
+            Ok(address) if !listening && address.port() == 0 => self.refuse(node, "a port from 1 to 65535"),
+            Ok(address) if !listening && (address.ip().is_unspecified() || address.ip().is_multicast()) => {
+                self.refuse(node, "the address of one host")
+            }
+            Ok(address) => Some(address),
+            Err(_) => {
+                let host = text.rsplit_once(':').map_or(text.as_str(), |(host, _)| host);
+                let named = !host.is_empty()
+                    && host.chars().any(|c| c.is_ascii_alphabetic())
+                    && host.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+                if named {
+                    self.error(
+                        &node.path,
+                        format!(
+                            "found the name {host:?}: names as addresses are not in this version; expected {wanted}"
+                        ),
+                    );
+                    return None;
+                }
+                self.refuse(node, wanted)
+            }
+        }
+    }
+}
+
+const DAY: u64 = 24 * 3_600 * 1_000;
+const MAX_WEIGHT: u64 = 1_000;
+const MAX_CONNECTIONS: u64 = 10_000_000;
+const NAME: &str = "a name of 1 to 64 letters, digits, '-', '_' or '.', beginning with a letter or digit";
+
+fn is_name(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+}
+
+/// The key that was probably meant: at most two edits away, or one for short words.
+fn nearest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
+    let best = known.iter().map(|word| (strsim::damerau_levenshtein(key, word), *word)).min()?;
+    let allowed = if key.len() <= 4 { 1 } else { 2.max(key.len() / 4) };
+    (best.0 <= allowed && key.len() <= 64 && !key.is_empty()).then_some(best.1)
+}
+
+fn listed(words: &[&str]) -> String {
+    match words {
+        [] => String::new(),
+        [one] => one.to_string(),
+        [init @ .., last] => format!("{} or {last}", init.join(", ")),
+    }
+}
+
+fn describe(value: &Value) -> String {
+    match value {
+        Value::Null => "nothing".into(),
+        Value::Bool(b) => format!("{b}"),
+        Value::Number(number) => format!("{number}"),
+        Value::String(text) if text.chars().count() > 60 => {
+            format!("{:?}...", text.chars().take(60).collect::<String>())
+        }
+        Value::String(text) => format!("{text:?}"),
+        Value::Sequence(_) => "a list".into(),
+        Value::Mapping(_) => "a map".into(),
+        Value::Tagged(_) => "a tagged value".into(),
+    }
+}

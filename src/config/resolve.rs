@@ -1,0 +1,225 @@
+//! From the file model to the resolved one: defaults, references and limits that span several keys.
+//!
+//! It never fails: it adds every problem to the list and fills the gap with something harmless. The caller
+//! throws the result away when the list is not empty.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::file::{File, FileListener, FilePool, FileProbe, Index, Problem};
+use super::*;
+
+/// Default of `admin.socket`.
+const ADMIN_SOCKET: &str = "/run/sailover/admin.sock";
+
+pub(super) fn resolve(file: File, index: &Index, problems: &mut Vec<Problem>) -> Config {
+    let known_cells =
+        file.cells.as_ref().map(|cells| cells.iter().map(|(name, _)| name.clone()).collect::<HashSet<_>>());
+    let mut say = |path: &str, message: String| problems.push(index.problem(path, message));
+
+    let mut pools = Vec::new();
+    for (name, pool) in file.pools {
+        pools.push(resolve_pool(name, pool, known_cells.as_ref(), &mut say));
+    }
+
+    let mut listeners = Vec::new();
+    let mut binds: HashMap<SocketAddr, String> = HashMap::new();
+    let mut names: HashMap<String, usize> = HashMap::new();
+    for (i, listener) in file.listeners.into_iter().enumerate() {
+        let path = format!("listeners[{i}]");
+        for (path, address) in &listener.bind {
+            if let Some(first) = binds.insert(*address, path.clone()) {
+                say(path, format!("{address} is already bound by {first}; each address belongs to one listener"));
+            }
+        }
+        let listener = resolve_listener(&path, listener, &pools, &mut say);
+        if let Some(first) = names.insert(listener.name.clone(), i) {
+            say(&path, format!("the name {:?} is already taken by listeners[{first}]", listener.name));
+        }
+        listeners.push(listener);
+    }
+
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cells = file.cells.unwrap_or_default();
+    Config {
+        workers: file.workers.map_or(cores, |n| n as usize),
+        cells: cells
+            .into_iter()
+            .map(|(name, facts)| CellFacts { name, cloud: facts.cloud, region: facts.region })
+            .collect(),
+        pools,
+        listeners,
+        admin: Admin {
+            socket_given: file.admin.socket.is_some(),
+            socket: file.admin.socket.unwrap_or_else(|| ADMIN_SOCKET.to_owned()).into(),
+            http: file.admin.http,
+        },
+        log: Log {
+            level: file.log.level.unwrap_or(Level::Info),
+            format: file.log.format.unwrap_or(Format::Json),
+            access: file.log.access.unwrap_or(Access::Errors),
+        },
+        shutdown: Shutdown {
+            announce: file.shutdown.announce.unwrap_or(Duration::from_secs(5)),
+            drain: file.shutdown.drain.unwrap_or(Duration::from_secs(30)),
+        },
+    }
+}
+
+fn resolve_pool(
+    name: String,
+    pool: FilePool,
+    known_cells: Option<&HashSet<String>>,
+    say: &mut impl FnMut(&str, String),
+) -> Pool {
+    let path = format!("pools.{name}");
+    let mut cells = Vec::new();
+    let mut names: HashMap<String, String> = HashMap::new();
+    let mut addresses: HashMap<SocketAddr, String> = HashMap::new();
+    for (cell_name, cell) in pool.cells {
+        let cell_path = format!("{path}.cells.{cell_name}");
+        if known_cells.is_some_and(|known| !known.contains(&cell_name)) {
+            say(
+                &cell_path,
+                format!(
+                    "the cell {cell_name:?} does not stand under `cells` at the top of the file; add it there or correct the name"
+                ),
+            );
+        }
+        let mut backends = Vec::new();
+        for (backend_path, backend) in cell.backends {
+            if let Some(first) = addresses.insert(backend.address, backend_path.clone()) {
+                say(&backend_path, format!("{} stands in this pool a second time (first at {first})", backend.address));
+            }
+            let name = backend.name.unwrap_or_else(|| backend.address.to_string());
+            if let Some(first) = names.insert(name.clone(), backend_path.clone()) {
+                say(
+                    &backend_path,
+                    format!("the name {name:?} is already taken at {first}; names are unique in a pool"),
+                );
+            }
+            backends.push(Backend {
+                name,
+                address: backend.address,
+                weight: backend.weight.unwrap_or(1) as u32,
+                max_connections: backend.max_connections.map(|n| n as u32),
+            });
+        }
+        cells.push(Cell {
+            name: cell_name,
+            weight: cell.weight.unwrap_or(1) as u32,
+            tier: cell.tier.unwrap_or(0) as u8,
+            backends,
+        });
+    }
+
+    let probe = match pool.probe {
+        None => Some(FileProbe::default()),
+        Some(probe) if probe.off => None,
+        Some(probe) => Some(probe),
+    };
+    let probe = probe.map(|probe| {
+        let interval = probe.interval.unwrap_or(Duration::from_secs(1));
+        let timeout = probe.timeout.unwrap_or(Duration::from_millis(800).min(interval.mul_f64(0.8)));
+        if timeout > interval {
+            say(
+                &format!("{path}.probe.timeout"),
+                format!(
+                    "{} is longer than the interval of {}; a probe ends before the next begins",
+                    human(timeout),
+                    human(interval)
+                ),
+            );
+        }
+        Probe {
+            kind: probe.kind.unwrap_or(ProbeKind::Tcp),
+            interval,
+            timeout,
+            fall: probe.fall.unwrap_or(2) as u32,
+            rise: probe.rise.unwrap_or(2) as u32,
+            port: probe.port.map(|port| port as u16),
+        }
+    });
+
+    let hold = Hold {
+        first: pool.hold_first.unwrap_or(Duration::from_secs(1)),
+        longest: pool.hold_longest.unwrap_or(Duration::from_secs(60).max(pool.hold_first.unwrap_or_default())),
+    };
+    if hold.longest < hold.first {
+        say(
+            &format!("{path}.hold.longest"),
+            format!("{} is shorter than `first`, {}", human(hold.longest), human(hold.first)),
+        );
+    }
+
+    let source = pool.source.unwrap_or_default();
+    if !source.is_empty() {
+        for cell in &cells {
+            for backend in &cell.backends {
+                if !source.iter().any(|ip| ip.is_ipv4() == backend.address.is_ipv4()) {
+                    let family = if backend.address.is_ipv4() { "IPv4" } else { "IPv6" };
+                    say(
+                        &format!("{path}.connect.source"),
+                        format!("no {family} address to dial {} from; add one", backend.address),
+                    );
+                }
+            }
+        }
+    }
+
+    Pool {
+        name,
+        cells,
+        balance: pool.balance.unwrap_or(Balance::TwoChoices),
+        affinity: pool.affinity.unwrap_or(Affinity::None),
+        probe,
+        connect: Connect {
+            timeout: pool.connect_timeout.unwrap_or(Duration::from_secs(3)),
+            attempts: pool.attempts.unwrap_or(5) as u32,
+            race: pool.race.unwrap_or(true),
+            source,
+        },
+        timeouts: Timeouts {
+            idle: pool.idle.unwrap_or(Duration::from_secs(3_600)),
+            half_close: pool.half_close.unwrap_or(Duration::from_secs(30)),
+            unacked: pool.unacked.unwrap_or(Duration::from_secs(15)),
+        },
+        on_down: pool.on_down.unwrap_or(OnDown::Stuck),
+        when_all_down: pool.when_all_down.unwrap_or(WhenAllDown::TryAll),
+        hold,
+        ramp: pool.ramp.unwrap_or(Duration::from_secs(10)),
+        max_connections: pool.max_connections.map(|n| n as u32),
+    }
+}
+
+fn resolve_listener(
+    path: &str,
+    listener: FileListener,
+    pools: &[Pool],
+    say: &mut impl FnMut(&str, String),
+) -> Listener {
+    let bind = listener.bind.into_iter().map(|(_, address)| address).collect::<Vec<_>>();
+    let tcp = listener.tcp.unwrap_or_default();
+    if !tcp.is_empty() && !pools.iter().any(|pool| pool.name == tcp) {
+        let names = pools.iter().map(|pool| pool.name.as_str()).collect::<Vec<_>>();
+        let nearest = names.iter().map(|name| (strsim::damerau_levenshtein(&tcp, name), *name)).min();
+        let hint = match nearest {
+            Some((edits, name)) if edits <= 2 => format!("did you mean {name:?}?"),
+            _ if names.is_empty() => "no pool stands in the file".to_owned(),
+            _ if names.len() > 8 => format!("the file has {} pools, such as {}", names.len(), names[0]),
+            _ => format!("expected {}", names.join(" | ")),
+        };
+        say(&format!("{path}.tcp"), format!("there is no pool {tcp:?}; {hint}"));
+    }
+    Listener {
+        name: listener.name.unwrap_or_else(|| bind.first().map(ToString::to_string).unwrap_or_default()),
+        bind,
+        tcp,
+        allow: listener.allow.unwrap_or_default(),
+        deny: listener.deny.unwrap_or_default(),
+        max_connections: listener.max_connections.map(|n| n as u32),
+        wait: listener.wait.unwrap_or(Duration::from_secs(1)),
+        idle: listener.idle.unwrap_or(Duration::from_secs(3_600)),
+    }
+}

@@ -1,0 +1,2 @@
+//! sailover
+pub mod config;
