@@ -1,2 +1,44 @@
-//! sailover
+//! sailover carries every client to a cell that works. This crate is the program; its modules stand here in the
+//! order in which a reader meets them.
+//!
+//! **The life of a connection.** `server` has bound the listening sockets and given each `worker` its own. The
+//! accept loop of `listen` takes permits (`limits`), takes the listener of the live `table`, and spawns `tcp`,
+//! which asks `dial` for a backend. `dial` asks `pool` for a candidate, opens it, races another when it is silent,
+//! and records what it saw in `backend`, where `health` decides. Then `relay` moves bytes (`splice` when there are
+//! many), and `tcp` counts the end and writes the access line (`log`).
+//!
+//! **The life of a configuration.** `config` reads and judges the file, `table` builds a generation that takes over
+//! every unchanged backend, `reload` reports the difference, and `server` swaps one pointer. `probe` asks the
+//! backends, `drain` takes some out, `admin` and `report` tell people, `cli` asks for them.
+
+pub mod cli;
+pub mod server;
+
 pub mod config;
+pub mod table;
+
+pub mod worker;
+pub mod listen;
+pub mod tcp;
+pub mod dial;
+pub mod pool;
+pub mod backend;
+pub mod health;
+pub mod estimate;
+pub mod witness;
+pub mod relay;
+pub mod splice;
+pub mod session;
+pub mod limits;
+pub mod host;
+
+pub mod probe;
+pub mod reload;
+pub mod drain;
+pub mod admin;
+pub mod report;
+
+pub mod metrics;
+pub mod log;
+pub mod clock;
+pub mod sys;

@@ -1,0 +1,449 @@
+//! Attempts and races: a connection to one backend, for one client, before one deadline.
+//!
+//! 1. The pool names a member; an attempt begins.
+//! 2. It connects: done. It is refused or unreachable: the next member at once, which costs no budget.
+//! 3. It is silent: at its race time a second attempt begins beside it, in another cell when there is one. The
+//!    first is never given up: it stays open until it connects, fails, another wins, or the client's time ends.
+//! 4. An attempt that is still silent at its own judgement time is evidence. One that lost before is kept until
+//!    then by [`watch`], because losing says nothing; then it is closed by a reset.
+//!
+//! Learned times say when the next attempt begins. They never say when one is given up.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use fastrand::Rng;
+use tokio::time::{Instant, Sleep};
+
+use crate::backend::{Backend, Outcome};
+use crate::clock::{self, Time};
+use crate::health::{Depth, Evidence, Seen, Source};
+use crate::host::Host;
+use crate::limits::Permit;
+use crate::pool::{Choice, Policy, Pool, Want};
+
+/// A race begins no earlier than this after an attempt.
+const RACE_FLOOR: Duration = Duration::from_millis(20);
+/// Nor earlier than the learned median and this.
+const RACE_ABOVE_MEDIAN: Duration = Duration::from_millis(10);
+/// With nothing learned a race begins after this.
+const RACE_COLD: Duration = Duration::from_millis(100);
+/// An attempt is judged no earlier than this: a path may become several times slower without being dead.
+const JUDGE_FLOOR: Duration = Duration::from_millis(150);
+/// Nor earlier than this many learned 99th percentiles.
+const JUDGE_FACTOR: u32 = 4;
+/// With nothing learned an attempt is judged after this.
+const JUDGE_COLD: Duration = Duration::from_millis(1_000);
+/// A timer that runs later than this ran late by our own fault and proves no silence.
+const LATE: Duration = Duration::from_millis(10);
+/// Most attempts open at once for one client.
+const OPEN: usize = 3;
+/// Pause before a member is tried a second time.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// What opens connections: the kernel, or a test's script.
+pub trait Network {
+    /// A connection on its way.
+    type Opening: Opening;
+    /// Begins one.
+    ///
+    /// # Errors
+    /// What the system call itself says.
+    fn open(&self, backend: &Backend, policy: &Policy, rng: &mut Rng) -> io::Result<Self::Opening>;
+}
+
+/// A connection on its way.
+pub trait Opening: Send + Unpin + 'static {
+    /// What it becomes.
+    type Connection;
+    /// Ready with the connection and the handshake's duration as the kernel measured it, or with the error.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(Self::Connection, Duration)>>;
+    /// Asks the kernel once more whether the peer has answered.
+    fn answered(&self) -> bool;
+}
+
+/// The client on whose behalf we dial.
+pub trait Client {
+    /// Whether it went away. Asked only when dialling takes longer than usual.
+    fn gone(&self) -> bool;
+}
+
+/// One attempt that failed, for the access log.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// The backend's name.
+    pub backend: Arc<str>,
+    /// What happened, in a few words.
+    pub cause: String,
+}
+
+/// A connection, and how it came about.
+pub struct Dialled<C> {
+    /// The connection.
+    pub connection: C,
+    /// Index of the member in the pool.
+    pub member: usize,
+    /// One of the backend's connections.
+    pub permit: Permit,
+    /// When the attempt that won began.
+    pub began: Time,
+    /// The kernel's time for the handshake.
+    pub handshake: Duration,
+}
+
+/// Why there is none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DialError {
+    /// Every backend that could serve is full.
+    Full,
+    /// No backend connected: all failed, or the time was up.
+    Unreachable,
+    /// The client went away.
+    ClientGone,
+}
+
+/// What is told of the dialling, whatever its end.
+#[derive(Debug, Default)]
+pub struct Story {
+    /// Attempts begun.
+    pub attempts: u32,
+    /// Whether two were open at once.
+    pub raced: bool,
+    /// Those that failed.
+    pub failures: Vec<Failure>,
+}
+
+struct Attempt<O> {
+    member: usize,
+    opening: O,
+    permit: Permit,
+    /// Of the process, for attempts beyond the first.
+    _extra: Option<Permit>,
+    began: Time,
+    judge_at: Time,
+    judged: bool,
+}
+
+enum Event<C> {
+    Ended(usize, io::Result<(C, Duration)>),
+    Timer,
+}
+
+/// Connects `client` to a backend of `pool`.
+///
+/// `timer` is the connection's own timer, reused for its later waits.
+///
+/// # Errors
+/// [`DialError`]; the details are in `story`.
+#[allow(clippy::too_many_arguments)] // One call site; a struct would only name them a second time.
+pub async fn dial<N: Network>(
+    network: &N,
+    host: &Host,
+    pool: &Arc<Pool>,
+    pin: Option<u64>,
+    client: &impl Client,
+    mut timer: Pin<&mut Sleep>,
+    rng: &mut Rng,
+    story: &mut Story,
+) -> Result<Dialled<<N::Opening as Opening>::Connection>, DialError> {
+    let policy = &*pool.policy;
+    let begin = clock::now();
+    let deadline = begin + policy.connect_timeout;
+    let mut open: [Option<Attempt<N::Opening>>; OPEN] = [const { None }; OPEN];
+    let mut tried: Vec<usize> = Vec::new();
+    let mut pause = AGAIN;
+    // When the next attempt begins, and whether as a race: now, at a race time, or (`None`) not yet known.
+    let mut next = Some((begin, false));
+    pool.shared.budget.client(begin);
+
+    loop {
+        let now = clock::now();
+        let running = open.iter().flatten().count();
+
+        if let Some((at, race)) = next
+            && at <= now
+            && story.attempts < policy.attempts
+            && running < OPEN
+        {
+            next = None;
+            let silent_cell = open.iter().flatten().next_back().map(|attempt| pool.members[attempt.member].cell);
+            let want = Want { pin, tried: &tried, racing: silent_cell };
+            match choose(host, pool, &want, race, now, rng) {
+                Chosen::Member(member, doubtful, permit, extra) => {
+                    let backend = &pool.members[member].backend;
+                    tried.push(member);
+                    story.attempts += 1;
+                    story.raced |= running > 0;
+                    match network.open(backend, policy, rng) {
+                        Ok(opening) => {
+                            let (race, judge) = delays(backend);
+                            next = policy.race.then(|| (if doubtful { now } else { now + race }, true));
+                            let attempt = Attempt {
+                                member,
+                                opening,
+                                permit,
+                                _extra: extra,
+                                began: now,
+                                judge_at: now + judge,
+                                judged: false,
+                            };
+                            if let Some(place) = open.iter_mut().find(|place| place.is_none()) {
+                                *place = Some(attempt);
+                            }
+                        }
+                        Err(error) => {
+                            failed(host, policy, backend, &error, true, now, now, story);
+                            next = Some((now, false));
+                        }
+                    }
+                    continue;
+                }
+                Chosen::NoBudget => {
+                    // Ask again after a while: the budget renews itself, and the attempt may end before.
+                    next = Some((now + RACE_COLD, true));
+                }
+                Chosen::Full if running == 0 => return Err(DialError::Full),
+                Chosen::Nothing if running == 0 && tried.is_empty() => return Err(DialError::Unreachable),
+                Chosen::Nothing if running == 0 => {
+                    // Everything was tried once. What failed a moment ago may be back: try it again, slower.
+                    tried.clear();
+                    next = Some((now + pause, false));
+                    pause *= 2;
+                }
+                Chosen::Full | Chosen::Nothing => {}
+            }
+        } else if running == 0 && (next.is_none() || story.attempts >= policy.attempts) {
+            return Err(DialError::Unreachable);
+        }
+
+        let may_begin = story.attempts < policy.attempts && open.iter().flatten().count() < OPEN;
+        let judge_at = open.iter().flatten().filter(|attempt| !attempt.judged).map(|attempt| attempt.judge_at).min();
+        let wake = [Some(deadline), judge_at, next.filter(|_| may_begin).map(|(at, _)| at)]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(deadline);
+        timer.as_mut().reset(instant(wake));
+        match wait(&mut open, timer.as_mut()).await {
+            Event::Ended(place, Ok((connection, handshake))) => {
+                let now = clock::now();
+                let Some(attempt) = open[place].take() else { continue };
+                let member = &pool.members[attempt.member];
+                member.backend.connected(&policy.health, handshake, attempt.began, now);
+                pool.cells[member.cell].times.handshake.record(handshake);
+                if story.raced {
+                    let later = open.iter().flatten().any(|other| other.began < attempt.began);
+                    pool.shared.races[1].add(u64::from(later));
+                }
+                watch_losers(pool, &mut open);
+                return Ok(Dialled {
+                    connection,
+                    member: attempt.member,
+                    permit: attempt.permit,
+                    began: attempt.began,
+                    handshake,
+                });
+            }
+            Event::Ended(place, Err(error)) => {
+                let now = clock::now();
+                let Some(attempt) = open[place].take() else { continue };
+                let backend = &pool.members[attempt.member].backend;
+                failed(host, policy, backend, &error, false, attempt.began, now, story);
+                // Nothing was sent, and nothing is waited for: the next attempt costs no budget.
+                next = Some((now, false));
+            }
+            Event::Timer => {
+                let now = clock::now();
+                if client.gone() {
+                    return Err(DialError::ClientGone);
+                }
+                let late = now.since(wake) > LATE;
+                for attempt in open.iter_mut().flatten().filter(|attempt| !attempt.judged && attempt.judge_at <= now) {
+                    attempt.judged = true;
+                    judge(policy, &pool.members[attempt.member].backend, &attempt.opening, attempt.began, late, now);
+                }
+                if now >= deadline {
+                    for attempt in open.iter().flatten() {
+                        let backend = pool.members[attempt.member].backend.name.clone();
+                        story.failures.push(Failure { backend, cause: "silent".into() });
+                    }
+                    return Err(DialError::Unreachable);
+                }
+            }
+        }
+    }
+}
+
+enum Chosen {
+    Member(usize, bool, Permit, Option<Permit>),
+    Full,
+    Nothing,
+    NoBudget,
+}
+
+/// A member with room, and what an attempt beside another one needs besides: a descriptor, and a token for a race.
+fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng: &mut Rng) -> Chosen {
+    let mut passed = want.tried.to_vec();
+    loop {
+        let want = Want { tried: &passed, ..*want };
+        let (member, doubtful) = match pool.pick(&want, now, rng) {
+            Choice::Member(member) => (member, false),
+            Choice::Doubtful(member) => (member, true),
+            Choice::Full => return Chosen::Full,
+            Choice::Nothing => return Chosen::Nothing,
+        };
+        let Some(permit) = pool.members[member].backend.in_flight.take(pool.members[member].max_connections) else {
+            // Another connection took the last place since the choice.
+            passed.push(member);
+            continue;
+        };
+        if want.racing.is_none() {
+            return Chosen::Member(member, doubtful, permit, None);
+        }
+        let Some(extra) = host.extra_attempts.take(host.max_extra.load(std::sync::atomic::Ordering::Relaxed)) else {
+            return Chosen::NoBudget;
+        };
+        if race && !pool.shared.budget.extra(now) {
+            return Chosen::NoBudget;
+        }
+        pool.shared.races[0].add(u64::from(race));
+        return Chosen::Member(member, doubtful, permit, Some(extra));
+    }
+}
+
+/// When a race begins after an attempt at this backend, and when the attempt is judged.
+fn delays(backend: &Backend) -> (Duration, Duration) {
+    match backend.handshake.learned() {
+        Some((median, p99)) => {
+            let race = RACE_FLOOR.max(p99).max(median + RACE_ABOVE_MEDIAN);
+            (race, JUDGE_FLOOR.max(p99 * JUDGE_FACTOR))
+        }
+        None => (RACE_COLD, JUDGE_COLD),
+    }
+}
+
+/// Counts a failed attempt, and takes it as evidence unless the error is our own.
+#[allow(clippy::too_many_arguments)]
+fn failed(
+    host: &Host,
+    policy: &Policy,
+    backend: &Backend,
+    error: &io::Error,
+    at_once: bool,
+    began: Time,
+    now: Time,
+    story: &mut Story,
+) {
+    story.failures.push(Failure { backend: backend.name.clone(), cause: word(error) });
+    // ENETUNREACH is ours when connect(2) itself says so: there is no route. Later it is a router's word.
+    let routers_word = !at_once && error.raw_os_error() == Some(libc::ENETUNREACH);
+    if !routers_word && host.local_errors.count(error) {
+        backend.counters.attempts[Outcome::Local as usize].add(1);
+        return;
+    }
+    let silent = error.kind() == io::ErrorKind::TimedOut;
+    let (outcome, seen) = if silent { (Outcome::Silent, Seen::Silent) } else { (Outcome::Refused, Seen::Refused) };
+    backend.counters.attempts[outcome as usize].add(1);
+    backend.observe(&policy.health, &Evidence { source: Source::Traffic, depth: Depth::Connect, seen, began }, now);
+}
+
+/// Takes the silence of an attempt as evidence, unless we were late ourselves or the answer is there after all.
+fn judge(policy: &Policy, backend: &Backend, opening: &impl Opening, began: Time, late: bool, now: Time) {
+    if late || opening.answered() {
+        return;
+    }
+    backend.counters.attempts[Outcome::Silent as usize].add(1);
+    let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Silent, began };
+    backend.observe(&policy.health, &evidence, now);
+}
+
+async fn wait<O: Opening>(open: &mut [Option<Attempt<O>>], mut timer: Pin<&mut Sleep>) -> Event<O::Connection> {
+    poll_fn(|context| {
+        for (place, attempt) in open.iter_mut().enumerate() {
+            if let Some(attempt) = attempt
+                && let Poll::Ready(result) = attempt.opening.poll(context)
+            {
+                return Poll::Ready(Event::Ended(place, result));
+            }
+        }
+        timer.as_mut().poll(context).map(|()| Event::Timer)
+    })
+    .await
+}
+
+/// Hands the attempts that lost to a task of their own.
+fn watch_losers<O: Opening>(pool: &Pool, open: &mut [Option<Attempt<O>>]) {
+    for attempt in open.iter_mut().filter_map(Option::take) {
+        let backend = pool.members[attempt.member].backend.clone();
+        backend.counters.attempts[Outcome::Lost as usize].add(1);
+        if !attempt.judged {
+            let policy = pool.policy.clone();
+            tokio::spawn(watch(attempt.opening, attempt.permit, backend, policy, attempt.began, attempt.judge_at));
+        }
+    }
+}
+
+/// Keeps an attempt that lost until its own judgement time: connected by then is a sample, refused or still
+/// silent is evidence. Dropping the connection resets it.
+async fn watch<O: Opening>(
+    mut opening: O,
+    _permit: Permit,
+    backend: Arc<Backend>,
+    policy: Arc<Policy>,
+    began: Time,
+    judge_at: Time,
+) {
+    let mut timer = std::pin::pin!(tokio::time::sleep_until(instant(judge_at)));
+    let ended = poll_fn(|context| {
+        if let Poll::Ready(result) = opening.poll(context) {
+            return Poll::Ready(Some(result));
+        }
+        timer.as_mut().poll(context).map(|()| None)
+    })
+    .await;
+    let now = clock::now();
+    match ended {
+        Some(Ok((_connection, handshake))) => {
+            backend.handshake.record(handshake);
+            backend.success(&policy.health, Source::Traffic, Depth::Connect, began, now);
+        }
+        Some(Err(error)) if is_refusal(&error) => {
+            let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began };
+            backend.observe(&policy.health, &evidence, now);
+        }
+        Some(Err(_)) => {}
+        None => judge(&policy, &backend, &opening, began, now.since(judge_at) > LATE, now),
+    }
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    use io::ErrorKind::*;
+    matches!(
+        error.kind(),
+        ConnectionRefused | ConnectionReset | ConnectionAborted | HostUnreachable | NetworkUnreachable
+    )
+}
+
+/// The few words by which the access log names an error.
+pub fn word(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => "refused".into(),
+        io::ErrorKind::ConnectionReset => "reset".into(),
+        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => "unreachable".into(),
+        io::ErrorKind::TimedOut => "timed out".into(),
+        _ => error.to_string(),
+    }
+}
+
+fn instant(time: Time) -> Instant {
+    let now = clock::now();
+    let base = Instant::now();
+    base + time.since(now)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,580 @@
+//! The health of one backend: a pure state machine. Time is an argument; no I/O, no async, no randomness.
+//!
+//! ```text
+//!              first success                 refusals, silence, resets
+//!   unknown ──────────────────▶ up ─────────────────────────────────────▶ suspect
+//!      │                        ▲ ▲        success at the blamed depth      │  │
+//!      │ fall probes failed     │ └────────────────────────────────────────┘  │ a probe agrees,
+//!      ▼                        │ ramp over                                    │ or it goes on
+//!    down ◀─────────────────────┼──────────────────────────────────────────────┘
+//!      │  ▲                     │        (a suspicion older than a hold returns by a ramp too)
+//!      │  └─────────────── returning
+//!      └── hold over and rise successes ──▲
+//! ```
+//!
+//! Evidence has depth: what was seen at one depth is cleared only by success at that depth or deeper. `suspect`
+//! is cheap and entered quickly, because a suspect backend is only last in its tier; `down` needs agreement.
+//!
+//! Silence is judged by a sequential test (Wald 1945, one-sided): `n` attempts in a row without an answer are
+//! the path's own loss with probability `loss^n`, and count when that is at most [`SUSPECT_ODDS`]. The loss is
+//! learned by two exponentially weighted averages, a quick and a slow one, of which the greater holds.
+
+use std::time::Duration;
+
+use crate::clock::Time;
+
+/// Chance of a false alarm per run of silence that makes a backend suspect.
+const SUSPECT_ODDS: f64 = 1e-4;
+/// The same for `down`.
+const DOWN_ODDS: f64 = 1e-6;
+/// Fewest attempts, and least time from first to last, that count as silence.
+const SILENCE_LEAST: u32 = 3;
+const SILENCE_SPREAD: Duration = Duration::from_millis(50);
+/// Bounds of the learned loss.
+const LOSS_LEAST: f64 = 0.01;
+const LOSS_MOST: f64 = 0.30;
+/// The learned loss is taken a quarter higher, because it is an estimate.
+const LOSS_MARGIN: f64 = 1.25;
+const LOSS_QUICK: f64 = 1.0 / 30.0;
+const LOSS_SLOW: f64 = 1.0 / 1_000.0;
+/// Refusals in a row that make a backend suspect, and those that make a suspect one down without a probe.
+const REFUSALS_SUSPECT: u32 = 2;
+const REFUSALS_DOWN: u32 = 4;
+/// Resets count only when they are spread at least this far: two clients of one moment are one observation.
+const RESET_SPREAD: Duration = Duration::from_millis(10);
+/// First and longest pause between trials of a backend that no probe can clear.
+const TRIAL_FIRST: Duration = Duration::from_secs(1);
+const TRIAL_LONGEST: Duration = Duration::from_secs(8);
+/// A return to `down` within this many holds of the last return is a relapse.
+const RELAPSE_HOLDS: u32 = 10;
+
+/// State of one backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum State {
+    /// Nothing has been seen yet.
+    Unknown,
+    /// Fit.
+    Up,
+    /// Last in its tier until the doubt is settled.
+    Suspect,
+    /// No traffic.
+    Down,
+    /// Fit within its ramp.
+    Returning,
+}
+
+impl State {
+    /// All states.
+    pub const ALL: [State; 5] = [State::Unknown, State::Up, State::Suspect, State::Down, State::Returning];
+
+    /// The word for logs, status and metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            State::Unknown => "unknown",
+            State::Up => "up",
+            State::Suspect => "suspect",
+            State::Down => "down",
+            State::Returning => "returning",
+        }
+    }
+}
+
+/// How far into a conversation a fact was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Depth {
+    /// The handshake.
+    Connect,
+    /// The first byte of an answer.
+    FirstByte,
+    /// A whole answer of the right content.
+    Answer,
+}
+
+impl Depth {
+    /// The word for logs and status.
+    pub fn word(self) -> &'static str {
+        match self {
+            Depth::Connect => "connect",
+            Depth::FirstByte => "first byte",
+            Depth::Answer => "answer",
+        }
+    }
+}
+
+/// Who saw a fact.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// An active check.
+    Probe,
+    /// A client's connection.
+    Traffic,
+}
+
+/// What was seen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Seen {
+    /// Success; `hits` counts the successes at connect depth since the last step, this one included.
+    Success {
+        /// At least 1 for an attempt, 0 for a deeper success of a connection already counted.
+        hits: u32,
+    },
+    /// A reset or an ICMP error instead of a handshake.
+    Refused,
+    /// No answer within the time for it.
+    Silent,
+    /// A reset or a close before the first byte.
+    Reset(Blame),
+    /// A probe's answer was not the wanted one.
+    Wrong,
+}
+
+/// How much a reset says about the backend and not about the client whose bytes came before it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Blame {
+    /// The client's prefix, hashed.
+    pub prefix: u32,
+    /// Whether clients of other prefixes are active: then one prefix gives at most half of what is needed.
+    pub others: bool,
+    /// Share of this prefix's connections that end so on other backends, 0 to 1.
+    pub elsewhere: f64,
+}
+
+/// One fact about one backend.
+#[derive(Clone, Copy, Debug)]
+pub struct Evidence {
+    /// Who saw it.
+    pub source: Source,
+    /// How deep.
+    pub depth: Depth,
+    /// What.
+    pub seen: Seen,
+    /// When the attempt or the probe began. What began before the present state says nothing about it.
+    pub began: Time,
+}
+
+/// Why a backend is in its state.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cause {
+    /// Who saw it last.
+    pub source: Source,
+    /// What was seen.
+    pub kind: &'static str,
+    /// How deep.
+    pub depth: Depth,
+    /// How often in a row.
+    pub times: u32,
+    /// When.
+    pub at: Time,
+}
+
+/// A change of state.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Transition {
+    /// Before.
+    pub from: State,
+    /// After.
+    pub to: State,
+    /// Why.
+    pub cause: Cause,
+    /// From the first failed evidence to leaving `up`; `None` for other transitions.
+    pub detected: Option<Duration>,
+}
+
+/// What the pool's configuration says about health.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Policy {
+    /// Failed probes in a row before `down`.
+    pub fall: u32,
+    /// Successes in a row before a return.
+    pub rise: u32,
+    /// First hold.
+    pub hold_first: Duration,
+    /// Longest hold.
+    pub hold_longest: Duration,
+    /// Length of the ramp.
+    pub ramp: Duration,
+    /// How deep the probe looks; `None` without a probe.
+    pub probe_depth: Option<Depth>,
+}
+
+/// Failures of one kind in a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Run {
+    count: u32,
+    first: Time,
+    last: Time,
+}
+
+impl Run {
+    fn push(&mut self, at: Time) {
+        if self.count == 0 {
+            self.first = at;
+        }
+        self.count += 1;
+        // Attempts are judged in the order they end, not in the order they began.
+        self.first = self.first.min(at);
+        self.last = self.last.max(at);
+    }
+
+    fn spread(&self) -> Duration {
+        self.last.since(self.first)
+    }
+}
+
+/// Resets in a row, by client prefix. More than eight prefixes need no telling apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Resets {
+    run: Run,
+    prefixes: [(u32, u32); 8],
+    used: usize,
+    elsewhere: f64,
+    others: bool,
+}
+
+impl Resets {
+    fn push(&mut self, blame: Blame, at: Time) {
+        self.run.push(at);
+        self.elsewhere = if self.run.count == 1 { blame.elsewhere } else { self.elsewhere.max(blame.elsewhere) };
+        self.others |= blame.others;
+        if let Some((_, count)) = self.prefixes[..self.used].iter_mut().find(|(prefix, _)| *prefix == blame.prefix) {
+            *count += 1;
+        } else if self.used < self.prefixes.len() {
+            self.prefixes[self.used] = (blame.prefix, 1);
+            self.used += 1;
+        }
+    }
+
+    fn convincing(&self) -> bool {
+        let needed = needed(self.elsewhere, SUSPECT_ODDS).max(2);
+        let each = if self.others || self.used > 1 { needed.div_ceil(2) } else { needed };
+        let counted: u32 = self.prefixes[..self.used].iter().map(|(_, count)| (*count).min(each)).sum();
+        counted >= needed && self.run.spread() >= RESET_SPREAD
+    }
+}
+
+/// Smallest `n` with `rate^n <= odds`.
+fn needed(rate: f64, odds: f64) -> u32 {
+    let rate = rate.clamp(LOSS_LEAST, 0.99);
+    // A hair of tolerance: 0.01^2 must be 1e-4 in floating point too.
+    ((odds.ln() / rate.ln()) - 1e-9).ceil() as u32
+}
+
+/// Health of one backend.
+#[derive(Clone, Debug)]
+pub struct Health {
+    state: State,
+    since: Time,
+    cause: Option<Cause>,
+    /// Deepest depth of what speaks against the backend.
+    blamed: Depth,
+    /// Whether traffic, and not probes alone, speaks against it.
+    seen_by_traffic: bool,
+    refusals: u32,
+    silence: Run,
+    resets: Resets,
+    first_failure: Option<Time>,
+    last_failure: Time,
+    probe_failures: u32,
+    successes: u32,
+    loss_quick: f64,
+    loss_slow: f64,
+    hold: Duration,
+    hold_until: Time,
+    returned: Option<Time>,
+    trial_at: Time,
+    trial_pause: Duration,
+}
+
+impl Health {
+    /// A backend nothing is known about. Without a probe it is taken for `up`: only traffic can tell.
+    pub fn new(policy: &Policy, now: Time) -> Health {
+        Health {
+            state: if policy.probe_depth.is_some() { State::Unknown } else { State::Up },
+            since: now,
+            cause: None,
+            blamed: Depth::Connect,
+            seen_by_traffic: false,
+            refusals: 0,
+            silence: Run::default(),
+            resets: Resets::default(),
+            first_failure: None,
+            last_failure: Time(0),
+            probe_failures: 0,
+            successes: 0,
+            loss_quick: 0.0,
+            loss_slow: 0.0,
+            hold: policy.hold_first,
+            hold_until: now,
+            returned: None,
+            trial_at: now,
+            trial_pause: TRIAL_FIRST,
+        }
+    }
+
+    /// The present state.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// When the present state began.
+    pub fn since(&self) -> Time {
+        self.since
+    }
+
+    /// Why the present state began; `None` before the first transition.
+    pub fn cause(&self) -> Option<Cause> {
+        self.cause
+    }
+
+    /// Deepest depth of what speaks against the backend.
+    pub fn blamed(&self) -> Depth {
+        self.blamed
+    }
+
+    /// Whether traffic, and not probes alone, speaks against the backend.
+    pub fn seen_by_traffic(&self) -> bool {
+        self.seen_by_traffic
+    }
+
+    /// When traffic last failed on it; `Time(0)`: never.
+    pub fn last_failure(&self) -> Time {
+        self.last_failure
+    }
+
+    /// The present hold, and when it ends.
+    pub fn hold(&self) -> (Duration, Time) {
+        (self.hold, self.hold_until)
+    }
+
+    /// The learned loss of the path with its margin, 0.01 to 0.30.
+    pub fn loss(&self) -> f64 {
+        (self.loss_quick.max(self.loss_slow) * LOSS_MARGIN).clamp(LOSS_LEAST, LOSS_MOST)
+    }
+
+    /// Deepest depth at which a run of failures is open: a success that deep must come through [`Health::step`].
+    pub fn open_run(&self) -> Option<Depth> {
+        if self.resets.run.count > 0 {
+            Some(Depth::FirstByte)
+        } else if self.refusals > 0 || self.silence.count > 0 || self.probe_failures > 0 {
+            Some(Depth::Connect)
+        } else {
+            None
+        }
+    }
+
+    /// When a client's connection should next try a backend that no probe can clear; `None` when a probe can,
+    /// or nothing is wrong.
+    pub fn trial_at(&self, policy: &Policy) -> Option<Time> {
+        let doubted = matches!(self.state, State::Suspect | State::Down);
+        let out_of_sight = policy.probe_depth.is_none_or(|depth| depth < self.blamed);
+        (doubted && out_of_sight).then(|| match self.state {
+            State::Down => self.trial_at.max(self.hold_until),
+            _ => self.trial_at,
+        })
+    }
+
+    /// Notes that a trial is under way, so that the next waits for its pause.
+    pub fn trial_begins(&mut self, now: Time) {
+        self.trial_at = now + self.trial_pause;
+    }
+
+    /// Takes one fact and returns the change of state it makes, if any.
+    pub fn step(&mut self, policy: &Policy, evidence: &Evidence, now: Time) -> Option<Transition> {
+        match evidence.seen {
+            Seen::Success { hits } => self.success(policy, evidence, hits, now),
+            _ => self.failure(policy, evidence, now),
+        }
+    }
+
+    fn success(&mut self, policy: &Policy, evidence: &Evidence, hits: u32, now: Time) -> Option<Transition> {
+        let settled = matches!(self.state, State::Unknown | State::Up | State::Returning);
+        // Evidence older than a doubt does not settle it.
+        let current = settled || evidence.began >= self.since;
+        if !current {
+            return None;
+        }
+        if settled {
+            self.learn_loss(hits, self.silence.count);
+        }
+        self.refusals = 0;
+        self.silence = Run::default();
+        if evidence.source == Source::Probe {
+            self.probe_failures = 0;
+        }
+        if evidence.depth >= Depth::FirstByte {
+            self.resets = Resets::default();
+        }
+        if settled && self.open_run().is_none() {
+            self.first_failure = None;
+        }
+        let cause = |times| Cause { source: evidence.source, kind: "success", depth: evidence.depth, times, at: now };
+        match self.state {
+            State::Unknown => self.enter(State::Up, cause(1), policy, now),
+            State::Up => None,
+            State::Returning if now.since(self.since) >= policy.ramp => self.enter(State::Up, cause(1), policy, now),
+            State::Returning => None,
+            State::Suspect if evidence.depth >= self.blamed => {
+                let long = now.since(self.since) >= policy.hold_first;
+                self.enter(if long { State::Returning } else { State::Up }, cause(1), policy, now)
+            }
+            State::Down if evidence.depth >= self.blamed => {
+                self.successes += 1;
+                let enough = self.successes >= policy.rise && now >= self.hold_until;
+                if enough { self.enter(State::Returning, cause(self.successes), policy, now) } else { None }
+            }
+            State::Suspect | State::Down => None,
+        }
+    }
+
+    fn failure(&mut self, policy: &Policy, evidence: &Evidence, now: Time) -> Option<Transition> {
+        if evidence.began < self.since {
+            return None;
+        }
+        self.first_failure.get_or_insert(evidence.began);
+        self.successes = 0;
+        let probe = evidence.source == Source::Probe;
+        if probe {
+            self.probe_failures += 1;
+        } else {
+            self.last_failure = now;
+        }
+        let (kind, times) = match evidence.seen {
+            Seen::Refused => {
+                self.refusals += 1;
+                ("refused", self.refusals)
+            }
+            Seen::Silent if evidence.depth == Depth::Connect => {
+                self.silence.push(evidence.began);
+                ("silent", self.silence.count)
+            }
+            Seen::Silent => ("silent", self.probe_failures),
+            Seen::Reset(blame) => {
+                if !probe {
+                    self.resets.push(blame, evidence.began);
+                }
+                ("reset", if probe { self.probe_failures } else { self.resets.run.count })
+            }
+            Seen::Wrong | Seen::Success { .. } => ("wrong answer", self.probe_failures),
+        };
+        let cause = Cause { source: evidence.source, kind, depth: evidence.depth, times, at: now };
+        match self.state {
+            State::Unknown | State::Up | State::Returning => {
+                let silent = self.silence.count >= SILENCE_LEAST.max(needed(self.loss(), SUSPECT_ODDS))
+                    && self.silence.spread() >= SILENCE_SPREAD;
+                let doubtful = self.refusals >= REFUSALS_SUSPECT || silent || self.resets.convincing();
+                let fallen = probe && self.probe_failures >= policy.fall && self.beyond_loss(evidence, SUSPECT_ODDS);
+                if !fallen && !doubtful {
+                    return None;
+                }
+                self.blamed = evidence.depth;
+                self.seen_by_traffic = !probe;
+                self.trial_pause = TRIAL_FIRST;
+                self.trial_at = now + TRIAL_FIRST;
+                self.enter(if fallen { State::Down } else { State::Suspect }, cause, policy, now)
+            }
+            State::Suspect => {
+                self.blamed = self.blamed.max(evidence.depth);
+                self.seen_by_traffic |= !probe;
+                self.postpone_trial(now);
+                let agreed = probe && self.beyond_loss(evidence, DOWN_ODDS);
+                let goes_on = self.refusals >= REFUSALS_DOWN
+                    || (self.silence.count >= SILENCE_LEAST
+                        && self.beyond_loss(evidence, DOWN_ODDS)
+                        && is_silence(evidence));
+                if agreed || goes_on { self.enter(State::Down, cause, policy, now) } else { None }
+            }
+            State::Down => {
+                self.seen_by_traffic |= !probe;
+                self.postpone_trial(now);
+                None
+            }
+        }
+    }
+
+    fn postpone_trial(&mut self, now: Time) {
+        self.trial_pause = (self.trial_pause * 2).min(TRIAL_LONGEST);
+        self.trial_at = self.trial_at.max(now + self.trial_pause);
+    }
+
+    /// Whether a silent attempt is more than the path's own loss; any other failure is.
+    fn beyond_loss(&self, evidence: &Evidence, odds: f64) -> bool {
+        if !is_silence(evidence) {
+            return true;
+        }
+        // A path that never lost anything is believed at once: `fall` alone decides, as configured.
+        self.loss() <= LOSS_LEAST && evidence.source == Source::Probe || self.silence.count >= needed(self.loss(), odds)
+    }
+
+    fn learn_loss(&mut self, hits: u32, misses: u32) {
+        for (rate, alpha) in [(&mut self.loss_quick, LOSS_QUICK), (&mut self.loss_slow, LOSS_SLOW)] {
+            *rate *= (1.0 - alpha).powi(hits.min(100_000) as i32);
+            for _ in 0..misses.min(64) {
+                *rate += (1.0 - *rate) * alpha;
+            }
+        }
+    }
+
+    fn enter(&mut self, to: State, cause: Cause, policy: &Policy, now: Time) -> Option<Transition> {
+        let from = self.state;
+        let left_up = matches!(from, State::Up | State::Returning) && matches!(to, State::Suspect | State::Down);
+        let detected = left_up.then(|| now.since(self.first_failure.unwrap_or(now)));
+        if to == State::Down {
+            self.next_hold(policy, now);
+            self.hold_until = now + self.hold;
+            self.successes = 0;
+            self.trial_at = self.trial_at.max(self.hold_until);
+        }
+        if to == State::Returning && from == State::Down {
+            self.returned = Some(now);
+        }
+        if matches!(to, State::Up | State::Returning) {
+            self.refusals = 0;
+            self.silence = Run::default();
+            self.resets = Resets::default();
+            self.probe_failures = 0;
+            self.first_failure = None;
+            self.blamed = Depth::Connect;
+            self.seen_by_traffic = false;
+        }
+        self.state = to;
+        self.since = now;
+        self.cause = Some(cause);
+        Some(Transition { from, to, cause, detected })
+    }
+
+    /// The hold halves with each full hold spent up, and doubles with a relapse.
+    fn next_hold(&mut self, policy: &Policy, now: Time) {
+        let Some(returned) = self.returned else {
+            self.hold = policy.hold_first;
+            return;
+        };
+        let mut calm = now.since(returned);
+        let relapse = calm <= self.hold * RELAPSE_HOLDS;
+        let mut hold = self.hold;
+        while calm >= hold && hold > policy.hold_first {
+            calm -= hold;
+            hold /= 2;
+        }
+        if relapse {
+            hold *= 2;
+        }
+        self.hold = hold.clamp(policy.hold_first, policy.hold_longest);
+    }
+}
+
+fn is_silence(evidence: &Evidence) -> bool {
+    evidence.seen == Seen::Silent && evidence.depth == Depth::Connect
+}
+
+/// Share of its full weight that a returning backend gets: grows in a straight line from a tenth.
+pub fn ramp_share(since: Time, ramp: Duration, now: Time) -> f64 {
+    if ramp.is_zero() {
+        return 1.0;
+    }
+    (0.1 + 0.9 * now.since(since).as_secs_f64() / ramp.as_secs_f64()).min(1.0)
+}
+
+#[cfg(test)]
+mod tests;

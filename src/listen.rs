@@ -1,0 +1,288 @@
+//! Listening sockets and the accept loop.
+//!
+//! Control binds an address once, with one `SO_REUSEPORT` socket for each worker, and the sockets live as long as
+//! the address stands in the configuration. Each worker runs [`accept`] on its own. The loop never ends but by
+//! [`Stop`], and never spins: errors are classified, those of our own back off and are counted.
+
+use std::future::poll_fn;
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::task::Poll;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::host::Host;
+use crate::limits::Permit;
+use crate::table::{End, Listener, Table};
+use crate::tcp;
+
+/// Connections that the kernel keeps for us while we do not accept.
+const BACKLOG: i32 = 4_096;
+/// Keepalive towards clients.
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10)).with_retries(3);
+/// First and longest pause after an accept that failed by our own fault.
+const PAUSE_FIRST: Duration = Duration::from_millis(5);
+const PAUSE_LONGEST: Duration = Duration::from_secs(1);
+/// A socket that is to be closed is empty when nothing came for this long.
+const QUIET: Duration = Duration::from_millis(50);
+/// But it is closed after this long at the latest.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Binds `address` once for each worker.
+///
+/// # Errors
+/// What bind(2) and listen(2) say; "address in use" also when another process of ours has it.
+pub fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<StdListener>> {
+    // SO_REUSEPORT would let a second instance in beside the first and take half of its connections. A bind
+    // without it fails when anybody has the address, so it is tried first.
+    let probe = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), Some(Protocol::TCP))?;
+    options(&probe, address)?;
+    probe.bind(&address.into())?;
+    probe.listen(1)?;
+    // Port 0 stands for any free one; the workers share the one that was found.
+    let address = probe.local_addr()?.as_socket().unwrap_or(address);
+    drop(probe);
+    (0..workers)
+        .map(|_| {
+            let socket =
+                Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+            options(&socket, address)?;
+            socket.set_reuse_port(true)?;
+            socket.bind(&address.into())?;
+            // Accepted sockets inherit these, which saves the calls on each of them.
+            socket.set_tcp_nodelay(true)?;
+            socket.set_tcp_keepalive(&KEEPALIVE)?;
+            socket.listen(BACKLOG)?;
+            Ok(socket.into())
+        })
+        .collect()
+}
+
+fn options(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+        socket.set_freebind_v6(true)
+    } else {
+        socket.set_freebind_v4(true)
+    }
+}
+
+/// Whether `address` can be served from here now. A standby listens on an address that another machine still has.
+pub fn is_local(address: SocketAddr) -> bool {
+    address.ip().is_unspecified() || {
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM.cloexec(), Some(Protocol::UDP));
+        socket.is_ok_and(|socket| socket.bind(&SocketAddr::new(address.ip(), 0).into()).is_ok())
+    }
+}
+
+/// Tells the accept loops of one address to end.
+pub type Stop = watch::Receiver<bool>;
+
+/// Accepts on one socket until `stop` turns true.
+///
+/// `bind` is the address as configured, by which each table knows its listener.
+pub async fn accept(socket: TcpListener, bind: SocketAddr, host: Arc<Host>, mut stop: Stop) {
+    let mut cache = arc_swap::Cache::new(host.live.clone());
+    let Some(mut listener) = cache.load().listeners.get(&bind).cloned() else { return };
+    let mut generation = cache.load().generation;
+    let mut pause = PAUSE_FIRST;
+    loop {
+        let room = host.connections.used() < host.max_connections.load(Relaxed)
+            && listener.shared.connections.used() < listener.max_connections;
+        if !room && !*stop.borrow() {
+            wait_at_cap(&socket, &listener, &host, &mut stop).await;
+            refresh(&mut listener, &mut generation, cache.load(), bind);
+            continue;
+        }
+        let accepted = {
+            let mut stopped = pin!(stopped(&mut stop));
+            poll_fn(|context| match socket.poll_accept(context) {
+                Poll::Ready(accepted) => Poll::Ready(Some(accepted)),
+                Poll::Pending => stopped.as_mut().poll(context).map(|()| None),
+            })
+            .await
+        };
+        match accepted {
+            None => break,
+            Some(Ok((client, peer))) => {
+                pause = PAUSE_FIRST;
+                refresh(&mut listener, &mut generation, cache.load(), bind);
+                admit(client, peer, &listener, &host);
+            }
+            Some(Err(error)) if is_peers(&error) => {}
+            Some(Err(error)) => {
+                if !host.local_errors.count(&error) {
+                    tracing::warn!(listener = &*listener.name, %error, "accept failed; trying again");
+                }
+                host.accept_paused[0].add(1);
+                sleep(pause).await;
+                pause = (pause * 2).min(PAUSE_LONGEST);
+            }
+        }
+    }
+    farewell(&socket, &listener, &host).await;
+}
+
+/// Ends when `stop` has turned true, or its sender is gone.
+async fn stopped(stop: &mut Stop) {
+    let _ = stop.wait_for(|stop| *stop).await.is_ok();
+}
+
+/// Takes the listener from a new table; a listener that is gone serves its last connections as it stood.
+fn refresh(listener: &mut Arc<Listener>, generation: &mut u64, table: &Table, bind: SocketAddr) {
+    if *generation != table.generation {
+        *generation = table.generation;
+        if let Some(new) = table.listeners.get(&bind) {
+            *listener = new.clone();
+        }
+    }
+}
+
+/// Gives a connection its permits and its task.
+fn admit(client: TcpStream, peer: SocketAddr, listener: &Arc<Listener>, host: &Arc<Host>) {
+    if !listener.admits(peer.ip()) {
+        listener.shared.ends[End::Denied as usize].add(1);
+        tcp::reset(&client);
+        return;
+    }
+    match permits(listener, host) {
+        Some(permits) => start(client, peer, listener.clone(), host.clone(), permits),
+        None => {
+            // Another worker took the last place since we looked.
+            let (listener, host) = (listener.clone(), host.clone());
+            tokio::spawn(async move {
+                let deadline = Instant::now() + listener.wait;
+                loop {
+                    let freed = pin!(host.connections.freed());
+                    let freed_here = pin!(listener.shared.connections.freed());
+                    if let Some(permits) = permits(&listener, &host) {
+                        return start(client, peer, listener.clone(), host.clone(), permits);
+                    }
+                    tokio::select! {
+                        () = freed => {}
+                        () = freed_here => {}
+                        () = sleep_until(deadline) => {
+                            listener.shared.ends[End::Cap as usize].add(1);
+                            return tcp::reset(&client);
+                        }
+                    }
+                }
+            });
+        }
+    }
+}
+
+fn permits(listener: &Listener, host: &Host) -> Option<[Permit; 2]> {
+    let of_process = host.connections.take(host.max_connections.load(Relaxed))?;
+    let of_listener = listener.shared.connections.take(listener.max_connections)?;
+    Some([of_process, of_listener])
+}
+
+fn start(client: TcpStream, peer: SocketAddr, listener: Arc<Listener>, host: Arc<Host>, permits: [Permit; 2]) {
+    tokio::spawn(async move {
+        let _counted = CountPanic(&host);
+        tcp::serve(client, peer, listener, host.clone(), permits).await;
+    });
+}
+
+/// A panic in a connection's task costs that connection; it is counted because it is a bug of ours.
+struct CountPanic<'a>(&'a Host);
+
+impl Drop for CountPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.panics.add(1);
+        }
+    }
+}
+
+/// Waits for a place. Connections wait in the kernel meanwhile, each for at most `limits.wait`: what is queued by
+/// then is accepted and reset, so that a client learns where it stands.
+async fn wait_at_cap(socket: &TcpListener, listener: &Listener, host: &Host, stop: &mut Stop) {
+    host.accept_paused[1].add(1);
+    let _at_cap = AtCap::new(listener);
+    let deadline = Instant::now() + listener.wait;
+    tokio::select! {
+        () = host.connections.freed() => {}
+        () = listener.shared.connections.freed() => {}
+        () = stopped(stop) => {}
+        () = sleep_until(deadline) => {
+            while let Some((client, _)) = accept_now(socket).await {
+                listener.shared.ends[End::Cap as usize].add(1);
+                tcp::reset(&client);
+            }
+        }
+        // A place freed between our look and our wait is found here.
+        () = sleep(Duration::from_millis(20)) => {}
+    }
+}
+
+/// Marks a listener as being at its cap for as long as it lives.
+struct AtCap<'a>(&'a Listener);
+
+impl<'a> AtCap<'a> {
+    fn new(listener: &'a Listener) -> AtCap<'a> {
+        listener.shared.at_cap.store(true, Relaxed);
+        AtCap(listener)
+    }
+}
+
+impl Drop for AtCap<'_> {
+    fn drop(&mut self) {
+        self.0.shared.at_cap.store(false, Relaxed);
+    }
+}
+
+/// A connection that is queued now; `None` when there is none.
+async fn accept_now(socket: &TcpListener) -> Option<(TcpStream, SocketAddr)> {
+    poll_fn(|context| match socket.poll_accept(context) {
+        Poll::Ready(Ok(accepted)) => Poll::Ready(Some(accepted)),
+        Poll::Ready(Err(_)) | Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
+/// Serves what is queued on a socket that is about to be closed: closing it would reset those clients.
+async fn farewell(socket: &TcpListener, listener: &Arc<Listener>, host: &Arc<Host>) {
+    let deadline = Instant::now() + FAREWELL;
+    let mut quiet = 0;
+    while quiet < 2 && Instant::now() < deadline {
+        quiet += 1;
+        while let Some((client, peer)) = accept_now(socket).await {
+            quiet = 0;
+            admit(client, peer, listener, host);
+        }
+        if quiet < 2 {
+            sleep(QUIET).await;
+        }
+    }
+}
+
+/// Errors of accept(2) that belong to the connection and not to us.
+fn is_peers(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ECONNABORTED
+                | libc::EPROTO
+                | libc::ENOPROTOOPT
+                | libc::EHOSTDOWN
+                | libc::ENONET
+                | libc::EHOSTUNREACH
+                | libc::EOPNOTSUPP
+                | libc::ENETUNREACH
+                | libc::ENETDOWN
+                | libc::EINTR
+                | libc::ECONNRESET
+        )
+    )
+}

@@ -1,0 +1,717 @@
+//! Which backend next: first the cell, then the backend in it. Time and randomness are arguments; no I/O.
+//!
+//! What depends on health is computed once per transition into a [`Plan`], so that a choice costs the same for
+//! ten backends and for ten thousand. A plan may be a moment old: every candidate is checked again against its
+//! backend's own state before it is taken.
+//!
+//! A client's order of candidates: a due trial; the fit backends by share, tier by tier, each tier's suspects
+//! after its fit ones; backends nothing is known about; and, when the pool has nothing else, those that are
+//! down, the least recently failed first. Untried always comes before tried.
+
+use std::net::IpAddr;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use fastrand::Rng;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use crate::backend::{Backend, PoolShared};
+use crate::clock::Time;
+use crate::config::{Affinity, Balance, OnDown, WhenAllDown};
+use crate::health::{self, State};
+use crate::metrics::{Histogram, TIME_BOUNDS};
+
+/// A cell carries its full share while at least 1/1.4 of its weight is fit (Envoy's overprovisioning factor).
+const OVERPROVISION: f64 = 1.4;
+/// While a ramp is under way, or all are down, a plan is good for this long.
+const PLAN_MOVING: Duration = Duration::from_millis(100);
+/// Draws before a cell is searched one by one; a search happens only when most of a cell was tried or is full.
+const DRAWS: usize = 4;
+/// `least_connections` looks at all backends of a cell up to this many, and at as many random ones beyond.
+const LEAST_LOOKED_AT: usize = 16;
+
+/// Backends that await a trial and are asked for one client.
+const TRIALS_LOOKED_AT: usize = 8;
+
+/// What a pool's configuration says to the data plane. A running session keeps it, and nothing else of a table.
+#[derive(Debug, PartialEq)]
+#[allow(missing_docs)] // Each is the key of the same name in configs/reference.yaml.
+pub struct Policy {
+    pub health: health::Policy,
+    pub balance: Balance,
+    pub affinity: Affinity,
+    pub connect_timeout: Duration,
+    pub attempts: u32,
+    pub race: bool,
+    pub source: Vec<IpAddr>,
+    pub idle: Duration,
+    pub half_close: Duration,
+    pub unacked: Duration,
+    pub on_down: OnDown,
+    pub drain: Duration,
+    pub when_all_down: WhenAllDown,
+    pub max_connections: u32,
+}
+
+/// Times by cell, kept over reloads.
+#[derive(Debug)]
+pub struct CellTimes {
+    /// Handshakes, in seconds.
+    pub handshake: Histogram,
+    /// From the client's bytes to the first byte of an answer, in seconds.
+    pub first_byte: Histogram,
+}
+
+impl Default for CellTimes {
+    fn default() -> Self {
+        CellTimes { handshake: Histogram::new(&TIME_BOUNDS), first_byte: Histogram::new(&TIME_BOUNDS) }
+    }
+}
+
+/// One backend's place in a pool.
+#[derive(Debug)]
+pub struct Member {
+    /// The backend.
+    pub backend: Arc<Backend>,
+    /// Index of its cell.
+    pub cell: usize,
+    /// Share inside the cell.
+    pub weight: u32,
+    /// Most connections at once.
+    pub max_connections: u32,
+}
+
+/// One cell's place in a pool.
+#[derive(Debug)]
+pub struct Cell {
+    /// Its name.
+    pub name: Arc<str>,
+    /// 0 first.
+    pub tier: u8,
+    /// Share against the other cells of its tier.
+    pub weight: u32,
+    /// Its members.
+    pub members: Range<usize>,
+    /// Its times.
+    pub times: Arc<CellTimes>,
+    hash: u64,
+    maglev: Option<Maglev>,
+    turn: AtomicUsize,
+}
+
+/// The same thing served from several cells.
+#[derive(Debug)]
+pub struct Pool {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its policy.
+    pub policy: Arc<Policy>,
+    /// Its cells.
+    pub cells: Vec<Cell>,
+    /// The backends of all its cells, cell by cell.
+    pub members: Vec<Member>,
+    /// What survives it.
+    pub shared: Arc<PoolShared>,
+    plan: ArcSwap<Plan>,
+    planning: Mutex<()>,
+}
+
+/// What depends on health, as it was at one moment.
+#[derive(Debug, Default)]
+pub struct Plan {
+    epoch: u64,
+    built: Time,
+    /// Some share changes with time alone.
+    moving: bool,
+    cells: Vec<CellPlan>,
+    tiers: Vec<u8>,
+    trials: Vec<usize>,
+    unknown: Vec<usize>,
+    down: Vec<usize>,
+}
+
+#[derive(Debug, Default)]
+struct CellPlan {
+    /// Share of the pool's new clients, 0 to 1.
+    share: f64,
+    /// How much of its own clients the cell keeps, 0 to 1.
+    keeps: f64,
+    /// Mean ramp share of the fit members, 0 to 1.
+    ramp: f64,
+    fit: Vec<usize>,
+    suspect: Vec<usize>,
+    draw: Alias,
+    turns: Vec<usize>,
+}
+
+/// What one client wants.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Want<'a> {
+    /// Hash of what pins the client; `None` without affinity.
+    pub pin: Option<u64>,
+    /// Members already tried.
+    pub tried: &'a [usize],
+    /// For a race: the cell that is silent.
+    pub racing: Option<usize>,
+}
+
+/// A choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// This member.
+    Member(usize),
+    /// This member, which is in doubt: another attempt belongs beside it.
+    Doubtful(usize),
+    /// Every backend that could serve has all the connections it may have.
+    Full,
+    /// Nothing is left to try.
+    Nothing,
+}
+
+/// Hash of a client's address for affinity.
+pub fn pin(client: IpAddr) -> u64 {
+    match client.to_canonical() {
+        IpAddr::V4(v4) => xxh3_64(&v4.octets()),
+        IpAddr::V6(v6) => xxh3_64(&v6.octets()),
+    }
+}
+
+impl Pool {
+    /// Puts a pool together. `members` lists the backends of `cells` one cell after the other; each cell is
+    /// name, tier, weight, number of members and times.
+    pub fn new(
+        shared: Arc<PoolShared>,
+        policy: Arc<Policy>,
+        cells: Vec<(Arc<str>, u8, u32, usize, Arc<CellTimes>)>,
+        members: Vec<Member>,
+    ) -> Pool {
+        let mut first = 0;
+        let cells = cells
+            .into_iter()
+            .map(|(name, tier, weight, count, times)| {
+                let range = first..first + count;
+                first += count;
+                let maglev = (policy.affinity == Affinity::ClientIp).then(|| Maglev::new(&members[range.clone()]));
+                let hash = xxh3_64(name.as_bytes());
+                Cell { name, tier, weight, members: range, times, hash, maglev, turn: AtomicUsize::new(0) }
+            })
+            .collect();
+        Pool {
+            name: shared.name.clone(),
+            policy,
+            cells,
+            members,
+            shared,
+            plan: ArcSwap::from_pointee(Plan::default()),
+            planning: Mutex::new(()),
+        }
+    }
+
+    /// Chooses a member for one client.
+    pub fn pick(&self, want: &Want<'_>, now: Time, rng: &mut Rng) -> Choice {
+        let plan = self.plan(now);
+        let plan = &**plan;
+        let mut full = false;
+
+        if want.tried.is_empty() && want.racing.is_none() {
+            let start = rng.usize(..plan.trials.len().max(1));
+            for i in 0..plan.trials.len().min(TRIALS_LOOKED_AT) {
+                let member = plan.trials[(start + i) % plan.trials.len()];
+                if self.has_room(member) && self.members[member].backend.claim_trial(&self.policy.health, now) {
+                    return Choice::Member(member);
+                }
+            }
+            if let Some(choice) = want.pin.and_then(|pin| self.pinned(plan, pin, now)) {
+                return choice;
+            }
+        }
+        // With affinity a race stays in the cell that the client is pinned to, when that has another backend.
+        if let (Some(cell), true) = (want.racing, want.pin.is_some())
+            && let Some(member) = self.in_cell(plan, cell, want, rng, &mut full)
+        {
+            return Choice::Member(member);
+        }
+        let avoid = want.racing;
+        let first = self.draw_cell(plan, |i| if Some(i) == avoid { 0.0 } else { plan.cells[i].share }, rng);
+        if let Some(cell) = first
+            && let Some(member) = self.in_cell(plan, cell, want, rng, &mut full)
+        {
+            return Choice::Member(member);
+        }
+        // The rare path: the drawn cell had nothing left for this client.
+        for elsewhere in [true, false] {
+            for &tier in &plan.tiers {
+                let start = rng.usize(..self.cells.len());
+                let of_tier = (0..self.cells.len())
+                    .map(|i| (start + i) % self.cells.len())
+                    .filter(|&i| self.cells[i].tier == tier && (Some(i) != avoid) == elsewhere);
+                for cell in of_tier.clone() {
+                    if let Some(member) = self.in_cell(plan, cell, want, rng, &mut full) {
+                        return Choice::Member(member);
+                    }
+                }
+                for cell in of_tier {
+                    let suspects = &plan.cells[cell].suspect;
+                    if let Some(member) = self.search(suspects, want, &[State::Suspect], rng, &mut full) {
+                        return Choice::Doubtful(member);
+                    }
+                }
+            }
+            if avoid.is_none() {
+                break;
+            }
+        }
+        if let Some(member) = self.of_cells_by_weight(&plan.unknown, want, State::Unknown, rng, &mut full) {
+            return Choice::Member(member);
+        }
+        let others = plan.cells.iter().any(|cell| !cell.fit.is_empty() || !cell.suspect.is_empty());
+        if self.policy.when_all_down == WhenAllDown::TryAll && !others && plan.unknown.is_empty() {
+            if let Some(member) = self.of_cells_by_weight(&plan.down, want, State::Down, rng, &mut full) {
+                return Choice::Member(member);
+            }
+            if let Some(member) = self.search(&plan.down, want, &[State::Down], rng, &mut full) {
+                return Choice::Member(member);
+            }
+        }
+        if full { Choice::Full } else { Choice::Nothing }
+    }
+
+    /// Whether some backend other than `id` is fit; used before sessions are reset.
+    pub fn has_other_fit(&self, id: u64) -> bool {
+        let plan = self.plan.load();
+        plan.cells
+            .iter()
+            .flat_map(|cell| &cell.fit)
+            .any(|&m| self.members[m].backend.id != id && self.members[m].backend.fit())
+    }
+
+    /// Shares of all cells as configured and as they are now, each 0 to 1.
+    pub fn shares(&self, now: Time) -> Vec<(f64, f64)> {
+        let plan = self.plan(now);
+        let lowest = self.cells.iter().map(|cell| cell.tier).min().unwrap_or(0);
+        let of_tier =
+            |tier| self.cells.iter().filter(|cell| cell.tier == tier).map(|cell| f64::from(cell.weight)).sum::<f64>();
+        let total = of_tier(lowest);
+        let configured = |cell: &Cell| if cell.tier == lowest { f64::from(cell.weight) / total } else { 0.0 };
+        self.cells.iter().zip(&plan.cells).map(|(cell, plan)| (configured(cell), plan.share)).collect()
+    }
+
+    // ---- the plan ----
+
+    /// The plan of this moment: the stored one, or a new one when health has changed since.
+    fn plan(&self, now: Time) -> arc_swap::Guard<Arc<Plan>> {
+        let plan = self.plan.load();
+        let epoch = self.shared.epoch.load(Relaxed);
+        let stale = plan.epoch != epoch || plan.moving && now.since(plan.built) >= PLAN_MOVING;
+        if !stale {
+            return plan;
+        }
+        // One thread computes; the others go on with what there is, unless there is nothing yet.
+        match self.planning.try_lock() {
+            Ok(_computing) => self.plan.store(Arc::new(self.compute(epoch, now))),
+            Err(std::sync::TryLockError::Poisoned(_)) => self.plan.store(Arc::new(self.compute(epoch, now))),
+            Err(std::sync::TryLockError::WouldBlock) if plan.epoch == 0 => {
+                return arc_swap::Guard::from_inner(Arc::new(self.compute(epoch, now)));
+            }
+            Err(std::sync::TryLockError::WouldBlock) => return plan,
+        }
+        self.plan.load()
+    }
+
+    fn compute(&self, epoch: u64, now: Time) -> Plan {
+        let policy = &self.policy.health;
+        let mut plan = Plan { epoch, built: now, ..Plan::default() };
+        plan.tiers = self.cells.iter().map(|cell| cell.tier).collect();
+        plan.tiers.sort_unstable();
+        plan.tiers.dedup();
+        // Per cell: weight ready for traffic (not drained), and all of it.
+        let mut ready_weights = Vec::with_capacity(self.cells.len());
+        let mut down: Vec<(u64, usize)> = Vec::new();
+        for cell in &self.cells {
+            let mut part = CellPlan::default();
+            let (mut ready, mut all, mut fit, mut fit_full) = (0.0, 0.0, 0.0, 0.0);
+            let mut weights = Vec::new();
+            for index in cell.members.clone() {
+                let member = &self.members[index];
+                let weight = f64::from(member.weight);
+                all += weight;
+                if member.backend.drained.load(Relaxed) {
+                    continue;
+                }
+                ready += weight;
+                if member.backend.awaits_trial() {
+                    plan.trials.push(index);
+                }
+                match member.backend.view().state {
+                    State::Up | State::Returning => {
+                        let ramp = member.backend.ramp_share(policy, now);
+                        plan.moving |= ramp < 1.0;
+                        part.fit.push(index);
+                        weights.push(weight * ramp);
+                        fit += weight * ramp;
+                        fit_full += weight;
+                    }
+                    State::Suspect => part.suspect.push(index),
+                    State::Unknown => plan.unknown.push(index),
+                    State::Down => down.push((member.backend.health().last_failure().seconds(), index)),
+                }
+            }
+            part.keeps = (OVERPROVISION * fit / all).min(1.0);
+            part.ramp = if fit_full > 0.0 { fit / fit_full } else { 1.0 };
+            if self.policy.balance == Balance::RoundRobin {
+                part.turns = turns(&part.fit, &weights);
+            }
+            part.draw = Alias::new(&weights);
+            ready_weights.push((ready, if ready > 0.0 { (OVERPROVISION * fit / ready).min(1.0) } else { 0.0 }));
+            plan.cells.push(part);
+        }
+        self.share_out(&mut plan, &ready_weights);
+        if !down.is_empty() {
+            // Only the least recently failed are candidates of a fresh client; the rest follow in order.
+            down.sort_unstable();
+            plan.down = down.into_iter().map(|(_, index)| index).collect();
+            plan.moving |= plan.cells.iter().all(|cell| cell.fit.is_empty());
+        }
+        plan
+    }
+
+    /// Shares by tier: each tier carries what its cells can, the next takes the rest. What is drained makes no
+    /// tier short: its share goes to the others of its tier.
+    fn share_out(&self, plan: &mut Plan, ready: &[(f64, f64)]) {
+        let mut left = 1.0;
+        for position in 0..plan.tiers.len() {
+            let tier = plan.tiers[position];
+            let of_tier = (0..self.cells.len()).filter(|&i| self.cells[i].tier == tier).collect::<Vec<_>>();
+            let weight = |i: usize| f64::from(self.cells[i].weight);
+            let all: f64 = of_tier.iter().filter(|&&i| ready[i].0 > 0.0).map(|&i| weight(i)).sum();
+            let can: f64 = of_tier.iter().filter(|&&i| ready[i].0 > 0.0).map(|&i| weight(i) * ready[i].1).sum();
+            let parts: f64 = of_tier.iter().map(|&i| weight(i) * plan.cells[i].keeps).sum();
+            if parts <= 0.0 {
+                continue;
+            }
+            let later_fit = (0..self.cells.len()).any(|i| self.cells[i].tier > tier && !plan.cells[i].fit.is_empty());
+            let takes = if later_fit && can < all { left * can / all } else { left };
+            for i in of_tier {
+                plan.cells[i].share = takes * weight(i) * plan.cells[i].keeps / parts;
+            }
+            left -= takes;
+        }
+    }
+
+    // ---- choices ----
+
+    /// A cell drawn by `weight`; `None` when all weights are zero.
+    fn draw_cell(&self, plan: &Plan, weight: impl Fn(usize) -> f64, rng: &mut Rng) -> Option<usize> {
+        let total: f64 = (0..plan.cells.len()).map(&weight).sum();
+        let mut point = rng.f64() * total;
+        let mut last = None;
+        for i in 0..plan.cells.len() {
+            let weight = weight(i);
+            if weight > 0.0 {
+                last = Some(i);
+                if point < weight {
+                    return last;
+                }
+                point -= weight;
+            }
+        }
+        last
+    }
+
+    /// A fit member of one cell by the pool's way of balancing.
+    fn in_cell(&self, plan: &Plan, cell: usize, want: &Want<'_>, rng: &mut Rng, full: &mut bool) -> Option<usize> {
+        let part = &plan.cells[cell];
+        if part.fit.is_empty() {
+            return None;
+        }
+        let states = &[State::Up, State::Returning];
+        match self.policy.balance {
+            Balance::TwoChoices => {
+                for _ in 0..DRAWS {
+                    let pair = [part.fit[part.draw.draw(rng)], part.fit[part.draw.draw(rng)]];
+                    let mut open = pair.into_iter().filter(|&m| self.open(m, want, states, full));
+                    match (open.next(), open.next()) {
+                        (Some(a), Some(b)) => return Some(self.less_loaded(a, b)),
+                        (Some(a), None) => return Some(a),
+                        _ => {}
+                    }
+                }
+            }
+            Balance::RoundRobin => {
+                for _ in 0..DRAWS {
+                    let turn = self.cells[cell].turn.fetch_add(1, Relaxed);
+                    let member = part.turns[turn % part.turns.len()];
+                    if self.open(member, want, states, full) {
+                        return Some(member);
+                    }
+                }
+            }
+            Balance::LeastConnections => {
+                let best = if part.fit.len() <= LEAST_LOOKED_AT {
+                    let start = rng.usize(..part.fit.len());
+                    let all = (0..part.fit.len()).map(|i| part.fit[(start + i) % part.fit.len()]);
+                    all.filter(|&m| self.open(m, want, states, full)).reduce(|a, b| self.less_loaded(a, b))
+                } else {
+                    let some = (0..LEAST_LOOKED_AT).map(|_| part.fit[part.draw.draw(rng)]);
+                    some.filter(|&m| self.open(m, want, states, full)).reduce(|a, b| self.less_loaded(a, b))
+                };
+                if best.is_some() {
+                    return best;
+                }
+            }
+        }
+        self.search(&part.fit, want, states, rng, full)
+    }
+
+    /// The first open one of a list, from a random place on.
+    fn search(
+        &self,
+        list: &[usize],
+        want: &Want<'_>,
+        states: &[State],
+        rng: &mut Rng,
+        full: &mut bool,
+    ) -> Option<usize> {
+        if list.is_empty() {
+            return None;
+        }
+        let start = rng.usize(..list.len());
+        (0..list.len()).map(|i| list[(start + i) % list.len()]).find(|&m| self.open(m, want, states, full))
+    }
+
+    /// For lists in which no shares are kept: a cell of the best tier by configured weight, and one member of it.
+    /// Among those that are down only the least recently failed (to the second) are looked at.
+    fn of_cells_by_weight(
+        &self,
+        list: &[usize],
+        want: &Want<'_>,
+        state: State,
+        rng: &mut Rng,
+        full: &mut bool,
+    ) -> Option<usize> {
+        let rank = |m: usize| {
+            let failed =
+                if state == State::Down { self.members[m].backend.health().last_failure().seconds() } else { 0 };
+            (failed, self.cells[self.members[m].cell].tier)
+        };
+        let open: Vec<usize> = list.iter().copied().filter(|&m| self.open(m, want, &[state], full)).take(64).collect();
+        let best = open.iter().map(|&m| rank(m)).min()?;
+        let open: Vec<usize> = open.into_iter().filter(|&m| rank(m) == best).collect();
+        let total: u32 = open.iter().map(|&m| self.cell_weight_each(m, &open)).sum();
+        let mut point = rng.u32(..total.max(1));
+        for &m in &open {
+            let weight = self.cell_weight_each(m, &open);
+            if point < weight {
+                return Some(m);
+            }
+            point -= weight;
+        }
+        open.first().copied()
+    }
+
+    /// A member's part of its cell's weight among `list`, in thousandths of the cell's.
+    fn cell_weight_each(&self, member: usize, list: &[usize]) -> u32 {
+        let cell = self.members[member].cell;
+        let siblings = list.iter().filter(|&&m| self.members[m].cell == cell).count() as u32;
+        (self.cells[cell].weight * 1_000 / siblings.max(1)).max(1)
+    }
+
+    /// Weighted rendezvous over cells (Thaler, Ravishankar 1998; weights by Schindelhauer, Schomaker 2005), and
+    /// Maglev inside (Eisenbud et al. 2016). `None` when the client's place has nothing for it now.
+    fn pinned(&self, plan: &Plan, pin: u64, now: Time) -> Option<Choice> {
+        for (position, &tier) in plan.tiers.iter().enumerate() {
+            let mut ranked: Vec<(f64, usize)> = (0..self.cells.len())
+                .filter(|&i| self.cells[i].tier == tier && self.cell_ready(i))
+                .map(|i| (f64::from(self.cells[i].weight) / -unit(pin, self.cells[i].hash).ln(), i))
+                .collect();
+            ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
+            let later_fit = plan.tiers[position + 1..].iter().any(|later| {
+                (0..self.cells.len()).any(|i| self.cells[i].tier == *later && !plan.cells[i].fit.is_empty())
+            });
+            for (place, &(_, cell)) in ranked.iter().enumerate() {
+                let part = &plan.cells[cell];
+                let kept = unit(pin, self.cells[cell].hash ^ 1) < part.keeps;
+                if let Some(choice) = self.pinned_in(part, cell, pin, kept, now) {
+                    return Some(choice);
+                }
+                // What this cell cannot carry is the next tier's, when there is one.
+                if later_fit && place == 0 {
+                    break;
+                }
+            }
+        }
+        None
+    }
+
+    fn pinned_in(&self, part: &CellPlan, cell: usize, pin: u64, kept: bool, now: Time) -> Option<Choice> {
+        let maglev = self.cells[cell].maglev.as_ref()?;
+        let first = self.cells[cell].members.start;
+        for attempt in 0..8u64 {
+            let hash = if attempt == 0 { pin } else { xxh3_64_with_seed(&pin.to_le_bytes(), attempt) };
+            let member = first + maglev.lookup(hash);
+            let backend = &self.members[member].backend;
+            if backend.drained.load(Relaxed) || !self.has_room(member) {
+                continue;
+            }
+            match backend.view().state {
+                State::Up if kept => return Some(Choice::Member(member)),
+                State::Returning if kept => {
+                    let share = backend.ramp_share(&self.policy.health, now) / part.ramp;
+                    if unit(pin, backend.id) < share {
+                        return Some(Choice::Member(member));
+                    }
+                }
+                // Its own clients stay with a suspect; those who would move to it do not come.
+                State::Suspect if attempt == 0 => return Some(Choice::Doubtful(member)),
+                _ => {}
+            }
+        }
+        let fit = part.fit.first().filter(|_| kept)?;
+        Some(Choice::Member(*fit)).filter(|_| self.has_room(*fit) && self.members[*fit].backend.fit())
+    }
+
+    fn cell_ready(&self, cell: usize) -> bool {
+        // A drained cell is looked at through its first members only: a drain of a cell takes all of them.
+        self.cells[cell].members.clone().take(8).any(|m| !self.members[m].backend.drained.load(Relaxed))
+            || self.cells[cell].members.len() > 8
+    }
+
+    /// Whether a member may be taken now.
+    fn open(&self, member: usize, want: &Want<'_>, states: &[State], full: &mut bool) -> bool {
+        let backend = &self.members[member].backend;
+        if want.tried.contains(&member) || backend.drained.load(Relaxed) || !states.contains(&backend.view().state) {
+            return false;
+        }
+        let room = self.has_room(member);
+        *full |= !room;
+        room
+    }
+
+    fn has_room(&self, member: usize) -> bool {
+        let member = &self.members[member];
+        member.backend.in_flight.used() < member.max_connections
+    }
+
+    /// The one with fewer connections for its weight; the first when they are equal.
+    fn less_loaded(&self, a: usize, b: usize) -> usize {
+        let load = |m: usize| u64::from(self.members[m].backend.in_flight.used());
+        let weight = |m: usize| u64::from(self.members[m].weight);
+        if load(b) * weight(a) < load(a) * weight(b) { b } else { a }
+    }
+}
+
+/// A number from 0 (excluded) to 1 that depends on both.
+fn unit(pin: u64, of: u64) -> f64 {
+    ((xxh3_64_with_seed(&pin.to_le_bytes(), of) >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+}
+
+/// Smooth weighted turns: each member stands at even distances, as often as its weight says.
+fn turns(members: &[usize], weights: &[f64]) -> Vec<usize> {
+    let least = weights.iter().copied().filter(|w| *w > 0.0).fold(f64::INFINITY, f64::min);
+    if members.is_empty() || !least.is_finite() {
+        return Vec::new();
+    }
+    // The lightest stands once in a full round, unless the round would become too long.
+    let longest = (4 * members.len()).max(4_096) as f64;
+    let sum: f64 = weights.iter().sum();
+    let scale = (1.0 / least).min(longest / sum);
+    let mut places: Vec<(f64, usize)> = Vec::new();
+    for (&member, weight) in members.iter().zip(weights) {
+        let times = ((weight * scale).round() as usize).max(1);
+        places.extend((0..times).map(|k| ((k as f64 + 0.5) / times as f64, member)));
+    }
+    places.sort_by(|a, b| a.0.total_cmp(&b.0));
+    places.into_iter().map(|(_, member)| member).collect()
+}
+
+/// Draws an index by weight in constant time (Walker 1977, built as by Vose 1991).
+#[derive(Debug, Default)]
+struct Alias {
+    chance: Vec<f64>,
+    other: Vec<u32>,
+}
+
+impl Alias {
+    fn new(weights: &[f64]) -> Alias {
+        let n = weights.len();
+        let sum: f64 = weights.iter().sum();
+        if n == 0 || sum <= 0.0 {
+            return Alias { chance: vec![1.0; n], other: (0..n as u32).collect() };
+        }
+        let mut chance: Vec<f64> = weights.iter().map(|weight| weight * n as f64 / sum).collect();
+        let mut other: Vec<u32> = (0..n as u32).collect();
+        let (mut small, mut large): (Vec<usize>, Vec<usize>) = (0..n).partition(|&i| chance[i] < 1.0);
+        while let (Some(s), Some(&l)) = (small.pop(), large.last()) {
+            other[s] = l as u32;
+            chance[l] -= 1.0 - chance[s];
+            if chance[l] < 1.0 {
+                large.pop();
+                small.push(l);
+            }
+        }
+        // What is left is 1 but for rounding.
+        small.into_iter().chain(large).for_each(|i| chance[i] = 1.0);
+        Alias { chance, other }
+    }
+
+    fn draw(&self, rng: &mut Rng) -> usize {
+        let i = rng.usize(..self.chance.len());
+        if rng.f64() < self.chance[i] { i } else { self.other[i] as usize }
+    }
+}
+
+/// Lookup table of Maglev hashing (Eisenbud et al. 2016), weighted by turns.
+#[derive(Debug)]
+struct Maglev(Vec<u32>);
+
+/// Table sizes: primes, at least a hundred times the members where that is affordable.
+const MAGLEV_SIZES: [usize; 7] = [251, 1_021, 4_093, 16_381, 65_537, 131_071, 524_287];
+
+impl Maglev {
+    fn new(members: &[Member]) -> Maglev {
+        let n = members.len();
+        let size = MAGLEV_SIZES.into_iter().find(|size| *size >= 100 * n).unwrap_or(MAGLEV_SIZES[6]);
+        // The place of a member follows from its address alone, so that others may come and go.
+        let seeds = members.iter().map(|member| {
+            let name = member.backend.address.to_string();
+            let offset = xxh3_64_with_seed(name.as_bytes(), 1) as usize % size;
+            let skip = xxh3_64_with_seed(name.as_bytes(), 2) as usize % (size - 1) + 1;
+            (offset, skip)
+        });
+        let seeds: Vec<_> = seeds.collect();
+        let heaviest = members.iter().map(|member| member.weight).max().unwrap_or(1);
+        let mut table = vec![u32::MAX; size];
+        let mut next: Vec<usize> = seeds.iter().map(|(offset, _)| *offset).collect();
+        let mut due = vec![0u64; n];
+        let mut filled = 0;
+        while filled < size && n > 0 {
+            for i in 0..n {
+                // A member of half the weight takes every other turn.
+                due[i] += u64::from(members[i].weight);
+                if due[i] < u64::from(heaviest) {
+                    continue;
+                }
+                due[i] -= u64::from(heaviest);
+                while table[next[i]] != u32::MAX {
+                    next[i] = (next[i] + seeds[i].1) % size;
+                }
+                table[next[i]] = i as u32;
+                filled += 1;
+                if filled == size {
+                    break;
+                }
+            }
+        }
+        Maglev(table)
+    }
+
+    fn lookup(&self, hash: u64) -> usize {
+        self.0[(hash % self.0.len() as u64) as usize] as usize
+    }
+}
+
+#[cfg(test)]
+mod tests;

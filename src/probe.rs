@@ -1,0 +1,318 @@
+//! Active checks: the network turned into evidence, on the control thread.
+//!
+//! One prober for each (address, probe), shared by all pools that ask the same; they run side by side, never in
+//! turn. A reload keeps every prober whose address and probe stay, and only changes whom it reports to. Probes
+//! close with a reset, so that they leave nothing behind. A verdict that came late by our own fault is discarded.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use crate::backend::Backend;
+use crate::clock;
+use crate::config::{Probe, ProbeKind};
+use crate::health::{Blame, Depth, Evidence, Seen, Source, State};
+use crate::host::Host;
+use crate::pool::Policy;
+use crate::table::Table;
+use crate::{sys, tcp};
+
+/// A verdict later than this is our own fault.
+const LATE: Duration = Duration::from_millis(50);
+/// Most of an answer that is read.
+const ANSWER: usize = 64 << 10;
+/// While a backend is in doubt it is probed this many times as often, but not more often than this.
+const DOUBT_FACTOR: u32 = 4;
+const DOUBT_LEAST: Duration = Duration::from_millis(50);
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    address: SocketAddr,
+    probe: Probe,
+}
+
+/// Whom a prober reports to.
+#[derive(Clone)]
+struct Target {
+    backend: Arc<Backend>,
+    policy: Arc<Policy>,
+}
+
+struct Prober {
+    id: u64,
+    targets: Arc<Mutex<Vec<Target>>>,
+    wake: Arc<Notify>,
+    task: JoinHandle<()>,
+}
+
+/// All probers of the process.
+#[derive(Default)]
+pub struct Probers {
+    running: HashMap<Key, Prober>,
+}
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+/// How many probers a table needs.
+pub fn count(table: &Table) -> usize {
+    wanted(table).len()
+}
+
+fn wanted(table: &Table) -> HashMap<Key, Vec<Target>> {
+    let mut wanted: HashMap<Key, Vec<Target>> = HashMap::new();
+    for (config, pool) in table.config.pools.iter().zip(&table.pools) {
+        let Some(probe) = &config.probe else { continue };
+        for member in &pool.members {
+            let mut address = member.backend.address;
+            address.set_port(probe.port.unwrap_or(address.port()));
+            let target = Target { backend: member.backend.clone(), policy: pool.policy.clone() };
+            wanted.entry(Key { address, probe: probe.clone() }).or_default().push(target);
+        }
+    }
+    wanted
+}
+
+impl Probers {
+    /// Makes the running probers those of `table`; returns how many were started and stopped.
+    pub fn apply(&mut self, table: &Table, host: &Arc<Host>) -> (usize, usize) {
+        let mut wanted = wanted(table);
+        let mut stopped = 0;
+        self.running.retain(|key, prober| {
+            let keep = wanted.contains_key(key);
+            if !keep {
+                prober.task.abort();
+                stopped += 1;
+            }
+            keep
+        });
+        let mut started = 0;
+        for (key, targets) in wanted.drain() {
+            let prober = self.running.entry(key).or_insert_with_key(|key| {
+                started += 1;
+                let shared: Arc<Mutex<Vec<Target>>> = Arc::default();
+                let wake = Arc::new(Notify::new());
+                let task = tokio::spawn(run(key.clone(), shared.clone(), wake.clone(), host.clone()));
+                Prober { id: NEXT_ID.fetch_add(1, Relaxed), targets: shared, wake, task }
+            });
+            for target in &targets {
+                let mut slot = target.backend.prober.lock().unwrap_or_else(PoisonError::into_inner);
+                *slot = Some(prober.wake.clone());
+            }
+            *prober.targets.lock().unwrap_or_else(PoisonError::into_inner) = targets;
+        }
+        (started, stopped)
+    }
+
+    /// Identity of the prober of each backend, by the backend's own identity.
+    pub fn ids(&self) -> HashMap<u64, u64> {
+        let mut ids = HashMap::new();
+        for prober in self.running.values() {
+            for target in prober.targets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                ids.insert(target.backend.id, prober.id);
+            }
+        }
+        ids
+    }
+}
+
+async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host: Arc<Host>) {
+    let snapshot = || targets.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut rng = fastrand::Rng::new();
+    loop {
+        let due = Instant::now();
+        let report_to = snapshot();
+        let began = clock::now();
+        let source = report_to.first().and_then(|target| tcp::any_source(&target.policy, key.address));
+        let mut reached = Depth::Connect;
+        let mut handshake = None;
+        let deadline = due + key.probe.timeout;
+        let result = timeout_at(deadline, ask(&key, source, &mut reached, &mut handshake)).await;
+        let now = clock::now();
+        let verdict = match result {
+            Ok(Ok(())) => Some(None),
+            Ok(Err(Failed::Error(error))) if reached == Depth::Connect && host.local_errors.count(&error) => None,
+            Ok(Err(Failed::Error(error))) if reached == Depth::Connect && error.kind() == io::ErrorKind::TimedOut => {
+                Some(Some(Seen::Silent))
+            }
+            Ok(Err(Failed::Error(_))) if reached == Depth::Connect => Some(Some(Seen::Refused)),
+            Ok(Err(Failed::Error(_))) => Some(Some(Seen::Reset(Blame { prefix: 0, others: false, elsewhere: 0.0 }))),
+            Ok(Err(Failed::Wrong)) => {
+                reached = Depth::Answer;
+                Some(Some(Seen::Wrong))
+            }
+            Err(_) if deadline.elapsed() > LATE => None,
+            Err(_) => Some(Some(Seen::Silent)),
+        };
+        for target in &report_to {
+            let (backend, policy) = (&target.backend, &target.policy.health);
+            match verdict {
+                None => {}
+                Some(None) => {
+                    if let Some(time) = handshake.filter(|_| key.address == backend.address) {
+                        backend.handshake.record(time);
+                    }
+                    backend.probed(policy, policy.probe_depth.unwrap_or(Depth::Connect), began, now);
+                }
+                Some(Some(seen)) => {
+                    backend.counters.probes[1].add(1);
+                    let evidence = Evidence { source: Source::Probe, depth: reached, seen, began };
+                    backend.observe(policy, &evidence, now);
+                }
+            }
+        }
+        let doubted = report_to.iter().any(|target| target.backend.view().state != State::Up);
+        let failed = matches!(verdict, Some(Some(_)));
+        let interval =
+            if doubted || failed { (key.probe.interval / DOUBT_FACTOR).max(DOUBT_LEAST) } else { key.probe.interval };
+        let next = (due + interval.mul_f64(0.9 + 0.2 * rng.f64())).max(Instant::now());
+        tokio::select! {
+            () = sleep_until(next) => host.probe_late.record(next.elapsed()),
+            // A doubt has come up: it is asked about at once.
+            () = wake.notified() => {}
+        }
+    }
+}
+
+enum Failed {
+    Error(io::Error),
+    Wrong,
+}
+
+impl From<io::Error> for Failed {
+    fn from(error: io::Error) -> Failed {
+        Failed::Error(error)
+    }
+}
+
+/// One probe. `reached` and `handshake` tell how far it came, whatever its end.
+async fn ask(
+    key: &Key,
+    source: Option<SocketAddr>,
+    reached: &mut Depth,
+    handshake: &mut Option<Duration>,
+) -> Result<(), Failed> {
+    let mut stream = TcpStream::from_std(tcp::connect(key.address, source)?.into())?;
+    // Whenever it is dropped from here on, it is closed by a reset.
+    tcp::reset(&stream);
+    stream.writable().await?;
+    if let Some(error) = stream.take_error()? {
+        return Err(error.into());
+    }
+    *handshake = sys::tcp_info(stream.as_fd()).ok().map(|info| info.rtt);
+    match &key.probe.kind {
+        ProbeKind::Tcp => Ok(()),
+        ProbeKind::Http { method, path, host, status, body } => {
+            *reached = Depth::FirstByte;
+            let host = host.clone().unwrap_or_else(|| key.address.to_string());
+            let request = format!(
+                "{method} {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: sailover/{}\r\nAccept: */*\r\nConnection: close\r\n\r\n",
+                env!("CARGO_PKG_VERSION")
+            );
+            stream.write_all(request.as_bytes()).await?;
+            let mut answer = Vec::new();
+            loop {
+                match judge_http(&answer, status, body.as_deref()) {
+                    Some(true) => return Ok(()),
+                    Some(false) => return Err(Failed::Wrong),
+                    None => {}
+                }
+                if !read_more(&mut stream, &mut answer).await? {
+                    // An answer that ends early is wrong; no answer at all is a close before the first byte.
+                    return Err(if answer.is_empty() {
+                        io::Error::from(io::ErrorKind::UnexpectedEof).into()
+                    } else {
+                        Failed::Wrong
+                    });
+                }
+            }
+        }
+        ProbeKind::Exchange { send, expect } => {
+            *reached = Depth::FirstByte;
+            stream.write_all(send.as_bytes()).await?;
+            let mut answer = Vec::new();
+            loop {
+                if contains(&answer, expect.as_bytes()) {
+                    return Ok(());
+                }
+                if !read_more(&mut stream, &mut answer).await? {
+                    return Err(if answer.is_empty() {
+                        io::Error::from(io::ErrorKind::UnexpectedEof).into()
+                    } else {
+                        Failed::Wrong
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Reads some more of an answer; false at its end or at the most that is read.
+async fn read_more(stream: &mut TcpStream, answer: &mut Vec<u8>) -> io::Result<bool> {
+    if answer.len() >= ANSWER {
+        return Ok(false);
+    }
+    let mut buffer = [0; 4_096];
+    let n = stream.read(&mut buffer).await?;
+    answer.extend_from_slice(&buffer[..n]);
+    Ok(n > 0)
+}
+
+/// Whether an HTTP answer is the wanted one; `None` while it is too short to tell. Interim answers are skipped.
+fn judge_http(answer: &[u8], wanted: &[(u16, u16)], body: Option<&str>) -> Option<bool> {
+    let mut rest = answer;
+    loop {
+        let line_end = rest.windows(2).position(|pair| pair == b"\r\n");
+        let line = &rest[..line_end.unwrap_or(rest.len().min(64))];
+        if line_end.is_none() && rest.len() < 64 {
+            return None;
+        }
+        let status = line
+            .strip_prefix(b"HTTP/1.")
+            .filter(|rest| rest.len() >= 5 && rest[0].is_ascii_digit() && rest[1] == b' ')
+            .and_then(|rest| std::str::from_utf8(&rest[2..5]).ok())
+            .and_then(|digits| digits.parse::<u16>().ok());
+        let Some(status) = status else { return Some(false) };
+        let head_end = rest.windows(4).position(|four| four == b"\r\n\r\n").map(|at| at + 4);
+        if (100..200).contains(&status) && status != 101 {
+            rest = &rest[head_end?..];
+            continue;
+        }
+        if !wanted.iter().any(|(low, high)| (*low..=*high).contains(&status)) {
+            return Some(false);
+        }
+        let Some(body) = body else { return Some(true) };
+        return contains(&rest[head_end?..], body.as_bytes()).then_some(true);
+    }
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    part.is_empty() || text.windows(part.len()).any(|window| window == part)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn http_answers_are_judged_as_soon_as_they_can_be() {
+        let ok = &[(200, 299)][..];
+        assert_eq!(judge_http(b"HTTP/1.1 20", ok, None), None);
+        assert_eq!(judge_http(b"HTTP/1.1 204 No Content\r\n", ok, None), Some(true));
+        assert_eq!(judge_http(b"HTTP/1.0 503 Busy\r\n", ok, None), Some(false));
+        assert_eq!(judge_http(b"SSH-2.0-OpenSSH\r\n", ok, None), Some(false));
+        assert_eq!(judge_http(&[b'a'; 70], ok, None), Some(false));
+        assert_eq!(judge_http(b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\n", ok, None), Some(true));
+        assert_eq!(judge_http(b"HTTP/1.1 200 OK\r\nA: ready\r\n\r\nnot", ok, Some("ready")), None);
+        assert_eq!(judge_http(b"HTTP/1.1 200 OK\r\n\r\nall ready", ok, Some("ready")), Some(true));
+    }
+}

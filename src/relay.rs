@@ -1,0 +1,354 @@
+//! Bytes between two connected sockets, both ways, until both ends have finished.
+//!
+//! 1. A direction reads into the worker's one buffer and writes on at once. Only what the peer did not take is
+//!    copied aside, so an idle connection holds no buffer at all.
+//! 2. After a write that the peer did not take whole, the next read asks for little: the peer is slow.
+//! 3. After a few full reads the direction moves to `splice(2)`, and back when the reads become small.
+//! 4. The end of one direction is passed on as a half-close; the other goes on under the half-close timer.
+//! 5. A direction whose peer refuses further bytes does not end the other: an answer may still be on its way.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep};
+
+use crate::host::Host;
+use crate::session::{Handle, WAITS_BACKEND, WAITS_CLIENT};
+use crate::splice::Pipe;
+use crate::table::End;
+
+/// The worker's buffer.
+const BUFFER: usize = 64 << 10;
+/// What is read after a peer did not take everything.
+const CAUTIOUS: usize = 8 << 10;
+/// Full reads in a row before a direction moves to a pipe.
+const FULL_READS: u8 = 3;
+/// Pipe fills below this are small; after so many in a row the direction goes back to the buffer.
+const SMALL_FILL: usize = 32 << 10;
+const SMALL_FILLS: u8 = 8;
+/// Most reads of one direction before the other connections of the worker have their turn.
+const TURN: usize = 16;
+
+thread_local! {
+    static SHARED: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER].into_boxed_slice());
+}
+
+/// Bounds on a session.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Without a byte either way.
+    pub idle: Duration,
+    /// The same once one side has finished.
+    pub half_close: Duration,
+}
+
+/// What a session carried, filled as it runs.
+#[derive(Debug, Default)]
+pub struct Carried {
+    /// Bytes from the client.
+    pub up: u64,
+    /// Bytes to the client.
+    pub down: u64,
+    /// When the client's first byte was on its way.
+    pub spoke: Option<Instant>,
+    /// When the backend's first byte came.
+    pub answered: Option<Instant>,
+    /// Whether the client finished or reset before the backend did.
+    pub client_left_first: bool,
+}
+
+/// What is worth knowing at the moment it happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The backend's first byte came.
+    Answered,
+    /// The backend closed or reset before its first byte, and before the client did.
+    Unanswered,
+}
+
+#[derive(Debug, Default)]
+struct Direction {
+    /// What the peer did not take, and how much of it has been written since.
+    aside: Vec<u8>,
+    written: usize,
+    pipe: Option<Pipe>,
+    moved: u64,
+    full_reads: u8,
+    small_fills: u8,
+    cautious: bool,
+    /// No pipe was to be had; ask no more.
+    no_pipe: bool,
+    finished: bool,
+    /// Waits for the peer to take bytes.
+    waits: bool,
+    done: bool,
+}
+
+/// Which of the two sockets of a direction failed.
+enum Broken {
+    Source,
+    Sink,
+}
+
+/// Relays until the session ends, and says how.
+#[allow(clippy::too_many_arguments)] // One call site; a struct would only name them a second time.
+pub async fn relay(
+    client: &mut TcpStream,
+    server: &mut TcpStream,
+    bounds: Bounds,
+    host: &Host,
+    session: &Handle,
+    mut timer: Pin<&mut Sleep>,
+    carried: &mut Carried,
+    mut notice: impl FnMut(Notice, &Carried),
+) -> End {
+    let mut up = Direction::default();
+    let mut down = Direction::default();
+    let mut waits = 0;
+    let mut registered = false;
+    // The timer runs four times within a bound and compares counts, so that a byte costs no look at the clock.
+    let mut every = tick(bounds.idle);
+    let mut quiet = Duration::ZERO;
+    let mut seen = 0;
+    timer.as_mut().reset(Instant::now() + every);
+
+    let end = poll_fn(|context| {
+        if !registered {
+            session.wake_by(context.waker());
+            registered = true;
+        }
+        if let Some(end) = session.ended() {
+            return Poll::Ready(end);
+        }
+        if !up.done {
+            match up.poll(context, client, server, host) {
+                Poll::Ready(Ok(())) => up.done = true,
+                Poll::Ready(Err(Broken::Source)) => {
+                    carried.client_left_first = !down.done;
+                    return Poll::Ready(End::ClientReset);
+                }
+                // The backend takes no more, but may have answered.
+                Poll::Ready(Err(Broken::Sink)) => {
+                    up = Direction { moved: up.moved, done: true, ..Direction::default() };
+                }
+                Poll::Pending => {}
+            }
+            if carried.spoke.is_none() && up.moved > 0 {
+                carried.spoke = Some(Instant::now());
+            }
+            carried.up = up.moved;
+            carried.client_left_first |= up.finished && !down.finished;
+        }
+        if !down.done {
+            let result = down.poll(context, server, client, host);
+            if carried.answered.is_none() && down.moved > 0 {
+                carried.answered = Some(Instant::now());
+                notice(Notice::Answered, carried);
+            }
+            carried.down = down.moved;
+            match result {
+                Poll::Ready(Ok(())) => {
+                    down.done = true;
+                    if down.moved == 0 && !carried.client_left_first {
+                        notice(Notice::Unanswered, carried);
+                    }
+                }
+                Poll::Ready(Err(Broken::Source)) => {
+                    if down.moved == 0 && !carried.client_left_first {
+                        notice(Notice::Unanswered, carried);
+                    }
+                    return Poll::Ready(End::BackendReset);
+                }
+                Poll::Ready(Err(Broken::Sink)) => return Poll::Ready(End::ClientReset),
+                Poll::Pending => {}
+            }
+        }
+        if up.done && down.done {
+            return Poll::Ready(if carried.client_left_first { End::ClientClosed } else { End::BackendClosed });
+        }
+        let waits_now = if down.waits { WAITS_CLIENT } else { 0 } | if up.waits { WAITS_BACKEND } else { 0 };
+        if waits_now != waits {
+            waits = waits_now;
+            session.set_waits(waits);
+        }
+        let half = up.done || down.done || up.finished || down.finished;
+        let bound = if half { bounds.half_close.min(bounds.idle) } else { bounds.idle };
+        let piped = up.pipe.is_some() || down.pipe.is_some();
+        let wanted = if piped { tick(bound).min(Duration::from_secs(1)) } else { tick(bound) };
+        if wanted < every {
+            every = wanted;
+            quiet = Duration::ZERO;
+            timer.as_mut().reset(Instant::now() + every);
+        }
+        while timer.as_mut().poll(context).is_ready() {
+            if up.moved + down.moved == seen {
+                quiet += every;
+                up.release_pipe();
+                down.release_pipe();
+            } else {
+                quiet = Duration::ZERO;
+            }
+            seen = up.moved + down.moved;
+            if quiet >= bound {
+                return Poll::Ready(if half { End::HalfClosed } else { End::Idle });
+            }
+            every = wanted;
+            timer.as_mut().reset(Instant::now() + every);
+        }
+        Poll::Pending
+    })
+    .await;
+    (carried.up, carried.down) = (up.moved, down.moved);
+    end
+}
+
+fn tick(bound: Duration) -> Duration {
+    (bound / 4).max(Duration::from_millis(5))
+}
+
+impl Direction {
+    /// Moves what can be moved. Ready when the source has finished, all is written, and the sink knows.
+    fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+        source: &mut TcpStream,
+        sink: &mut TcpStream,
+        host: &Host,
+    ) -> Poll<Result<(), Broken>> {
+        for _ in 0..TURN {
+            self.waits = true;
+            ready!(self.poll_aside(context, sink)).map_err(|_| Broken::Sink)?;
+            ready!(self.poll_pipe(context, sink, host)).map_err(|_| Broken::Sink)?;
+            self.waits = false;
+            if self.finished {
+                // An error here means that the sink is gone; whoever reads from it will see that.
+                let _ = ready!(Pin::new(&mut *sink).poll_shutdown(context));
+                self.release_pipe();
+                return Poll::Ready(Ok(()));
+            }
+            if self.full_reads >= FULL_READS && self.pipe.is_none() && !self.no_pipe {
+                self.pipe = Pipe::take();
+                self.small_fills = 0;
+                if self.pipe.is_none() {
+                    self.no_pipe = true;
+                    host.splice_refused.add(1);
+                }
+            }
+            let read = if self.pipe.is_some() {
+                self.poll_fill(context, source)
+            } else {
+                self.poll_copy(context, source, sink)
+            };
+            ready!(read)?;
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Reads into the shared buffer and writes on at once.
+    fn poll_copy(
+        &mut self,
+        context: &mut Context<'_>,
+        source: &mut TcpStream,
+        sink: &mut TcpStream,
+    ) -> Poll<Result<(), Broken>> {
+        SHARED.with(|shared| {
+            let mut shared = shared.borrow_mut();
+            let most = if self.cautious { CAUTIOUS } else { BUFFER };
+            let mut buffer = ReadBuf::new(&mut shared[..most]);
+            ready!(Pin::new(source).poll_read(context, &mut buffer)).map_err(|_| Broken::Source)?;
+            let bytes = buffer.filled();
+            if bytes.is_empty() {
+                self.finished = true;
+                return Poll::Ready(Ok(()));
+            }
+            self.moved += bytes.len() as u64;
+            self.full_reads = if bytes.len() == BUFFER { self.full_reads.saturating_add(1) } else { 0 };
+            self.cautious = false;
+            let taken = match Pin::new(sink).poll_write(context, bytes) {
+                Poll::Ready(Ok(taken)) => taken,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Sink)),
+                Poll::Pending => 0,
+            };
+            if taken < bytes.len() {
+                self.cautious = true;
+                self.aside.extend_from_slice(&bytes[taken..]);
+            }
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    fn poll_aside(&mut self, context: &mut Context<'_>, sink: &mut TcpStream) -> Poll<io::Result<()>> {
+        while self.written < self.aside.len() {
+            let rest = &self.aside[self.written..];
+            match ready!(Pin::new(&mut *sink).poll_write(context, rest))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                n => self.written += n,
+            }
+        }
+        if !self.aside.is_empty() {
+            // Freed, not kept: an idle connection holds no buffer.
+            self.aside = Vec::new();
+            self.written = 0;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Moves what the pipe holds to the sink.
+    fn poll_pipe(&mut self, context: &mut Context<'_>, sink: &mut TcpStream, host: &Host) -> Poll<io::Result<()>> {
+        let Some(pipe) = &mut self.pipe else { return Poll::Ready(Ok(())) };
+        while pipe.held() > 0 {
+            match sink.try_io(Interest::WRITABLE, || pipe.empty(sink.as_fd())) {
+                Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Ok(n) => host.spliced.add(n as u64),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready!(sink.poll_write_ready(context))?,
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_fill(&mut self, context: &mut Context<'_>, source: &mut TcpStream) -> Poll<Result<(), Broken>> {
+        let Some(pipe) = &mut self.pipe else { return Poll::Ready(Ok(())) };
+        loop {
+            match source.try_io(Interest::READABLE, || pipe.fill(source.as_fd())) {
+                Ok(0) => {
+                    self.finished = true;
+                    return Poll::Ready(Ok(()));
+                }
+                Ok(n) => {
+                    self.moved += n as u64;
+                    self.small_fills = if n < SMALL_FILL { self.small_fills + 1 } else { 0 };
+                    if self.small_fills >= SMALL_FILLS {
+                        self.full_reads = 0;
+                    }
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if self.full_reads == 0 {
+                        // Small pieces: the buffer is cheaper.
+                        self.pipe = None;
+                        return Poll::Ready(Ok(()));
+                    }
+                    ready!(source.poll_read_ready(context)).map_err(|_| Broken::Source)?;
+                }
+                Err(_) => return Poll::Ready(Err(Broken::Source)),
+            }
+        }
+    }
+
+    /// Gives an empty pipe back.
+    fn release_pipe(&mut self) {
+        if self.pipe.as_ref().is_some_and(|pipe| pipe.held() == 0) {
+            self.pipe = None;
+            self.full_reads = 0;
+        }
+    }
+}

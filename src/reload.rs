@@ -1,0 +1,83 @@
+//! A new configuration: read, resolve, build, and judge the difference. All of it on a helper thread, and without
+//! any effect; `server` binds, swaps and starts the difference when this has succeeded.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::clock;
+use crate::config;
+use crate::host::{DescriptorLimits, descriptor_limits};
+use crate::probe;
+use crate::table::{self, Difference, Table};
+
+/// Where the configuration comes from.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// The file.
+    pub file: PathBuf,
+    /// Largest accepted size in bytes.
+    pub max_bytes: usize,
+}
+
+/// What came of one reload.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// Whether its table went live.
+    pub ok: bool,
+    /// When, RFC 3339.
+    pub at: String,
+    /// Generation that is live now.
+    pub generation: u64,
+    /// Hash of the live file.
+    pub hash: String,
+    /// What the file would change, or changed.
+    pub difference: Difference,
+    /// Probers started and stopped.
+    pub probers: (usize, usize),
+    /// Why it was refused; empty when it was not.
+    pub errors: Vec<String>,
+    /// What deserves attention.
+    pub warnings: Vec<String>,
+}
+
+/// A table that is ready to go live.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The table.
+    pub table: Arc<Table>,
+    /// Against the previous one.
+    pub difference: Difference,
+    /// What the process may hold with it.
+    pub limits: DescriptorLimits,
+    /// What deserves attention.
+    pub warnings: Vec<String>,
+}
+
+/// Reads the file and builds its table on top of `previous`.
+///
+/// # Errors
+/// Every problem of the file, one line each.
+pub fn prepare(
+    origin: &Origin,
+    previous: Option<&Table>,
+    open_files: u64,
+    workers: usize,
+) -> Result<Prepared, Vec<String>> {
+    let loaded = config::load(&origin.file, origin.max_bytes)
+        .map_err(|refused| refused.problems.iter().map(|problem| place(&origin.file, problem)).collect::<Vec<_>>())?;
+    let warnings = loaded.warnings.iter().map(|problem| place(&origin.file, problem)).collect();
+    let config = Arc::new(loaded.config);
+    let listening = config.listeners.iter().map(|listener| listener.bind.len()).sum::<usize>() * workers;
+    let backends = config.pools.iter().filter(|pool| pool.probe.is_some());
+    let at_most = backends.flat_map(|pool| &pool.cells).map(|cell| cell.backends.len()).sum();
+    let limits = descriptor_limits(open_files, listening, at_most);
+    let (table, difference) = table::build(config, loaded.hash, previous, limits.connections, clock::now());
+    debug_assert!(probe::count(&table) <= at_most);
+    Ok(Prepared { table: Arc::new(table), difference, limits, warnings })
+}
+
+fn place(file: &Path, problem: &config::Problem) -> String {
+    format!("{}:{problem}", file.display())
+}

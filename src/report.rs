@@ -1,0 +1,408 @@
+//! What the process says of itself: `/status` as JSON and `/metrics` as Prometheus text. Rendered on a helper
+//! thread, from atomics and copies; nothing waits for it.
+
+use std::collections::HashMap;
+use std::fmt::{Display, Write};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use serde_json::{Value, json};
+
+use crate::backend::{Backend, Outcome};
+use crate::clock;
+use crate::drain::Drains;
+use crate::health::{Source, State};
+use crate::host::Host;
+use crate::log;
+use crate::metrics::Histogram;
+use crate::pool::Pool;
+use crate::reload::Report;
+use crate::table::{End, Table};
+
+/// What control knows besides the table, copied for the renderers.
+#[derive(Clone, Debug, Default)]
+pub struct Info {
+    /// The last reload.
+    pub last_reload: Option<Report>,
+    /// When the live table was loaded, RFC 3339.
+    pub loaded_at: String,
+    /// Bound addresses: as configured, as bound, and whether this machine owns the address now.
+    pub bound: Vec<(SocketAddr, SocketAddr, bool)>,
+    /// What is drained.
+    pub drains: Drains,
+    /// Prober of each backend, both by their identities.
+    pub probers: HashMap<u64, u64>,
+    /// Wishes that take effect at the next start only.
+    pub at_next_start: Vec<String>,
+}
+
+/// A backend is in its cell's sum when it counts for the cell's state.
+fn cell_state(fit: usize, all: usize) -> &'static str {
+    match fit {
+        0 => "down",
+        n if n < all => "degraded",
+        _ => "up",
+    }
+}
+
+/// `/status`.
+pub fn status(host: &Host, info: &Info) -> Value {
+    let table = host.live.load_full();
+    let pools: Vec<Value> = table.pools.iter().map(|pool| pool_status(pool, info)).collect();
+    let workers: Vec<Value> = host
+        .beats
+        .iter()
+        .map(|beat| {
+            json!({
+                "busy": beat[1].load(Relaxed) as f64 / 1e3,
+                "lag_ms": beat[2].load(Relaxed) as f64 / 1e3,
+                "beat_ms_ago": (clock::now().0 / 1_000).saturating_sub(beat[0].load(Relaxed)),
+            })
+        })
+        .collect();
+    let local_errors: serde_json::Map<String, Value> =
+        host.local_errors.all().filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), json!(n))).collect();
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "generation": table.generation,
+        "stopping": host.stopping.load(Relaxed),
+        "config": {
+            "hash": table.hash,
+            "loaded_at": info.loaded_at,
+            "last_reload": info.last_reload,
+            "at_next_start": info.at_next_start,
+        },
+        "connections": { "now": host.connections.used(), "limit": host.max_connections.load(Relaxed) },
+        "cells": cells_status(&table),
+        "pools": pools,
+        "listeners": listeners_status(&table, info),
+        "workers": workers,
+        "drains": info.drains.list(),
+        "local_errors": local_errors,
+        "panics": host.panics.get(),
+        "log_dropped": log::DROPPED.get(),
+    })
+}
+
+fn cells_status(table: &Table) -> Vec<Value> {
+    let mut cells: Vec<(&str, usize, usize, usize)> = Vec::new();
+    for pool in &table.pools {
+        for member in &pool.members {
+            let name = &*pool.cells[member.cell].name;
+            let place = cells.iter().position(|cell| cell.0 == name).unwrap_or_else(|| {
+                cells.push((name, 0, 0, 0));
+                cells.len() - 1
+            });
+            let fit = matches!(member.backend.view().state, State::Up | State::Returning);
+            cells[place].1 += usize::from(fit);
+            cells[place].2 += 1;
+            cells[place].3 += usize::from(member.backend.drained.load(Relaxed));
+        }
+    }
+    let facts = |name: &str| table.config.cells.iter().find(|facts| facts.name == name);
+    cells
+        .into_iter()
+        .map(|(name, fit, all, drained)| {
+            json!({
+                "name": name,
+                "cloud": facts(name).and_then(|facts| facts.cloud.clone()),
+                "region": facts(name).and_then(|facts| facts.region.clone()),
+                "state": cell_state(fit, all),
+                "admin": if drained == all { "drained" } else if drained > 0 { "partly drained" } else { "ready" },
+            })
+        })
+        .collect()
+}
+
+fn pool_status(pool: &Pool, info: &Info) -> Value {
+    let shares = pool.shares(clock::now());
+    let cells: Vec<Value> = pool
+        .cells
+        .iter()
+        .zip(shares)
+        .map(|(cell, (configured, now))| {
+            let members = &pool.members[cell.members.clone()];
+            json!({
+                "name": &*cell.name,
+                "tier": cell.tier,
+                "share": { "configured": round(configured), "now": round(now) },
+                "backends": members.iter().map(|member| backend_status(pool, &member.backend, info)).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    json!({
+        "name": &*pool.name,
+        "connections": { "now": pool.shared.connections.used(), "limit": pool.policy.max_connections },
+        "refused": { "full": pool.shared.refused_full.get(), "unreachable": pool.shared.refused_unreachable.get() },
+        "races": { "begun": pool.shared.races[0].get(), "won": pool.shared.races[1].get(), "no_budget": pool.shared.budget.refused() },
+        "cells": cells,
+    })
+}
+
+fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
+    let health = backend.health();
+    let drained = backend.drained.load(Relaxed);
+    let in_flight = backend.in_flight.used();
+    let admin = match (drained, in_flight) {
+        (false, _) => "ready",
+        (true, 0) => "drained",
+        (true, _) => "draining",
+    };
+    let cause = health.cause().map(|cause| {
+        let seen_by = if cause.source == Source::Probe { "probe" } else { "traffic" };
+        json!({
+            "kind": cause.kind,
+            "depth": cause.depth.word(),
+            "detail": format!("{} x {} at {}, seen by {seen_by}", cause.times, cause.kind, cause.depth.word()),
+            "at": cause.at.rfc3339(),
+        })
+    });
+    let count = |outcome: Outcome| backend.counters.attempts[outcome as usize].get();
+    let quantile = |pick: fn((std::time::Duration, std::time::Duration)) -> std::time::Duration| {
+        backend.handshake.learned().map(|learned| round(pick(learned).as_secs_f64() * 1e3))
+    };
+    let now = clock::now();
+    let (hold, until) = health.hold();
+    json!({
+        "name": &*backend.name,
+        "address": backend.address,
+        "health": health.state().word(),
+        "admin": admin,
+        "since": health.since().rfc3339(),
+        "cause": cause,
+        "hold_ms": (health.state() == State::Down).then(|| until.since(now).as_millis() as u64),
+        "next_hold_ms": hold.as_millis() as u64,
+        "in_flight": in_flight,
+        "attempts": { "ok": count(Outcome::Ok), "failed": count(Outcome::Refused) + count(Outcome::Silent) },
+        "handshake_ms": { "p50": quantile(|(p50, _)| p50), "p99": quantile(|(_, p99)| p99) },
+        "learned_loss": round(health.loss()),
+        "ramp": round(backend.ramp_share(&pool.policy.health, now)),
+        "next_probe_in_ms": Value::Null,
+        "prober": info.probers.get(&backend.id),
+    })
+}
+
+fn listeners_status(table: &Table, info: &Info) -> Vec<Value> {
+    info.bound
+        .iter()
+        .filter_map(|(bind, actual, local)| {
+            let listener = table.listeners.get(bind)?;
+            Some(json!({
+                "name": &*listener.name,
+                "bind": bind,
+                "address": actual,
+                "local": local,
+                "pool": &*listener.pool.name,
+                "connections": listener.shared.connections.used(),
+                "at_cap": listener.shared.at_cap.load(Relaxed),
+            }))
+        })
+        .collect()
+}
+
+fn round(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
+}
+
+/// Prometheus text format, version 0.0.4. Its names and types are the contract's; OpenMetrics, which the client
+/// libraries write, does not allow a gauge `x` beside a counter `x_total`.
+struct Text(String);
+
+impl Text {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
+        self.0.push_str(name);
+        for (i, (key, value)) in labels.iter().enumerate() {
+            self.0.push(if i == 0 { '{' } else { ',' });
+            let value = value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            let _ = write!(self.0, "{key}=\"{value}\"");
+        }
+        if !labels.is_empty() {
+            self.0.push('}');
+        }
+        let _ = writeln!(self.0, " {value}");
+    }
+
+    fn histogram(&mut self, name: &str, labels: &[(&str, &str)], histogram: &Histogram) {
+        let (sum, total, buckets) = histogram.snapshot();
+        let mut below = 0;
+        for (bound, count) in buckets {
+            below += count;
+            let bound = if bound == f64::MAX { "+Inf".to_owned() } else { bound.to_string() };
+            let mut labels = labels.to_vec();
+            labels.push(("le", &bound));
+            self.sample(&format!("{name}_bucket"), &labels, below);
+        }
+        self.sample(&format!("{name}_sum"), labels, sum);
+        self.sample(&format!("{name}_count"), labels, total);
+    }
+}
+
+/// `/metrics`.
+pub fn metrics(host: &Host, info: &Info) -> String {
+    let table = host.live.load_full();
+    let now = clock::now();
+    let mut text = Text(String::new());
+    let t = &mut text;
+    t.family("sailover_build_info", "gauge", "Version of the running program.");
+    t.sample("sailover_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
+    t.family("sailover_config_generation", "gauge", "Number of the live table.");
+    t.sample("sailover_config_generation", &[], table.generation);
+    t.family("sailover_config_last_reload_successful", "gauge", "1 unless the last reload was refused.");
+    let good = info.last_reload.as_ref().is_none_or(|report| report.ok);
+    t.sample("sailover_config_last_reload_successful", &[], u8::from(good));
+
+    let mut listeners: Vec<_> = table.listeners.values().collect();
+    listeners.sort_by(|a, b| a.name.cmp(&b.name));
+    listeners.dedup_by(|a, b| a.name == b.name);
+    t.family("sailover_connections", "gauge", "Connections of clients now.");
+    for listener in &listeners {
+        t.sample("sailover_connections", &[("listener", &listener.name)], listener.shared.connections.used());
+    }
+    t.family("sailover_connections_total", "counter", "Connections of clients that ended, by how.");
+    for listener in &listeners {
+        for end in End::ALL {
+            let labels = [("listener", &*listener.name), ("end", end.word())];
+            t.sample("sailover_connections_total", &labels, listener.shared.ends[end as usize].get());
+        }
+    }
+    t.family("sailover_bytes_total", "counter", "Bytes of ended connections from (in) and to (out) clients.");
+    for listener in &listeners {
+        for (direction, counter) in ["in", "out"].into_iter().zip(&listener.shared.bytes) {
+            t.sample("sailover_bytes_total", &[("listener", &listener.name), ("direction", direction)], counter.get());
+        }
+    }
+    pools_metrics(t, &table, now);
+    process_metrics(t, host);
+    text.0
+}
+
+fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
+    let members = || {
+        table.pools.iter().flat_map(|pool| {
+            pool.members.iter().map(move |member| {
+                let labels = [
+                    ("pool", &*pool.name),
+                    ("cell", &*pool.cells[member.cell].name),
+                    ("backend", &*member.backend.name),
+                ];
+                (labels, &member.backend)
+            })
+        })
+    };
+    let with =
+        |labels: [(&'static str, &str); 3], key: &'static str, value: &'static str| -> Vec<(&'static str, String)> {
+            labels.iter().map(|(k, v)| (*k, (*v).to_owned())).chain([(key, value.to_owned())]).collect()
+        };
+    let sample = |t: &mut Text, name: &str, labels: Vec<(&'static str, String)>, value: u64| {
+        let labels: Vec<(&str, &str)> = labels.iter().map(|(k, v)| (*k, v.as_str())).collect();
+        t.sample(name, &labels, value);
+    };
+    t.family("sailover_attempts_total", "counter", "Attempts at backends for clients, by result.");
+    for (labels, backend) in members() {
+        for outcome in Outcome::ALL {
+            let count = backend.counters.attempts[outcome as usize].get();
+            sample(t, "sailover_attempts_total", with(labels, "result", outcome.word()), count);
+        }
+    }
+    t.family("sailover_backend_state", "gauge", "1 for the state that the backend is in.");
+    for (labels, backend) in members() {
+        let now = backend.view().state;
+        for state in State::ALL {
+            sample(t, "sailover_backend_state", with(labels, "state", state.word()), u64::from(state == now));
+        }
+    }
+    t.family("sailover_transitions_total", "counter", "Changes of state, by the state entered.");
+    for (labels, backend) in members() {
+        for state in State::ALL {
+            let count = backend.counters.transitions[state as usize].get();
+            sample(t, "sailover_transitions_total", with(labels, "to", state.word()), count);
+        }
+    }
+    t.family("sailover_probes_total", "counter", "Probes by result.");
+    for (labels, backend) in members() {
+        for (result, counter) in ["ok", "failed"].into_iter().zip(&backend.counters.probes) {
+            sample(t, "sailover_probes_total", with(labels, "result", result), counter.get());
+        }
+    }
+    t.family("sailover_races_total", "counter", "Races begun, and those that the later attempt won.");
+    for pool in &table.pools {
+        for (won, counter) in ["false", "true"].into_iter().zip(&pool.shared.races) {
+            let begun = counter.get();
+            let count = if won == "false" { begun.saturating_sub(pool.shared.races[1].get()) } else { begun };
+            t.sample("sailover_races_total", &[("pool", &pool.name), ("won", won)], count);
+        }
+    }
+    t.family("sailover_budget_refused_total", "counter", "Extra attempts that the pool's budget did not allow.");
+    for pool in &table.pools {
+        t.sample("sailover_budget_refused_total", &[("pool", &pool.name)], pool.shared.budget.refused());
+    }
+    t.family("sailover_pool_refused_total", "counter", "Clients that no backend could be given, by reason.");
+    for pool in &table.pools {
+        let reasons = [("full", &pool.shared.refused_full), ("unreachable", &pool.shared.refused_unreachable)];
+        for (reason, counter) in reasons {
+            t.sample("sailover_pool_refused_total", &[("pool", &pool.name), ("reason", reason)], counter.get());
+        }
+    }
+    t.family("sailover_cell_share_ratio", "gauge", "Share of the pool's new clients that the cell gets now.");
+    for pool in &table.pools {
+        for (cell, (_, share)) in pool.cells.iter().zip(pool.shares(now)) {
+            t.sample("sailover_cell_share_ratio", &[("pool", &pool.name), ("cell", &cell.name)], share);
+        }
+    }
+    t.family("sailover_handshake_seconds", "histogram", "Handshakes as the kernel measured them.");
+    for pool in &table.pools {
+        for cell in &pool.cells {
+            t.histogram(
+                "sailover_handshake_seconds",
+                &[("pool", &pool.name), ("cell", &cell.name)],
+                &cell.times.handshake,
+            );
+        }
+    }
+    t.family("sailover_first_byte_seconds", "histogram", "From the client's bytes to the first byte of an answer.");
+    for pool in &table.pools {
+        for cell in &pool.cells {
+            t.histogram(
+                "sailover_first_byte_seconds",
+                &[("pool", &pool.name), ("cell", &cell.name)],
+                &cell.times.first_byte,
+            );
+        }
+    }
+    t.family("sailover_detect_seconds", "histogram", "From the first failed evidence to leaving up.");
+    for pool in &table.pools {
+        t.histogram("sailover_detect_seconds", &[("pool", &pool.name)], &pool.shared.detect);
+    }
+}
+
+fn process_metrics(t: &mut Text, host: &Host) {
+    t.family("sailover_probe_late_seconds", "histogram", "How late probes began.");
+    t.histogram("sailover_probe_late_seconds", &[], &host.probe_late);
+    t.family("sailover_worker_busy_ratio", "gauge", "Share of the last second that the worker was busy.");
+    for (number, beat) in host.beats.iter().enumerate() {
+        t.sample("sailover_worker_busy_ratio", &[("worker", &number.to_string())], beat[1].load(Relaxed) as f64 / 1e3);
+    }
+    t.family("sailover_worker_lag_seconds", "histogram", "How late the workers' timers ran.");
+    t.histogram("sailover_worker_lag_seconds", &[], &host.lag);
+    t.family("sailover_accept_paused_total", "counter", "Times that accepting paused, by reason.");
+    for (reason, counter) in ["resources", "cap"].into_iter().zip(&host.accept_paused) {
+        t.sample("sailover_accept_paused_total", &[("reason", reason)], counter.get());
+    }
+    t.family("sailover_local_errors_total", "counter", "Errors of this machine's own, never taken for a backend's.");
+    for (errno, count) in host.local_errors.all() {
+        t.sample("sailover_local_errors_total", &[("errno", errno)], count);
+    }
+    t.family("sailover_spliced_bytes_total", "counter", "Bytes that went through splice(2).");
+    t.sample("sailover_spliced_bytes_total", &[], host.spliced.get());
+    t.family("sailover_splice_refused_total", "counter", "Bulk directions that used the buffer for want of a pipe.");
+    t.sample("sailover_splice_refused_total", &[], host.splice_refused.get());
+    t.family("sailover_log_dropped_total", "counter", "Log lines dropped because a sink was slow.");
+    t.sample("sailover_log_dropped_total", &[], log::DROPPED.get());
+    t.family("sailover_panics_total", "counter", "Connections lost to a bug of the program.");
+    t.sample("sailover_panics_total", &[], host.panics.get());
+}

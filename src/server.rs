@@ -1,0 +1,541 @@
+//! The process: owns every part, starts them in order, and turns events into changes, one at a time.
+//!
+//! Start: limits, configuration, log, table, sockets, workers, probers, admin, ready. From then on one loop on the
+//! control thread takes signals, orders of operators, the end of a reload, and the second's tick. It waits for
+//! no disk: files and tables are read and built on helper threads.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+
+use crate::admin::{self, Admin, DrainOrder, Order};
+use crate::clock;
+use crate::config;
+use crate::drain::Drain;
+use crate::host::Host;
+use crate::listen;
+use crate::log::Logger;
+use crate::probe::Probers;
+use crate::reload::{self, Origin, Prepared, Report};
+use crate::report::Info;
+use crate::sys;
+use crate::table::{self, Table};
+use crate::worker::{Command, Worker};
+
+/// Threads for files, tables and renderings: more than one, so that a stalled disk does not stop a status.
+const HELPERS: usize = 4;
+/// How often the process looks after itself.
+const TICK: Duration = Duration::from_secs(1);
+/// Addresses are asked whether they are local once in so many ticks.
+const LOCAL_TICKS: u64 = 5;
+
+/// Why the process could not start or go on.
+#[derive(Debug)]
+pub enum Fatal {
+    /// The configuration is wrong: exit code 78.
+    Config(String),
+    /// Anything else: exit code 1.
+    Other(String),
+}
+
+impl Fatal {
+    /// Prints it and gives the exit code.
+    pub fn report(&self) -> ExitCode {
+        match self {
+            Fatal::Config(text) => {
+                eprintln!("{text}");
+                ExitCode::from(78)
+            }
+            Fatal::Other(text) => {
+                eprintln!("sailover: {text}");
+                ExitCode::from(1)
+            }
+        }
+    }
+}
+
+struct Bound {
+    stop: watch::Sender<bool>,
+    address: SocketAddr,
+    local: bool,
+}
+
+/// A reload under way, and those who wait for its verdict or for the next one's.
+#[derive(Default)]
+struct Reloading {
+    task: Option<JoinHandle<Result<Prepared, Vec<String>>>>,
+    force: bool,
+    waiting: Vec<oneshot::Sender<Report>>,
+    /// Another one has been asked for meanwhile.
+    again: bool,
+    again_force: bool,
+    waiting_again: Vec<oneshot::Sender<Report>>,
+}
+
+struct Control {
+    host: Arc<Host>,
+    origin: Origin,
+    open_files: u64,
+    logger: Logger,
+    workers: Vec<Worker>,
+    bound: HashMap<SocketAddr, Bound>,
+    probers: Probers,
+    info: Arc<Mutex<Info>>,
+    reloading: Reloading,
+    admin: Admin,
+    admin_http: Option<(SocketAddr, JoinHandle<()>)>,
+}
+
+/// Runs the program until it is told to stop.
+///
+/// # Errors
+/// [`Fatal`], with its exit code.
+pub fn run(file: PathBuf, max_bytes: usize) -> Result<(), Fatal> {
+    let open_files = sys::raise_open_files().map_err(|error| Fatal::Other(format!("limit of open files: {error}")))?;
+    let origin = Origin { file, max_bytes };
+    // At the start there is nothing to serve yet, and waiting for the disk harms nobody.
+    let loaded = config::load(&origin.file, max_bytes).map_err(|refused| Fatal::Config(refused.to_string()))?;
+    let workers = loaded.config.workers;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .thread_name("helper")
+        .max_blocking_threads(HELPERS)
+        .build()
+        .map_err(|error| Fatal::Other(format!("control runtime: {error}")))?;
+    let logger = Logger::start(&loaded.config.log);
+    let prepared =
+        reload::prepare(&origin, None, open_files, workers).map_err(|errors| Fatal::Config(errors.join("\n")))?;
+    let result = runtime.block_on(serve(origin, open_files, logger, workers, prepared));
+    // Helper threads that wait for a stalled disk are left behind.
+    runtime.shutdown_background();
+    // The log's thread gets a moment for what is queued.
+    std::thread::sleep(Duration::from_millis(20));
+    result
+}
+
+async fn serve(
+    origin: Origin,
+    open_files: u64,
+    logger: Logger,
+    workers: usize,
+    prepared: Prepared,
+) -> Result<(), Fatal> {
+    let other = |text: String| Fatal::Other(text);
+    let mut hangups = signal(SignalKind::hangup()).map_err(|error| other(format!("signals: {error}")))?;
+    let mut reopens = signal(SignalKind::user_defined1()).map_err(|error| other(format!("signals: {error}")))?;
+    let mut terms = signal(SignalKind::terminate()).map_err(|error| other(format!("signals: {error}")))?;
+    let mut interrupts = signal(SignalKind::interrupt()).map_err(|error| other(format!("signals: {error}")))?;
+
+    let table = prepared.table.clone();
+    let host = Arc::new(Host::new(table.clone(), workers, logger.access()));
+    host.set_limits(prepared.limits);
+    let mut sockets = Vec::new();
+    for bind in table.listeners.keys() {
+        sockets.push((*bind, bind_for(*bind, workers).map_err(other)?));
+    }
+    let (ended, mut worker_ended) = mpsc::unbounded_channel();
+    let workers = (0..workers)
+        .map(|number| Worker::start(number, host.clone(), ended.clone()))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| other(format!("worker: {error}")))?;
+
+    let info = Arc::new(Mutex::new(Info { loaded_at: clock::now().rfc3339(), ..Info::default() }));
+    let (orders, mut orders_in) = mpsc::channel(64);
+    let admin = Admin::new(host.clone(), info.clone(), orders);
+    let config = table.config.clone();
+    let mut control = Control {
+        host,
+        origin,
+        open_files,
+        logger,
+        workers,
+        bound: HashMap::new(),
+        probers: Probers::default(),
+        info,
+        reloading: Reloading::default(),
+        admin,
+        admin_http: None,
+    };
+    control.open_admin(&config.admin).map_err(other)?;
+    control.probers.apply(&table, &control.host);
+    for (bind, sockets) in sockets {
+        control.listen(bind, sockets);
+    }
+    control.publish();
+    prepared.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    for (bind, bound) in &control.bound {
+        let note = if bound.local { "" } else { "; the address is not local now (a standby's is not)" };
+        tracing::info!(%bind, address = %bound.address, "listening{note}");
+    }
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        generation = table.generation,
+        hash = table.hash,
+        connections = prepared.limits.connections,
+        open_files,
+        "ready"
+    );
+    notify(&[sd_notify::NotifyState::Ready]);
+
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut tick = 0u64;
+    loop {
+        tokio::select! {
+            _ = hangups.recv() => control.reload(false, None),
+            _ = reopens.recv() => control.logger.reopen(),
+            _ = terms.recv() => break,
+            _ = interrupts.recv() => break,
+            Some(number) = worker_ended.recv() => {
+                return Err(other(format!("worker {number} ended, which must not happen; the process ends with it")));
+            }
+            Some(order) = orders_in.recv() => control.obey(order),
+            prepared = control.reloading.finished() => control.finish_reload(prepared),
+            _ = ticks.tick() => {
+                tick += 1;
+                control.tick(tick);
+            }
+        }
+    }
+
+    let shutdown = control.host.live.load().config.shutdown;
+    control.host.stopping.store(true, Relaxed);
+    notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!(announce = ?shutdown.announce, drain = ?shutdown.drain, "stopping; a second signal stops at once");
+    let stop = control.stop(shutdown);
+    tokio::pin!(stop);
+    loop {
+        tokio::select! {
+            left = &mut stop => {
+                tracing::info!(left, "stopped");
+                return Ok(());
+            }
+            _ = terms.recv() => return Ok(()),
+            _ = interrupts.recv() => return Ok(()),
+            // Orders are refused by dropping them: their senders see it.
+            Some(order) = orders_in.recv() => drop(order),
+        }
+    }
+}
+
+impl Reloading {
+    /// The end of the reload under way; never, when there is none.
+    async fn finished(&mut self) -> Result<Prepared, Vec<String>> {
+        match &mut self.task {
+            Some(task) => {
+                let result = task.await;
+                self.task = None;
+                result.unwrap_or_else(|error| Err(vec![format!("the reload itself failed: {error}")]))
+            }
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Control {
+    // ---- reload ----
+
+    /// Begins a reload, or remembers that another one is wanted after the one under way.
+    fn reload(&mut self, force: bool, reply: Option<oneshot::Sender<Report>>) {
+        if self.reloading.task.is_some() {
+            self.reloading.again = true;
+            // One word for all that were asked for meanwhile: they become one reload.
+            self.reloading.again_force |= force;
+            self.reloading.waiting_again.extend(reply);
+            return;
+        }
+        self.reloading.force = force;
+        self.reloading.waiting.extend(reply);
+        let (origin, open_files, workers) = (self.origin.clone(), self.open_files, self.workers.len());
+        let live = self.host.live.load_full();
+        notify_reloading();
+        self.reloading.task =
+            Some(tokio::task::spawn_blocking(move || reload::prepare(&origin, Some(&live), open_files, workers)));
+    }
+
+    fn finish_reload(&mut self, prepared: Result<Prepared, Vec<String>>) {
+        let mut report = Report { at: clock::now().rfc3339(), ..Report::default() };
+        match prepared.and_then(|prepared| self.go_live(prepared, &mut report)) {
+            Ok(()) => {
+                report.ok = true;
+                let difference = &report.difference;
+                tracing::info!(
+                    generation = self.host.live.load().generation,
+                    hash = self.host.live.load().hash,
+                    backends = ?difference.backends,
+                    pools = ?difference.pools,
+                    listeners = ?difference.listeners,
+                    probers_started = report.probers.0,
+                    probers_stopped = report.probers.1,
+                    "reloaded"
+                );
+                report.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+            }
+            Err(errors) => {
+                // A file may hold a thousand mistakes; the log gets the first ones, the asker all.
+                for error in errors.iter().take(20) {
+                    tracing::warn!("reload refused: {error}");
+                }
+                report.errors = errors;
+            }
+        }
+        let table = self.host.live.load_full();
+        (report.generation, report.hash) = (table.generation, table.hash.clone());
+        if let Ok(mut info) = self.info.lock() {
+            if report.ok {
+                info.loaded_at = report.at.clone();
+            }
+            info.last_reload = Some(report.clone());
+        }
+        self.publish();
+        notify(&[sd_notify::NotifyState::Ready]);
+        for waiting in self.reloading.waiting.drain(..) {
+            let _ = waiting.send(report.clone());
+        }
+        if std::mem::take(&mut self.reloading.again) {
+            let force = std::mem::take(&mut self.reloading.again_force);
+            let waiting = std::mem::take(&mut self.reloading.waiting_again);
+            self.reload(force, None);
+            self.reloading.waiting = waiting;
+        }
+    }
+
+    /// Binds what is new, swaps, and starts and stops the difference. Before the swap any error leaves everything
+    /// as it was.
+    fn go_live(&mut self, prepared: Prepared, report: &mut Report) -> Result<(), Vec<String>> {
+        report.difference = prepared.difference;
+        report.warnings = prepared.warnings;
+        let dangers = &report.difference.dangers;
+        if !dangers.is_empty() && !self.reloading.force {
+            let mut errors: Vec<String> = dangers.iter().map(|danger| format!("the file removes {danger}")).collect();
+            errors.push("refused; `sailover reload --force` goes on all the same (SIGHUP never does)".into());
+            return Err(errors);
+        }
+        let table = prepared.table;
+        let mut sockets = Vec::new();
+        for bind in table.listeners.keys().filter(|bind| !self.bound.contains_key(bind)) {
+            sockets.push((*bind, bind_for(*bind, self.workers.len()).map_err(|error| vec![error])?));
+        }
+        let before = self.host.live.load_full();
+        if table.config.admin.http != before.config.admin.http {
+            self.open_admin_http(table.config.admin.http).map_err(|error| vec![error])?;
+        }
+
+        self.apply_drains(&table);
+        self.host.set_limits(prepared.limits);
+        self.host.live.store(table.clone());
+
+        for (bind, sockets) in sockets {
+            tracing::info!(%bind, "listening");
+            self.listen(bind, sockets);
+        }
+        self.bound.retain(|bind, bound| {
+            let keep = table.listeners.contains_key(bind);
+            if !keep {
+                tracing::info!(%bind, "no longer listening");
+                let _ = bound.stop.send(true);
+            }
+            keep
+        });
+        report.probers = self.probers.apply(&table, &self.host);
+        if table.config.log != before.config.log {
+            self.logger.apply(&table.config.log);
+        }
+        let mut later = Vec::new();
+        if table.config.workers != self.workers.len() {
+            later.push(format!("workers: {}", table.config.workers));
+        }
+        if table.config.admin.socket != before.config.admin.socket {
+            later.push(format!("admin.socket: {}", table.config.admin.socket.display()));
+        }
+        report.warnings.extend(later.iter().map(|key| format!("{key} takes effect at the next start")));
+        if let Ok(mut info) = self.info.lock() {
+            info.at_next_start = later;
+        }
+        Ok(())
+    }
+
+    // ---- orders ----
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Reload { force, reply } => self.reload(force, Some(reply)),
+            Order::Drain(order, reply) => {
+                let _ = reply.send(self.drain(order));
+            }
+            Order::Undrain(order, reply) => {
+                let _ = reply.send(self.undrain(&order));
+            }
+        }
+    }
+
+    fn drain(&mut self, order: DrainOrder) -> Result<String, String> {
+        let table = self.host.live.load_full();
+        let wall = SystemTime::now();
+        let until = order.seconds.and_then(|seconds| wall.checked_add(Duration::from_secs(seconds)));
+        let drain = Drain {
+            cell: order.cell,
+            pool: order.pool,
+            backend: order.backend,
+            reason: order.reason,
+            by: order.by,
+            since: humantime::format_rfc3339_seconds(wall).to_string(),
+            until: until.and_then(|until| Some(until.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs())),
+        };
+        let text = format!("drained {}", drain.cell);
+        self.with_info(|info| info.drains.add(drain.clone(), &table, order.force))?;
+        self.apply_drains(&table);
+        tracing::info!(
+            cell = drain.cell,
+            pool = drain.pool,
+            backend = drain.backend,
+            reason = drain.reason,
+            by_uid = drain.by,
+            "drained"
+        );
+        Ok(text)
+    }
+
+    fn undrain(&mut self, order: &DrainOrder) -> Result<String, String> {
+        let (pool, backend) = (order.pool.as_deref(), order.backend.as_deref());
+        let ended = self.with_info(|info| info.drains.remove(&order.cell, pool, backend))?;
+        self.apply_drains(&self.host.live.load_full());
+        tracing::info!(cell = order.cell, pool, backend, by_uid = order.by, "undrained");
+        Ok(format!("undrained {} ({ended} drain{})", order.cell, if ended == 1 { "" } else { "s" }))
+    }
+
+    fn apply_drains(&self, table: &Table) {
+        let drains = self.with_info(|info| info.drains.clone());
+        table::apply_drains(table, |pool, cell, member| drains.covers(pool, cell, member));
+    }
+
+    fn with_info<T>(&self, f: impl FnOnce(&mut Info) -> T) -> T {
+        f(&mut self.info.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    // ---- the second's tick ----
+
+    fn tick(&mut self, tick: u64) {
+        if admin::stale_worker(&self.host).is_none() {
+            notify(&[sd_notify::NotifyState::Watchdog]);
+        }
+        let now = clock::now();
+        let table = self.host.live.load_full();
+        for pool in &table.pools {
+            pool.shared.failing.sweep(now);
+        }
+        if self.with_info(|info| info.drains.expire(SystemTime::now())) {
+            tracing::info!("a drain has reached its end");
+            self.apply_drains(&table);
+        }
+        if tick % LOCAL_TICKS == 0 {
+            for (bind, bound) in &mut self.bound {
+                let local = listen::is_local(bound.address);
+                if local != bound.local {
+                    tracing::info!(%bind, local, "whether the listening address is local has changed");
+                }
+                bound.local = local;
+            }
+            self.publish();
+        }
+    }
+
+    /// Copies for the renderers what only control knows.
+    fn publish(&self) {
+        let mut bound: Vec<_> = self.bound.iter().map(|(bind, bound)| (*bind, bound.address, bound.local)).collect();
+        bound.sort();
+        let probers = self.probers.ids();
+        self.with_info(|info| {
+            info.bound = bound;
+            info.probers = probers;
+        });
+    }
+
+    // ---- parts ----
+
+    fn listen(&mut self, bind: SocketAddr, sockets: Vec<std::net::TcpListener>) {
+        let (stop, stopped) = watch::channel(false);
+        let address = sockets.first().and_then(|socket| socket.local_addr().ok()).unwrap_or(bind);
+        for (worker, socket) in self.workers.iter().zip(sockets) {
+            worker.tell(Command::Listen { bind, socket, stop: stopped.clone() });
+        }
+        self.bound.insert(bind, Bound { stop, address, local: listen::is_local(address) });
+    }
+
+    /// The default socket may be out of reach for a user without rights; then the process serves without it. One
+    /// that the file names must work.
+    fn open_admin(&mut self, admin: &config::Admin) -> Result<(), String> {
+        match admin::open_socket(&admin.socket) {
+            Ok(listener) => {
+                let listener =
+                    tokio::net::UnixListener::from_std(listener).map_err(|error| format!("admin socket: {error}"))?;
+                tokio::spawn(self.admin.clone().serve_unix(listener));
+            }
+            Err(error) if admin.socket_given => return Err(error),
+            Err(error) => tracing::warn!("{error}; serving without it (name another with admin.socket)"),
+        }
+        self.open_admin_http(admin.http)
+    }
+
+    fn open_admin_http(&mut self, address: Option<SocketAddr>) -> Result<(), String> {
+        let new = match address {
+            Some(address) => {
+                let listener = tokio::net::TcpListener::from_std(admin::open_http(address)?)
+                    .map_err(|error| format!("admin http {address}: {error}"))?;
+                if let Ok(actual) = listener.local_addr() {
+                    tracing::info!(address = %actual, "admin http");
+                }
+                Some((address, tokio::spawn(self.admin.clone().serve_http(listener))))
+            }
+            None => None,
+        };
+        if let Some((_, old)) = std::mem::replace(&mut self.admin_http, new) {
+            old.abort();
+        }
+        Ok(())
+    }
+
+    /// Announces, closes the listeners, and waits for the sessions; returns how many were left.
+    async fn stop(&mut self, shutdown: config::Shutdown) -> u32 {
+        sleep_until(Instant::now() + shutdown.announce).await;
+        for bound in self.bound.values() {
+            let _ = bound.stop.send(true);
+        }
+        let deadline = Instant::now() + shutdown.drain;
+        // Accept loops serve what is queued for two quiet moments before they close.
+        let mut quiet = 0;
+        while Instant::now() < deadline && quiet < 15 {
+            sleep_until((Instant::now() + Duration::from_millis(10)).min(deadline)).await;
+            quiet = if self.host.connections.used() == 0 { quiet + 1 } else { 0 };
+        }
+        let left = self.host.connections.used();
+        if let Some(path) = self.host.live.load().config.admin.socket.to_str() {
+            let _ = std::fs::remove_file(path);
+        }
+        left
+    }
+}
+
+fn bind_for(bind: SocketAddr, workers: usize) -> Result<Vec<std::net::TcpListener>, String> {
+    listen::bind(bind, workers).map_err(|error| format!("listener {bind}: cannot be bound: {error}"))
+}
+
+/// Tells the service manager; without one it does nothing.
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    let _ = sd_notify::notify(states);
+}
+
+fn notify_reloading() {
+    if let Ok(now) = sd_notify::NotifyState::monotonic_usec_now() {
+        notify(&[sd_notify::NotifyState::Reloading, now]);
+    }
+}

@@ -1,0 +1,175 @@
+//! The running sessions of one worker: what the worker must know to end one that cannot end itself.
+//!
+//! Once a second the worker asks TCP about sessions that wait to write, and looks after those whose backend is
+//! down. There is no `TCP_USER_TIMEOUT`, because Linux takes a closed window for death.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::task::Waker;
+use std::time::Duration;
+
+use slab::Slab;
+
+use crate::backend::Backend;
+use crate::clock::Time;
+use crate::config::OnDown;
+use crate::health::{Depth, State};
+use crate::pool::Policy;
+use crate::sys;
+use crate::table::{End, Table};
+
+/// A session of a down backend is stuck when nothing of what it sent was acknowledged for this long.
+const STUCK: Duration = Duration::from_secs(1);
+/// Most sessions of down backends that are reset in a tenth of a second, over all workers: 500 a second.
+pub const RESETS_PER_TICK: usize = 50;
+
+/// Bits of what a session waits to write to.
+pub const WAITS_CLIENT: u8 = 1;
+/// The same for the backend.
+pub const WAITS_BACKEND: u8 = 2;
+
+#[derive(Debug)]
+struct Entry {
+    backend: Arc<Backend>,
+    policy: Arc<Policy>,
+    client: RawFd,
+    server: RawFd,
+    waits: u8,
+    ended: Option<End>,
+    waker: Option<Waker>,
+}
+
+thread_local! {
+    static SESSIONS: RefCell<Slab<Entry>> = const { RefCell::new(Slab::new()) };
+    static DOOMED: RefCell<VecDeque<usize>> = const { RefCell::new(VecDeque::new()) };
+}
+
+/// A session's place in its worker's list; dropping it takes it out. Stays on the worker's thread, as every
+/// task of a single-threaded runtime does.
+#[derive(Debug)]
+pub struct Handle(usize);
+
+/// Enters a session; both descriptors must stay open while the handle lives.
+pub fn enter(backend: Arc<Backend>, policy: Arc<Policy>, client: RawFd, server: RawFd) -> Handle {
+    let entry = Entry { backend, policy, client, server, waits: 0, ended: None, waker: None };
+    Handle(SESSIONS.with(|sessions| sessions.borrow_mut().insert(entry)))
+}
+
+impl Handle {
+    /// Whom to wake when the session must end.
+    pub fn wake_by(&self, waker: &Waker) {
+        self.with(|entry| entry.waker = Some(waker.clone()));
+    }
+
+    /// Notes what the session waits to write to.
+    pub fn set_waits(&self, waits: u8) {
+        self.with(|entry| entry.waits = waits);
+    }
+
+    /// Why the session must end now, if it must.
+    pub fn ended(&self) -> Option<End> {
+        self.with(|entry| entry.ended).flatten()
+    }
+
+    fn with<T>(&self, f: impl FnOnce(&mut Entry) -> T) -> Option<T> {
+        SESSIONS.with(|sessions| sessions.borrow_mut().get_mut(self.0).map(f))
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // At the end of the thread the list may be gone before the last task.
+        let _ = SESSIONS.try_with(|sessions| sessions.borrow_mut().try_remove(self.0));
+    }
+}
+
+/// Number of running sessions of this worker.
+pub fn count() -> usize {
+    SESSIONS.with(|sessions| sessions.borrow().len())
+}
+
+/// The look at all sessions, once a second.
+pub fn inspect(table: &Table, now: Time) {
+    let mut another_is_fit: HashMap<u64, bool> = HashMap::new();
+    SESSIONS.with(|sessions| {
+        let mut sessions = sessions.borrow_mut();
+        for (key, entry) in sessions.iter_mut().filter(|(_, entry)| entry.ended.is_none()) {
+            if entry.waits & WAITS_CLIENT != 0 && silent(entry.client, entry.policy.unacked) {
+                end(entry, End::ClientStuck);
+            } else if entry.waits & WAITS_BACKEND != 0 && silent(entry.server, entry.policy.unacked) {
+                end(entry, End::BackendStuck);
+            } else if entry.policy.on_down != OnDown::Keep && entry.backend.view().state == State::Down {
+                let fit = another_is_fit.entry(entry.backend.id).or_insert_with(|| {
+                    let pool = table.pools.iter().find(|pool| pool.name == entry.backend.shared.name);
+                    pool.is_some_and(|pool| pool.has_other_fit(entry.backend.id))
+                });
+                if *fit && doomed(entry, now) {
+                    DOOMED.with(|doomed| doomed.borrow_mut().push_back(key));
+                }
+            }
+        }
+    });
+}
+
+/// Ends at most `most` of the sessions that [`inspect`] found, and returns how many.
+pub fn reset_doomed(most: usize) -> usize {
+    let mut done = 0;
+    SESSIONS.with(|sessions| {
+        let mut sessions = sessions.borrow_mut();
+        DOOMED.with(|doomed| {
+            let mut doomed = doomed.borrow_mut();
+            while done < most {
+                let Some(key) = doomed.pop_front() else { break };
+                // The place may have been given to another session since; that one is judged by its own backend.
+                let Some(entry) = sessions.get_mut(key) else { continue };
+                if entry.ended.is_none() && entry.backend.view().state == State::Down {
+                    end(entry, End::BackendDown);
+                    done += 1;
+                }
+            }
+        });
+    });
+    done
+}
+
+/// Whether any session waits for its reset.
+pub fn any_doomed() -> bool {
+    DOOMED.with(|doomed| !doomed.borrow().is_empty())
+}
+
+/// Whether the session of a down backend has to end. What probes alone said never resets a session that does
+/// not show the failure itself; what a probe said about content never resets any.
+fn doomed(entry: &Entry, now: Time) -> bool {
+    let health = entry.backend.health();
+    let by_traffic = health.seen_by_traffic();
+    if !by_traffic && health.blamed() == Depth::Answer {
+        return false;
+    }
+    match entry.policy.on_down {
+        OnDown::Reset if by_traffic => true,
+        OnDown::Reset | OnDown::Stuck => silent(entry.server, STUCK),
+        OnDown::Drain => now.since(health.since()) >= entry.policy.drain,
+        OnDown::Keep => false,
+    }
+}
+
+/// Whether bytes were sent that the peer's kernel has not acknowledged, and nothing was for `long`.
+fn silent(fd: RawFd, long: Duration) -> bool {
+    borrow(fd).and_then(|fd| sys::tcp_info(fd).ok()).is_some_and(|info| info.unacked > 0 && info.last_ack >= long)
+}
+
+fn end(entry: &mut Entry, how: End) {
+    entry.ended = Some(how);
+    if let Some(waker) = entry.waker.take() {
+        waker.wake();
+    }
+}
+
+#[allow(unsafe_code)]
+fn borrow<'a>(fd: RawFd) -> Option<BorrowedFd<'a>> {
+    // SAFETY: whoever entered the session keeps both sockets open while its handle lives, the entry is removed
+    // with the handle on this same thread, and the borrow ends before this thread does anything else.
+    (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
+}

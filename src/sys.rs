@@ -1,0 +1,110 @@
+//! System calls that no safe library offers: what the kernel knows about a TCP connection, and resource limits.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+/// What the kernel knows about a TCP connection.
+#[derive(Clone, Copy, Debug)]
+pub struct TcpInfo {
+    state: u8,
+    /// Smoothed round-trip time; right after the handshake it is the handshake's.
+    pub rtt: Duration,
+    /// Segments sent and not acknowledged.
+    pub unacked: u32,
+    /// Time since the last acknowledgement.
+    pub last_ack: Duration,
+}
+
+/// `TCP_SYN_SENT` and `TCP_CLOSE` of the kernel's include/net/tcp_states.h.
+const SYN_SENT: u8 = 2;
+const CLOSE: u8 = 7;
+
+impl TcpInfo {
+    /// Whether the peer has not yet answered the handshake.
+    pub fn unanswered(&self) -> bool {
+        self.state == SYN_SENT
+    }
+
+    /// Whether the connection is gone: reset, or closed both ways.
+    pub fn gone(&self) -> bool {
+        self.state == CLOSE
+    }
+}
+
+/// Asks the kernel about the TCP connection of `socket`.
+///
+/// # Errors
+/// What getsockopt(2) says, for instance that `socket` is none.
+pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: `info` is valid for `length` bytes of writing, and the kernel writes no more than `length`. The
+    // descriptor is borrowed, so it is open for the duration of the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the struct consists of integers and was zeroed; every bit pattern is a valid value.
+    let info = unsafe { info.assume_init() };
+    Ok(TcpInfo {
+        state: info.tcpi_state,
+        rtt: Duration::from_micros(u64::from(info.tcpi_rtt)),
+        unacked: info.tcpi_unacked,
+        last_ack: Duration::from_millis(u64::from(info.tcpi_last_ack_recv)),
+    })
+}
+
+/// Sets `IP_BIND_ADDRESS_NO_PORT`: a bind to port 0 chooses the address only, and connect(2) the port.
+///
+/// # Errors
+/// What setsockopt(2) says.
+pub fn bind_address_no_port(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: `on` is valid for reading the given length, and the descriptor is borrowed for the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_BIND_ADDRESS_NO_PORT,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Raises the soft limit of open files to the hard one and returns it.
+///
+/// # Errors
+/// What getrlimit(2) says. That the limit cannot be raised is no error: the present one is returned.
+pub fn raise_open_files() -> io::Result<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid rlimit for the kernel to write.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let before = limit.rlim_cur;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: `limit` is a valid rlimit for the kernel to read.
+    let raised = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0;
+    Ok(if raised { limit.rlim_cur } else { before })
+}
+
+/// Processor time that the calling thread has used.
+pub fn thread_cpu() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid timespec for the kernel to write.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}

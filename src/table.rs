@@ -1,0 +1,384 @@
+//! The routing table: everything that was configured, resolved and immutable; one generation of routing.
+//!
+//! [`build`] makes a new one and takes over whatever the previous one has under the same name: an unchanged pool
+//! as it stands, and in a changed one each backend whose name and address stayed. Health is never in it.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::backend::{Backend, Counters, PoolShared};
+use crate::clock::Time;
+use crate::config::{self, Config, Network, ProbeKind};
+use crate::health::{self, Depth};
+use crate::limits::Gauge;
+use crate::metrics::Counter;
+use crate::pool::{Cell, CellTimes, Member, Policy, Pool};
+
+/// One generation.
+#[derive(Debug)]
+pub struct Table {
+    /// Counts the tables that went live in this process, from 1.
+    pub generation: u64,
+    /// Pools in the order of the file.
+    pub pools: Vec<Arc<Pool>>,
+    /// What each bound address does.
+    pub listeners: HashMap<SocketAddr, Arc<Listener>>,
+    /// What it was built from; for control, never for the data plane.
+    pub config: Arc<Config>,
+    /// Hash of the file.
+    pub hash: String,
+}
+
+/// What a listener does with a connection.
+#[derive(Debug)]
+pub struct Listener {
+    /// Its name.
+    pub name: Arc<str>,
+    /// Where its connections go.
+    pub pool: Arc<Pool>,
+    /// Clients that may connect; empty: everybody.
+    pub allow: Vec<Network>,
+    /// Clients that may not.
+    pub deny: Vec<Network>,
+    /// Most connections at once.
+    pub max_connections: u32,
+    /// How long a new connection waits at the cap.
+    pub wait: Duration,
+    /// Without a byte either way: the shorter of the listener's and the pool's.
+    pub idle: Duration,
+    /// What survives it.
+    pub shared: Arc<ListenerShared>,
+}
+
+/// How a client's connection ended: who ended it, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum End {
+    /// The client finished first, then the backend.
+    ClientClosed,
+    /// The backend finished first, then the client.
+    BackendClosed,
+    /// The client reset it.
+    ClientReset,
+    /// The backend reset it.
+    BackendReset,
+    /// No byte either way for too long.
+    Idle,
+    /// One side had finished, the other said nothing for too long.
+    HalfClosed,
+    /// The client's kernel acknowledged nothing for too long.
+    ClientStuck,
+    /// The backend's kernel acknowledged nothing for too long.
+    BackendStuck,
+    /// The backend went down.
+    BackendDown,
+    /// No backend connected in time.
+    Unreachable,
+    /// The pool, or all its backends, had all the connections they may have.
+    Full,
+    /// It waited too long at the cap of the listener or the process.
+    Cap,
+    /// `allow` or `deny`.
+    Denied,
+    /// The client went away while a backend was dialled.
+    ClientGone,
+}
+
+impl End {
+    /// All, in the order of the counters.
+    pub const ALL: [End; 14] = [
+        End::ClientClosed,
+        End::BackendClosed,
+        End::ClientReset,
+        End::BackendReset,
+        End::Idle,
+        End::HalfClosed,
+        End::ClientStuck,
+        End::BackendStuck,
+        End::BackendDown,
+        End::Unreachable,
+        End::Full,
+        End::Cap,
+        End::Denied,
+        End::ClientGone,
+    ];
+
+    /// The word for logs and metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            End::ClientClosed => "client_closed",
+            End::BackendClosed => "backend_closed",
+            End::ClientReset => "client_reset",
+            End::BackendReset => "backend_reset",
+            End::Idle => "idle",
+            End::HalfClosed => "half_closed",
+            End::ClientStuck => "client_stuck",
+            End::BackendStuck => "backend_stuck",
+            End::BackendDown => "backend_down",
+            End::Unreachable => "unreachable",
+            End::Full => "full",
+            End::Cap => "cap",
+            End::Denied => "denied",
+            End::ClientGone => "client_gone",
+        }
+    }
+
+    /// Whether the client did not get what it came for.
+    pub fn failed(self) -> bool {
+        !matches!(self, End::ClientClosed | End::BackendClosed | End::ClientReset | End::Idle | End::ClientGone)
+    }
+}
+
+/// What survives a listener's table; kept by the listener's name.
+#[derive(Debug, Default)]
+pub struct ListenerShared {
+    /// Connections now.
+    pub connections: Arc<Gauge>,
+    /// Connections by end.
+    pub ends: [Counter; End::ALL.len()],
+    /// Bytes from clients, and to clients.
+    pub bytes: [Counter; 2],
+    /// Whether new connections are waiting at a cap.
+    pub at_cap: AtomicBool,
+}
+
+impl Listener {
+    /// Whether this client may connect.
+    pub fn admits(&self, client: IpAddr) -> bool {
+        let client = client.to_canonical();
+        !self.deny.iter().any(|network| network.contains(client))
+            && (self.allow.is_empty() || self.allow.iter().any(|network| network.contains(client)))
+    }
+}
+
+/// What a reload changes, in numbers and names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Difference {
+    /// Backends (pool and name) that are new, gone, or have another address, weight, cell or bound.
+    pub backends: Counts,
+    /// Pools.
+    pub pools: Counts,
+    /// Bound addresses.
+    pub listeners: Counts,
+    /// What is gone, in words.
+    pub gone: Vec<String>,
+    /// Why this needs an explicit word; empty when it does not.
+    pub dangers: Vec<String>,
+}
+
+/// Numbers of one kind of thing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[allow(missing_docs)]
+pub struct Counts {
+    pub added: usize,
+    pub removed: usize,
+    pub changed: usize,
+}
+
+/// Builds a table. `process_limit` is the most connections that the process may hold.
+///
+/// Takes time in the order of the number of backends; runs on a helper thread.
+pub fn build(
+    config: Arc<Config>,
+    hash: String,
+    previous: Option<&Table>,
+    process_limit: u32,
+    now: Time,
+) -> (Table, Difference) {
+    let mut pools = Vec::with_capacity(config.pools.len());
+    for wanted in &config.pools {
+        let before = previous.and_then(|table| {
+            let config = table.config.pools.iter().find(|pool| pool.name == wanted.name)?;
+            Some((config, table.pools.iter().find(|pool| *pool.name == *wanted.name)?))
+        });
+        let policy = policy(wanted, &config, process_limit);
+        let pool = match before {
+            Some((config, pool)) if config == wanted && *pool.policy == policy => pool.clone(),
+            _ => Arc::new(build_pool(wanted, policy, before.map(|(_, pool)| &**pool), now)),
+        };
+        pools.push(pool);
+    }
+    let mut listeners = HashMap::new();
+    for wanted in &config.listeners {
+        let shared = previous
+            .and_then(|table| table.listeners.values().find(|listener| *listener.name == *wanted.name))
+            .map_or_else(Arc::default, |listener| listener.shared.clone());
+        // The reader made sure that the pool exists.
+        let Some(pool) = pools.iter().find(|pool| *pool.name == *wanted.tcp) else { continue };
+        let listener = Arc::new(Listener {
+            name: wanted.name.as_str().into(),
+            pool: pool.clone(),
+            allow: wanted.allow.clone(),
+            deny: wanted.deny.clone(),
+            max_connections: wanted.max_connections.unwrap_or(u32::MAX),
+            wait: wanted.wait,
+            idle: wanted.idle.min(pool.policy.idle),
+            shared,
+        });
+        listeners.extend(wanted.bind.iter().map(|bind| (*bind, listener.clone())));
+    }
+    let difference = previous.map_or_else(Difference::default, |table| difference(&table.config, &config));
+    let generation = previous.map_or(1, |table| table.generation + 1);
+    (Table { generation, pools, listeners, config, hash }, difference)
+}
+
+fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
+    let probe_depth = pool.probe.as_ref().map(|probe| match probe.kind {
+        ProbeKind::Tcp => Depth::Connect,
+        ProbeKind::Http { .. } | ProbeKind::Exchange { .. } => Depth::Answer,
+    });
+    let (fall, rise) = pool.probe.as_ref().map_or((2, 2), |probe| (probe.fall, probe.rise));
+    let half = if config.pools.len() > 1 { process_limit / 2 } else { process_limit };
+    Policy {
+        health: health::Policy {
+            fall,
+            rise,
+            hold_first: pool.hold.first,
+            hold_longest: pool.hold.longest,
+            ramp: pool.ramp,
+            probe_depth,
+        },
+        balance: pool.balance,
+        affinity: pool.affinity,
+        connect_timeout: pool.connect.timeout,
+        attempts: pool.connect.attempts,
+        race: pool.connect.race,
+        source: pool.connect.source.clone(),
+        idle: pool.timeouts.idle,
+        half_close: pool.timeouts.half_close,
+        unacked: pool.timeouts.unacked,
+        on_down: pool.on_down,
+        drain: config.shutdown.drain,
+        when_all_down: pool.when_all_down,
+        max_connections: pool.max_connections.unwrap_or(half.max(1)),
+    }
+}
+
+fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, now: Time) -> Pool {
+    let shared = before.map_or_else(|| Arc::new(PoolShared::new(&wanted.name)), |pool| pool.shared.clone());
+    // A session keeps its policy: an equal one is taken over, so that memory does not grow with reloads.
+    let policy = match before {
+        Some(pool) if *pool.policy == policy => pool.policy.clone(),
+        _ => Arc::new(policy),
+    };
+    let known: HashMap<&str, &Arc<Backend>> =
+        before.iter().flat_map(|pool| &pool.members).map(|member| (&*member.backend.name, &member.backend)).collect();
+    let mut cells = Vec::new();
+    let mut members = Vec::new();
+    for cell in &wanted.cells {
+        let old = before.and_then(|pool| pool.cells.iter().find(|old| *old.name == *cell.name));
+        let times = old.map_or_else(|| Arc::new(CellTimes::default()), |old: &Cell| old.times.clone());
+        cells.push((cell.name.as_str().into(), cell.tier, cell.weight, cell.backends.len(), times));
+        for backend in &cell.backends {
+            let old = known.get(backend.name.as_str());
+            let backend_now = match old {
+                Some(old) if old.address == backend.address => Arc::clone(old),
+                _ => {
+                    let counters = old.map_or_else(|| Arc::new(Counters::default()), |old| old.counters.clone());
+                    Arc::new(Backend::new(
+                        shared.clone(),
+                        &backend.name,
+                        backend.address,
+                        counters,
+                        &policy.health,
+                        now,
+                    ))
+                }
+            };
+            members.push(Member {
+                backend: backend_now,
+                cell: cells.len() - 1,
+                weight: backend.weight,
+                max_connections: backend.max_connections.unwrap_or(u32::MAX),
+            });
+        }
+    }
+    // Plans of the old pool say nothing about the new one's members; it begins with none.
+    Pool::new(shared, policy, cells, members)
+}
+
+fn difference(before: &Config, after: &Config) -> Difference {
+    let mut difference = Difference::default();
+    type Key<'a> = (&'a str, &'a str);
+    fn backends(config: &Config) -> HashMap<Key<'_>, (&config::Backend, Key<'_>)> {
+        let cells = config.pools.iter().flat_map(|pool| pool.cells.iter().map(move |cell| (pool, cell)));
+        cells
+            .flat_map(|(pool, cell)| {
+                cell.backends.iter().map(move |backend| {
+                    ((pool.name.as_str(), backend.name.as_str()), (backend, (pool.name.as_str(), cell.name.as_str())))
+                })
+            })
+            .collect()
+    }
+    fn count<K: std::hash::Hash + Eq, V: PartialEq>(before: &HashMap<K, V>, after: &HashMap<K, V>) -> Counts {
+        Counts {
+            added: after.keys().filter(|key| !before.contains_key(key)).count(),
+            removed: before.keys().filter(|key| !after.contains_key(key)).count(),
+            changed: after.iter().filter(|(key, value)| before.get(key).is_some_and(|old| old != *value)).count(),
+        }
+    }
+    let (old, new) = (backends(before), backends(after));
+    difference.backends = count(&old, &new);
+    let pools = |config: &Config| config.pools.iter().map(|p| (p.name.clone(), p.clone())).collect::<HashMap<_, _>>();
+    difference.pools = count(&pools(before), &pools(after));
+    let binds = |config: &Config| -> HashMap<SocketAddr, config::Listener> {
+        config.listeners.iter().flat_map(|l| l.bind.iter().map(move |bind| (*bind, l.clone()))).collect()
+    };
+    let (old_binds, new_binds) = (binds(before), binds(after));
+    difference.listeners = count(&old_binds, &new_binds);
+
+    let mut gone: Vec<String> = old_binds
+        .iter()
+        .filter(|(bind, _)| !new_binds.contains_key(*bind))
+        .map(|(bind, listener)| format!("listener {} on {bind}", listener.name))
+        .collect();
+    for pool in &before.pools {
+        let used = before.listeners.iter().any(|listener| listener.tcp == pool.name);
+        match after.pools.iter().find(|new| new.name == pool.name) {
+            None if used => gone.push(format!("pool {}, which is in use", pool.name)),
+            None => {}
+            Some(new) => {
+                let left = pool.cells.iter().filter(|cell| new.cells.iter().any(|c| c.name == cell.name)).count();
+                if (pool.cells.len() - left) * 2 > pool.cells.len() {
+                    gone.push(format!(
+                        "{} of the {} cells of pool {}",
+                        pool.cells.len() - left,
+                        pool.cells.len(),
+                        pool.name
+                    ));
+                }
+            }
+        }
+    }
+    if difference.backends.removed * 2 > old.len() {
+        gone.push(format!("{} of all {} backends", difference.backends.removed, old.len()));
+    }
+    gone.sort();
+    difference.dangers = gone;
+    difference.gone = old
+        .keys()
+        .filter(|key| !new.contains_key(*key))
+        .map(|(pool, name)| format!("backend {name} of pool {pool}"))
+        .collect();
+    difference.gone.sort();
+    difference
+}
+
+/// Marks drained backends; the only thing that drains are to routing.
+pub fn apply_drains(table: &Table, drained: impl Fn(&Pool, &Cell, &Member) -> bool) {
+    for pool in &table.pools {
+        let mut changed = false;
+        for member in &pool.members {
+            let now = drained(pool, &pool.cells[member.cell], member);
+            changed |= member.backend.drained.swap(now, Relaxed) != now;
+        }
+        if changed {
+            pool.shared.epoch.fetch_add(1, Relaxed);
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! One TCP connection, from its acceptance to its close.
+//!
+//! 1. The caller holds its permits of the process and the listener, and gives it a listener of one table.
+//! 2. It takes one of its pool's connections, or is reset.
+//! 3. `dial` connects it to a backend. From here on it keeps the backend and the policy, not the table.
+//! 4. `relay` moves bytes; the first answer, or its absence, is evidence.
+//! 5. It is counted, and gets its line in the access log.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use fastrand::Rng;
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use crate::backend::Backend;
+use crate::clock;
+use crate::config::Affinity;
+use crate::dial::{self, Client, DialError, Network, Opening, Story};
+use crate::host::Host;
+use crate::limits::Permit;
+use crate::log::{AccessRecord, Served};
+use crate::pool::{self, Policy};
+use crate::relay::{self, Bounds, Carried, Notice};
+use crate::session;
+use crate::sys;
+use crate::table::{End, Listener};
+use crate::witness;
+
+/// A first byte is expected within this many learned 99th percentiles, within the bounds below.
+const FIRST_BYTE_FACTOR: u32 = 4;
+const FIRST_BYTE_FLOOR: Duration = Duration::from_millis(100);
+/// With nothing learned.
+const FIRST_BYTE_COLD: Duration = Duration::from_secs(1);
+/// Keepalive towards backends: a vanished peer is noticed after 15 seconds.
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(5)).with_retries(2);
+
+thread_local! {
+    static RNG: RefCell<Rng> = RefCell::new(Rng::new());
+}
+
+/// Serves one accepted connection to its end.
+pub async fn serve(
+    mut client: TcpStream,
+    peer: SocketAddr,
+    listener: Arc<Listener>,
+    host: Arc<Host>,
+    permits: [Permit; 2],
+) {
+    let _permits = permits;
+    let began = clock::now();
+    let shared = listener.shared.clone();
+    let mut record = AccessRecord::new(listener.name.clone(), peer, listener.pool.name.clone());
+
+    let end = if let Some(_place) = listener.pool.shared.connections.take(listener.pool.policy.max_connections) {
+        connect_and_relay(&mut client, peer, listener, &host, &mut record).await
+    } else {
+        listener.pool.shared.refused_full.add(1);
+        End::Full
+    };
+
+    shared.ends[end as usize].add(1);
+    shared.bytes[0].add(record.bytes_in);
+    shared.bytes[1].add(record.bytes_out);
+    if !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
+        reset(&client);
+    }
+    drop(client);
+    host.access.write(record, end, clock::now().since(began));
+}
+
+async fn connect_and_relay(
+    client: &mut TcpStream,
+    peer: SocketAddr,
+    listener: Arc<Listener>,
+    host: &Host,
+    record: &mut AccessRecord,
+) -> End {
+    let pool = listener.pool.clone();
+    let idle = listener.idle;
+    drop(listener);
+    let mut timer = std::pin::pin!(tokio::time::sleep(pool.policy.connect_timeout));
+    let pin = (pool.policy.affinity == Affinity::ClientIp).then(|| pool::pin(peer.ip()));
+    let mut story = Story::default();
+    let mut rng = RNG.with(|rng| rng.borrow_mut().fork());
+    let dialled = dial::dial(&Kernel, host, &pool, pin, &Waiting(client), timer.as_mut(), &mut rng, &mut story).await;
+    record.attempts = story.attempts;
+    record.raced = story.raced;
+    record.failures = story.failures;
+    let mut dialled = match dialled {
+        Ok(dialled) => dialled,
+        Err(DialError::Full) => {
+            pool.shared.refused_full.add(1);
+            return End::Full;
+        }
+        Err(DialError::Unreachable) => {
+            pool.shared.refused_unreachable.add(1);
+            return End::Unreachable;
+        }
+        Err(DialError::ClientGone) => return End::ClientGone,
+    };
+    let member = &pool.members[dialled.member];
+    let cell = &pool.cells[member.cell];
+    record.served =
+        Some(Served { cell: cell.name.clone(), backend: member.backend.name.clone(), handshake: dialled.handshake });
+    let (backend, times, policy) = (member.backend.clone(), cell.times.clone(), pool.policy.clone());
+    drop(pool);
+
+    let session = session::enter(backend.clone(), policy.clone(), client.as_raw_fd(), dialled.connection.as_raw_fd());
+    let bounds = Bounds { idle, half_close: policy.half_close };
+    let mut carried = Carried::default();
+    let connected = Instant::now();
+    let prefix = witness::prefix(peer.ip());
+    let attempt_began = dialled.began;
+    let end = relay::relay(
+        client,
+        &mut dialled.connection,
+        bounds,
+        host,
+        &session,
+        timer,
+        &mut carried,
+        |notice, carried| {
+            let asked = carried.spoke.unwrap_or(connected);
+            match notice {
+                Notice::Answered => {
+                    let took = carried.answered.unwrap_or(asked).saturating_duration_since(asked);
+                    times.first_byte.record(took);
+                    backend.answered(&policy.health, prefix, took, attempt_began, clock::now());
+                }
+                Notice::Unanswered if asked.elapsed() <= first_byte_time(&backend) => {
+                    backend.unanswered(&policy.health, prefix, carried.spoke.is_some(), attempt_began, clock::now());
+                }
+                Notice::Unanswered => {}
+            }
+        },
+    )
+    .await;
+    drop(session);
+    if !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
+        reset(&dialled.connection);
+    }
+    record.bytes_in = carried.up;
+    record.bytes_out = carried.down;
+    record.first_byte = carried.answered.map(|at| at.saturating_duration_since(carried.spoke.unwrap_or(connected)));
+    end
+}
+
+/// How long this backend may take for its first byte before its closing without one is the client's patience.
+fn first_byte_time(backend: &Backend) -> Duration {
+    match backend.first_byte.learned() {
+        Some((_, p99)) => FIRST_BYTE_FLOOR.max(p99 * FIRST_BYTE_FACTOR),
+        None => FIRST_BYTE_COLD,
+    }
+}
+
+/// Makes the coming close a reset: the peer learns at once, and no TIME_WAIT is left behind.
+pub fn reset(stream: &TcpStream) {
+    // A socket that is gone already needs no reset.
+    let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// The accepted connection while a backend is dialled.
+struct Waiting<'a>(&'a TcpStream);
+
+impl Client for Waiting<'_> {
+    fn gone(&self) -> bool {
+        sys::tcp_info(self.0.as_fd()).is_ok_and(|info| info.gone())
+    }
+}
+
+/// The kernel's TCP.
+pub struct Kernel;
+
+/// A socket whose handshake is under way. Dropped before it ends in a connection, it is closed by a reset.
+pub struct Connecting(Option<TcpStream>);
+
+impl Network for Kernel {
+    type Opening = Connecting;
+
+    fn open(&self, backend: &Backend, policy: &Policy, rng: &mut Rng) -> io::Result<Connecting> {
+        let socket = connect(backend.address, source(policy, backend.address, rng))?;
+        socket.set_tcp_keepalive(&KEEPALIVE)?;
+        Ok(Connecting(Some(TcpStream::from_std(socket.into())?)))
+    }
+}
+
+/// A non-blocking socket whose connection to `address` has begun.
+///
+/// # Errors
+/// What the system calls say; "in progress" is none.
+pub fn connect(address: SocketAddr, source: Option<SocketAddr>) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    socket.set_tcp_nodelay(true)?;
+    if let Some(source) = source {
+        // The port is chosen at connect(2), when the other end is known: one port serves many destinations.
+        sys::bind_address_no_port(socket.as_fd())?;
+        socket.bind(&source.into())?;
+    }
+    match socket.connect(&address.into()) {
+        Ok(()) => Ok(socket),
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Ok(socket),
+        Err(error) => Err(error),
+    }
+}
+
+/// The next of the pool's source addresses that fits the backend's family.
+fn source(policy: &Policy, address: SocketAddr, rng: &mut Rng) -> Option<SocketAddr> {
+    if policy.source.is_empty() {
+        return None;
+    }
+    let fitting = policy.source.iter().filter(|ip| ip.is_ipv4() == address.is_ipv4());
+    let count = fitting.clone().count();
+    fitting.copied().nth(rng.usize(..count.max(1))).map(|ip| SocketAddr::new(ip, 0))
+}
+
+/// A source address for a probe.
+pub fn any_source(policy: &Policy, address: SocketAddr) -> Option<SocketAddr> {
+    source(policy, address, &mut Rng::new())
+}
+
+impl Opening for Connecting {
+    type Connection = TcpStream;
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(TcpStream, Duration)>> {
+        let Some(stream) = &self.0 else { return Poll::Pending };
+        ready!(stream.poll_write_ready(context))?;
+        if let Some(error) = stream.take_error()? {
+            return Poll::Ready(Err(error));
+        }
+        let info = sys::tcp_info(stream.as_fd())?;
+        if info.unanswered() {
+            return Poll::Pending;
+        }
+        match self.0.take() {
+            Some(stream) => Poll::Ready(Ok((stream, info.rtt))),
+            None => Poll::Pending,
+        }
+    }
+
+    fn answered(&self) -> bool {
+        self.0.as_ref().is_none_or(|stream| sys::tcp_info(stream.as_fd()).is_ok_and(|info| !info.unanswered()))
+    }
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.0 {
+            reset(stream);
+        }
+    }
+}

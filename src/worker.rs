@@ -1,0 +1,123 @@
+//! One data-plane thread: a single-threaded runtime with its listening sockets, its sessions and its beat. A
+//! connection lives and dies on one worker.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::{Instant, sleep_until};
+
+use crate::clock;
+use crate::host::Host;
+use crate::listen::{self, Stop};
+use crate::session;
+use crate::sys;
+
+/// Time between two looks at what is doomed; ten of them are one beat.
+const TICK: Duration = Duration::from_millis(100);
+const TICKS_PER_BEAT: u32 = 10;
+
+/// What control tells a worker.
+pub enum Command {
+    /// Accept on this socket.
+    Listen {
+        /// The address as configured.
+        bind: SocketAddr,
+        /// The worker's own socket for it.
+        socket: StdListener,
+        /// Turns true when the address is to be given up.
+        stop: Stop,
+    },
+}
+
+/// Control's end of one worker.
+pub struct Worker {
+    commands: UnboundedSender<Command>,
+    /// The thread; it ends only when this end is dropped, or by a bug.
+    pub thread: JoinHandle<()>,
+}
+
+impl Worker {
+    /// Starts worker number `number`, which tells `ended` when it ends.
+    ///
+    /// # Errors
+    /// When the thread or its runtime cannot be made.
+    pub fn start(number: usize, host: Arc<Host>, ended: UnboundedSender<usize>) -> io::Result<Worker> {
+        let (commands, receiver) = unbounded_channel();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+            let _tell = TellEnd(number, ended);
+            runtime.block_on(run(number, host, receiver));
+        })?;
+        Ok(Worker { commands, thread })
+    }
+
+    /// Tells it something; a worker that has ended hears nothing, and its end is noticed elsewhere.
+    pub fn tell(&self, command: Command) {
+        let _ = self.commands.send(command);
+    }
+}
+
+/// Tells control that a worker has ended, by a panic too.
+struct TellEnd(usize, UnboundedSender<usize>);
+
+impl Drop for TellEnd {
+    fn drop(&mut self) {
+        let _ = self.1.send(self.0);
+    }
+}
+
+/// Resets of doomed sessions in the present tick, of all workers: the number of the tick and their count.
+static RESETS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+
+async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Command>) {
+    let mut next = Instant::now() + TICK;
+    let mut ticks = 0;
+    let (mut cpu, mut wall) = (sys::thread_cpu(), Instant::now());
+    loop {
+        tokio::select! {
+            command = commands.recv() => match command {
+                None => return,
+                Some(Command::Listen { bind, socket, stop }) => match TcpListener::from_std(socket) {
+                    Ok(socket) => drop(tokio::spawn(listen::accept(socket, bind, host.clone(), stop))),
+                    Err(error) => tracing::error!(%bind, %error, "cannot accept on this address"),
+                },
+            },
+            () = sleep_until(next) => {
+                let lag = next.elapsed();
+                host.lag.record(lag);
+                next = (next + TICK).max(Instant::now());
+                ticks += 1;
+                if session::any_doomed() {
+                    session::reset_doomed(resets_left());
+                }
+                if ticks % TICKS_PER_BEAT == 0 {
+                    session::inspect(&host.live.load(), clock::now());
+                    let (cpu_now, wall_now) = (sys::thread_cpu(), Instant::now());
+                    let busy = (cpu_now - cpu).as_secs_f64() / (wall_now - wall).as_secs_f64().max(1e-6);
+                    (cpu, wall) = (cpu_now, wall_now);
+                    let beat = &host.beats[number];
+                    beat[0].store(clock::now().0 / 1_000, Relaxed);
+                    beat[1].store((busy * 1_000.0) as u64, Relaxed);
+                    beat[2].store(lag.as_micros() as u64, Relaxed);
+                }
+            }
+        }
+    }
+}
+
+/// How many sessions may still be reset in this tick, over all workers; they are taken.
+fn resets_left() -> usize {
+    let tick = (clock::now().0 / TICK.as_micros() as u64) as usize;
+    if RESETS[0].swap(tick, Relaxed) != tick {
+        RESETS[1].store(0, Relaxed);
+    }
+    let share = session::RESETS_PER_TICK / 2;
+    let taken = RESETS[1].fetch_add(share, Relaxed);
+    session::RESETS_PER_TICK.saturating_sub(taken).min(share)
+}
