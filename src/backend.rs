@@ -14,9 +14,12 @@ use tokio::sync::Notify;
 use crate::clock::Time;
 use crate::estimate::Estimate;
 use crate::health::{self, Depth, Evidence, Health, Policy, Seen, Source, State, Transition};
-use crate::limits::{Budget, Gauge};
+use crate::limits::{Budget, Gauge, Window};
 use crate::metrics::{Counter, DETECT_BOUNDS, Histogram};
 use crate::witness::{Answered, Failing};
+
+/// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
+const TOLD: u64 = 20;
 
 /// How an attempt at a backend ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -163,6 +166,8 @@ pub struct Backend {
     pub prober: Mutex<Option<Arc<Notify>>>,
     /// Whether an operator took it out.
     pub drained: AtomicBool,
+    /// Transitions of the last ten seconds.
+    told: Window,
     view: AtomicU64,
     /// Next trial in milliseconds since the process began; `u64::MAX`: none is due.
     trial_ms: AtomicU64,
@@ -195,6 +200,7 @@ impl Backend {
             answered: Answered::default(),
             prober: Mutex::default(),
             drained: AtomicBool::new(false),
+            told: Window::default(),
             view: AtomicU64::new(view.pack()),
             trial_ms: AtomicU64::new(u64::MAX),
             locked: Mutex::new(Locked { health, hits_known: 0 }),
@@ -332,6 +338,11 @@ impl Backend {
             prober.iter().for_each(|prober| prober.notify_one());
         }
         let cause = transition.cause;
+        // A backend that changes its mind all the time must not fill the log.
+        self.told.add(cause.at);
+        if self.told.sum(cause.at) > TOLD {
+            return;
+        }
         tracing::info!(
             pool = &*self.shared.name,
             backend = &*self.name,

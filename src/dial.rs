@@ -128,6 +128,13 @@ struct Attempt<O> {
     judged: bool,
 }
 
+impl<O> Attempt<O> {
+    /// How an attempt ends that nobody waits for any longer.
+    fn abandoned(&self) -> Outcome {
+        if self.judged { Outcome::Silent } else { Outcome::Lost }
+    }
+}
+
 enum Event<C> {
     Ended(usize, io::Result<(C, Duration)>),
     Timer,
@@ -259,6 +266,7 @@ pub async fn dial<N: Network>(
             Event::Timer => {
                 let now = clock::now();
                 if client.gone() {
+                    abandon(pool, &open);
                     return Err(DialError::ClientGone);
                 }
                 let late = now.since(wake) > LATE;
@@ -271,6 +279,7 @@ pub async fn dial<N: Network>(
                         let backend = pool.members[attempt.member].backend.name.clone();
                         story.failures.push(Failure { backend, cause: "silent".into() });
                     }
+                    abandon(pool, &open);
                     return Err(DialError::Unreachable);
                 }
             }
@@ -345,6 +354,13 @@ fn failed(
         backend.counters.attempts[Outcome::Local as usize].add(1);
         return;
     }
+    if error.kind() == io::ErrorKind::ConnectionReset {
+        // Linux says "refused" to a reset in answer to a SYN. This one came after the handshake, and before
+        // any byte of the client.
+        backend.counters.attempts[Outcome::Refused as usize].add(1);
+        backend.unanswered(&policy.health, 0, false, began, now);
+        return;
+    }
     let silent = error.kind() == io::ErrorKind::TimedOut;
     let (outcome, seen) = if silent { (Outcome::Silent, Seen::Silent) } else { (Outcome::Refused, Seen::Refused) };
     backend.counters.attempts[outcome as usize].add(1);
@@ -356,9 +372,15 @@ fn judge(policy: &Policy, backend: &Backend, opening: &impl Opening, began: Time
     if late || opening.answered() {
         return;
     }
-    backend.counters.attempts[Outcome::Silent as usize].add(1);
     let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Silent, began };
     backend.observe(&policy.health, &evidence, now);
+}
+
+/// Counts the attempts of a client that got none of them.
+fn abandon<O>(pool: &Pool, open: &[Option<Attempt<O>>]) {
+    for attempt in open.iter().flatten() {
+        pool.members[attempt.member].backend.counters.attempts[attempt.abandoned() as usize].add(1);
+    }
 }
 
 async fn wait<O: Opening>(open: &mut [Option<Attempt<O>>], mut timer: Pin<&mut Sleep>) -> Event<O::Connection> {
@@ -379,53 +401,50 @@ async fn wait<O: Opening>(open: &mut [Option<Attempt<O>>], mut timer: Pin<&mut S
 fn watch_losers<O: Opening>(pool: &Pool, open: &mut [Option<Attempt<O>>]) {
     for attempt in open.iter_mut().filter_map(Option::take) {
         let backend = pool.members[attempt.member].backend.clone();
-        backend.counters.attempts[Outcome::Lost as usize].add(1);
-        if !attempt.judged {
-            let policy = pool.policy.clone();
-            tokio::spawn(watch(attempt.opening, attempt.permit, backend, policy, attempt.began, attempt.judge_at));
+        if attempt.judged {
+            backend.counters.attempts[attempt.abandoned() as usize].add(1);
+        } else {
+            tokio::spawn(watch(attempt, backend, pool.policy.clone()));
         }
     }
 }
 
 /// Keeps an attempt that lost until its own judgement time: connected by then is a sample, refused or still
 /// silent is evidence. Dropping the connection resets it.
-async fn watch<O: Opening>(
-    mut opening: O,
-    _permit: Permit,
-    backend: Arc<Backend>,
-    policy: Arc<Policy>,
-    began: Time,
-    judge_at: Time,
-) {
-    let mut timer = std::pin::pin!(tokio::time::sleep_until(instant(judge_at)));
+async fn watch<O: Opening>(mut attempt: Attempt<O>, backend: Arc<Backend>, policy: Arc<Policy>) {
+    let mut timer = std::pin::pin!(tokio::time::sleep_until(instant(attempt.judge_at)));
     let ended = poll_fn(|context| {
-        if let Poll::Ready(result) = opening.poll(context) {
+        if let Poll::Ready(result) = attempt.opening.poll(context) {
             return Poll::Ready(Some(result));
         }
         timer.as_mut().poll(context).map(|()| None)
     })
     .await;
     let now = clock::now();
+    let (began, judge_at) = (attempt.began, attempt.judge_at);
+    let mut outcome = Outcome::Lost;
     match ended {
         Some(Ok((_connection, handshake))) => {
             backend.handshake.record(handshake);
             backend.success(&policy.health, Source::Traffic, Depth::Connect, began, now);
         }
         Some(Err(error)) if is_refusal(&error) => {
+            outcome = Outcome::Refused;
             let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began };
             backend.observe(&policy.health, &evidence, now);
         }
         Some(Err(_)) => {}
-        None => judge(&policy, &backend, &opening, began, now.since(judge_at) > LATE, now),
+        None => {
+            outcome = Outcome::Silent;
+            judge(&policy, &backend, &attempt.opening, began, now.since(judge_at) > LATE, now);
+        }
     }
+    backend.counters.attempts[outcome as usize].add(1);
 }
 
 fn is_refusal(error: &io::Error) -> bool {
     use io::ErrorKind::*;
-    matches!(
-        error.kind(),
-        ConnectionRefused | ConnectionReset | ConnectionAborted | HostUnreachable | NetworkUnreachable
-    )
+    matches!(error.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable)
 }
 
 /// The few words by which the access log names an error.

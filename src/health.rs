@@ -421,6 +421,9 @@ impl Health {
             }
             State::Down if evidence.depth >= self.blamed => {
                 self.successes += 1;
+                // One trial that went well calls for the next at once.
+                self.trial_pause = TRIAL_FIRST;
+                self.trial_at = now;
                 let enough = self.successes >= policy.rise && now >= self.hold_until;
                 if enough { self.enter(State::Returning, cause(self.successes), policy, now) } else { None }
             }
@@ -429,12 +432,13 @@ impl Health {
     }
 
     fn failure(&mut self, policy: &Policy, evidence: &Evidence, now: Time) -> Option<Transition> {
-        if evidence.began < self.since {
+        let probe = evidence.source == Source::Probe;
+        // A probe under way when a doubt comes up, and failing, is an answer to it.
+        if evidence.began < self.since && !(probe && self.state == State::Suspect) {
             return None;
         }
         self.first_failure.get_or_insert(evidence.began);
         self.successes = 0;
-        let probe = evidence.source == Source::Probe;
         if probe {
             self.probe_failures += 1;
         } else {
@@ -477,7 +481,7 @@ impl Health {
             State::Suspect => {
                 self.blamed = self.blamed.max(evidence.depth);
                 self.seen_by_traffic |= !probe;
-                self.postpone_trial(now);
+                self.postpone_trial(evidence, now);
                 let agreed = probe && self.beyond_loss(evidence, DOWN_ODDS);
                 let goes_on = self.refusals >= REFUSALS_DOWN
                     || (self.silence.count >= SILENCE_LEAST
@@ -487,13 +491,17 @@ impl Health {
             }
             State::Down => {
                 self.seen_by_traffic |= !probe;
-                self.postpone_trial(now);
+                self.postpone_trial(evidence, now);
                 None
             }
         }
     }
 
-    fn postpone_trial(&mut self, now: Time) {
+    /// A trial that failed makes the next one wait longer; what probes see does not.
+    fn postpone_trial(&mut self, evidence: &Evidence, now: Time) {
+        if evidence.source == Source::Probe {
+            return;
+        }
         self.trial_pause = (self.trial_pause * 2).min(TRIAL_LONGEST);
         self.trial_at = self.trial_at.max(now + self.trial_pause);
     }

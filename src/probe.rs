@@ -144,7 +144,11 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
             Ok(Err(Failed::Error(error))) if reached == Depth::Connect && error.kind() == io::ErrorKind::TimedOut => {
                 Some(Some(Seen::Silent))
             }
-            Ok(Err(Failed::Error(_))) if reached == Depth::Connect => Some(Some(Seen::Refused)),
+            Ok(Err(Failed::Error(error)))
+                if reached == Depth::Connect && error.kind() != io::ErrorKind::ConnectionReset =>
+            {
+                Some(Some(Seen::Refused))
+            }
             Ok(Err(Failed::Error(_))) => Some(Some(Seen::Reset(Blame { prefix: 0, others: false, elsewhere: 0.0 }))),
             Ok(Err(Failed::Wrong)) => {
                 reached = Depth::Answer;
@@ -153,6 +157,9 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
             Err(_) if deadline.elapsed() > LATE => None,
             Err(_) => Some(Some(Seen::Silent)),
         };
+        if matches!(verdict, Some(Some(Seen::Reset(_)))) {
+            reached = Depth::FirstByte;
+        }
         for target in &report_to {
             let (backend, policy) = (&target.backend, &target.policy.health);
             match verdict {
@@ -177,8 +184,8 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
         let next = (due + interval.mul_f64(0.9 + 0.2 * rng.f64())).max(Instant::now());
         tokio::select! {
             () = sleep_until(next) => host.probe_late.record(next.elapsed()),
-            // A doubt has come up: it is asked about at once.
-            () = wake.notified() => {}
+            // A doubt has come up: it is asked about at once, but not in a spin.
+            () = wake.notified() => sleep_until((due + DOUBT_LEAST).max(Instant::now())).await,
         }
     }
 }

@@ -128,7 +128,7 @@ pub async fn relay(
             return Poll::Ready(end);
         }
         if !up.done {
-            match up.poll(context, client, server, host) {
+            match up.poll(context, client, server, host, down.done) {
                 Poll::Ready(Ok(())) => up.done = true,
                 Poll::Ready(Err(Broken::Source)) => {
                     carried.client_left_first = !down.done;
@@ -147,7 +147,7 @@ pub async fn relay(
             carried.client_left_first |= up.finished && !down.finished;
         }
         if !down.done {
-            let result = down.poll(context, server, client, host);
+            let result = down.poll(context, server, client, host, up.done);
             if carried.answered.is_none() && down.moved > 0 {
                 carried.answered = Some(Instant::now());
                 notice(Notice::Answered, carried);
@@ -214,13 +214,15 @@ fn tick(bound: Duration) -> Duration {
 }
 
 impl Direction {
-    /// Moves what can be moved. Ready when the source has finished, all is written, and the sink knows.
+    /// Moves what can be moved. Ready when the source has finished, all is written, and the sink knows; `last` says
+    /// that the other direction is done, so that the close will tell it.
     fn poll(
         &mut self,
         context: &mut Context<'_>,
         source: &mut TcpStream,
         sink: &mut TcpStream,
         host: &Host,
+        last: bool,
     ) -> Poll<Result<(), Broken>> {
         for _ in 0..TURN {
             self.waits = true;
@@ -228,9 +230,13 @@ impl Direction {
             ready!(self.poll_pipe(context, sink, host)).map_err(|_| Broken::Sink)?;
             self.waits = false;
             if self.finished {
+                self.release_pipe();
+                // When the other direction is done too, the close that follows says the same.
+                if last {
+                    return Poll::Ready(Ok(()));
+                }
                 // An error here means that the sink is gone; whoever reads from it will see that.
                 let _ = ready!(Pin::new(&mut *sink).poll_shutdown(context));
-                self.release_pipe();
                 return Poll::Ready(Ok(()));
             }
             if self.full_reads >= FULL_READS && self.pipe.is_none() && !self.no_pipe {

@@ -11,6 +11,7 @@ use std::task::Waker;
 use std::time::Duration;
 
 use slab::Slab;
+use socket2::{SockRef, TcpKeepalive};
 
 use crate::backend::Backend;
 use crate::clock::Time;
@@ -25,6 +26,11 @@ const STUCK: Duration = Duration::from_secs(1);
 /// Most sessions of down backends that are reset in a tenth of a second, over all workers: 500 a second.
 pub const RESETS_PER_TICK: usize = 50;
 
+/// Keepalive towards backends: a vanished peer is noticed after 15 seconds. It is set when a session is first
+/// inspected, because a session that ends within its first second needs none and is spared four system calls.
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(5)).with_retries(2);
+
 /// Bits of what a session waits to write to.
 pub const WAITS_CLIENT: u8 = 1;
 /// The same for the backend.
@@ -37,6 +43,7 @@ struct Entry {
     client: RawFd,
     server: RawFd,
     waits: u8,
+    kept_alive: bool,
     ended: Option<End>,
     waker: Option<Waker>,
 }
@@ -53,7 +60,7 @@ pub struct Handle(usize);
 
 /// Enters a session; both descriptors must stay open while the handle lives.
 pub fn enter(backend: Arc<Backend>, policy: Arc<Policy>, client: RawFd, server: RawFd) -> Handle {
-    let entry = Entry { backend, policy, client, server, waits: 0, ended: None, waker: None };
+    let entry = Entry { backend, policy, client, server, waits: 0, kept_alive: false, ended: None, waker: None };
     Handle(SESSIONS.with(|sessions| sessions.borrow_mut().insert(entry)))
 }
 
@@ -96,6 +103,13 @@ pub fn inspect(table: &Table, now: Time) {
     SESSIONS.with(|sessions| {
         let mut sessions = sessions.borrow_mut();
         for (key, entry) in sessions.iter_mut().filter(|(_, entry)| entry.ended.is_none()) {
+            if !entry.kept_alive {
+                entry.kept_alive = true;
+                if let Some(server) = borrow(entry.server) {
+                    // A socket that refuses it is about to end anyway.
+                    let _ = SockRef::from(&server).set_tcp_keepalive(&KEEPALIVE);
+                }
+            }
             if entry.waits & WAITS_CLIENT != 0 && silent(entry.client, entry.policy.unacked) {
                 end(entry, End::ClientStuck);
             } else if entry.waits & WAITS_BACKEND != 0 && silent(entry.server, entry.policy.unacked) {

@@ -18,14 +18,21 @@ pub struct TcpInfo {
     pub last_ack: Duration,
 }
 
-/// `TCP_SYN_SENT` and `TCP_CLOSE` of the kernel's include/net/tcp_states.h.
+/// States of the kernel's include/net/tcp_states.h.
+const ESTABLISHED: u8 = 1;
 const SYN_SENT: u8 = 2;
 const CLOSE: u8 = 7;
+const CLOSE_WAIT: u8 = 8;
 
 impl TcpInfo {
     /// Whether the peer has not yet answered the handshake.
     pub fn unanswered(&self) -> bool {
         self.state == SYN_SENT
+    }
+
+    /// Whether the handshake is over and the peer may still send, or has already finished.
+    pub fn connected(&self) -> bool {
+        matches!(self.state, ESTABLISHED | CLOSE_WAIT)
     }
 
     /// Whether the connection is gone: reset, or closed both ways.

@@ -15,7 +15,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use fastrand::Rng;
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -38,10 +38,6 @@ const FIRST_BYTE_FACTOR: u32 = 4;
 const FIRST_BYTE_FLOOR: Duration = Duration::from_millis(100);
 /// With nothing learned.
 const FIRST_BYTE_COLD: Duration = Duration::from_secs(1);
-/// Keepalive towards backends: a vanished peer is noticed after 15 seconds.
-const KEEPALIVE: TcpKeepalive =
-    TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(5)).with_retries(2);
-
 thread_local! {
     static RNG: RefCell<Rng> = RefCell::new(Rng::new());
 }
@@ -187,7 +183,6 @@ impl Network for Kernel {
 
     fn open(&self, backend: &Backend, policy: &Policy, rng: &mut Rng) -> io::Result<Connecting> {
         let socket = connect(backend.address, source(policy, backend.address, rng))?;
-        socket.set_tcp_keepalive(&KEEPALIVE)?;
         Ok(Connecting(Some(TcpStream::from_std(socket.into())?)))
     }
 }
@@ -232,10 +227,13 @@ impl Opening for Connecting {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(TcpStream, Duration)>> {
         let Some(stream) = &self.0 else { return Poll::Pending };
         ready!(stream.poll_write_ready(context))?;
-        if let Some(error) = stream.take_error()? {
+        let info = sys::tcp_info(stream.as_fd())?;
+        // One question instead of two: only a socket that is not connected has an error to tell.
+        if !info.connected()
+            && let Some(error) = stream.take_error()?
+        {
             return Poll::Ready(Err(error));
         }
-        let info = sys::tcp_info(stream.as_fd())?;
         if info.unanswered() {
             return Poll::Pending;
         }

@@ -1,1 +1,20 @@
-fn main() {}
+//! The one integration binary. Each module says what it is about; `support` holds the proxy as a child process,
+//! the scripted bad backend, the open-loop client, and the network namespaces.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // In a test a failed expectation is a failed test.
+
+mod support;
+
+/// Faults over veth, one declarative file each.
+mod drills;
+/// Files judged right and wrong, from the outside.
+mod files;
+/// Every key of reference.yaml changes something.
+mod keys;
+/// The operator's side: status, reload, drain, stop.
+mod operate;
+/// Years of health and choosing in seconds.
+mod sim;
+/// The normal path of bytes: half-close, large transfers, slow readers, many connections.
+mod tcp;
+/// Rules of the tree that no compiler checks.
+mod tidy;

@@ -1,0 +1,201 @@
+//! One scripted bad backend: a small HTTP server that can misbehave in every way the tests need.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::netns;
+
+/// What it does with a connection.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mode {
+    /// Answers each request with its name.
+    Serve,
+    /// Does not listen.
+    Refuse,
+    /// Accepts, then resets at once.
+    Reset,
+    /// Accepts, then says nothing.
+    Silent,
+    /// Answers 503 to requests for /healthz and serves the rest.
+    Unhealthy,
+    /// Sends back what it gets.
+    Echo,
+    /// Closes when the first bytes are no HTTP request.
+    Strict,
+    /// Sends bytes without end.
+    Pour,
+}
+
+/// A running one; stopped when dropped.
+pub struct Backend {
+    pub address: SocketAddr,
+    pub accepted: Arc<AtomicU64>,
+    state: Arc<Mutex<Mode>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Backend {
+    /// One that answers with `name`, on loopback.
+    pub fn start(name: &str) -> Backend {
+        Backend::start_in(None, "127.0.0.1:0".parse().unwrap(), name)
+    }
+
+    /// One in a namespace, or in this one.
+    pub fn start_in(namespace: Option<String>, address: SocketAddr, name: &str) -> Backend {
+        let state = Arc::new(Mutex::new(Mode::Serve));
+        let stop = Arc::new(AtomicBool::new(false));
+        let accepted = Arc::new(AtomicU64::new(0));
+        let (told, tell) = std::sync::mpsc::channel();
+        let thread = {
+            let (state, stop, accepted, name) = (state.clone(), stop.clone(), accepted.clone(), name.to_owned());
+            std::thread::spawn(move || {
+                if let Some(namespace) = namespace {
+                    netns::enter(&namespace);
+                }
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(serve(address, name, state, stop, accepted, told));
+            })
+        };
+        let address = tell.recv().expect("the backend binds");
+        Backend { address, accepted, state, stop, thread: Some(thread) }
+    }
+
+    /// Changes what it does with new connections.
+    pub fn set(&self, mode: Mode) {
+        *self.state.lock().unwrap() = mode;
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+async fn serve(
+    address: SocketAddr,
+    name: String,
+    state: Arc<Mutex<Mode>>,
+    stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicU64>,
+    told: std::sync::mpsc::Sender<SocketAddr>,
+) {
+    let bind = |address: SocketAddr| {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_reuseaddr(true).unwrap();
+        socket.bind(address).and_then(|()| socket.listen(4096)).expect("the address is free")
+    };
+    let mut listener = Some(bind(address));
+    let address = listener.as_ref().unwrap().local_addr().unwrap();
+    told.send(address).unwrap();
+    let mut tick = tokio::time::interval(Duration::from_millis(2));
+    while !stop.load(Relaxed) {
+        let mode = *state.lock().unwrap();
+        match (mode, &listener) {
+            (Mode::Refuse, Some(_)) => listener = None,
+            (Mode::Refuse, None) => {}
+            (_, None) => listener = Some(bind(address)),
+            (_, Some(_)) => {}
+        }
+        let Some(open) = &listener else {
+            tick.tick().await;
+            continue;
+        };
+        tokio::select! {
+            accepted_now = open.accept() => {
+                let Ok((stream, _)) = accepted_now else { continue };
+                accepted.fetch_add(1, Relaxed);
+                let mode = *state.lock().unwrap();
+                let name = name.clone();
+                if mode == Mode::Reset {
+                    let _ = stream.set_zero_linger();
+                } else {
+                    tokio::spawn(connection(stream, mode, name));
+                }
+            }
+            _ = tick.tick() => {}
+        }
+    }
+}
+
+async fn connection(mut stream: tokio::net::TcpStream, mode: Mode, name: String) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut request = Vec::new();
+    let mut buffer = [0u8; 16 << 10];
+    match mode {
+        Mode::Silent => {
+            // Reads, so that its kernel acknowledges, and never answers.
+            while matches!(stream.read(&mut buffer).await, Ok(n) if n > 0) {}
+        }
+        Mode::Echo => {
+            while let Ok(n) = stream.read(&mut buffer).await {
+                if n == 0 || stream.write_all(&buffer[..n]).await.is_err() {
+                    break;
+                }
+            }
+            let _ = stream.shutdown().await;
+        }
+        Mode::Pour => while stream.write_all(&buffer).await.is_ok() {},
+        _ => {
+            while let Ok(n) = stream.read(&mut buffer).await {
+                if n == 0 {
+                    return;
+                }
+                request.extend_from_slice(&buffer[..n]);
+                if mode == Mode::Strict && !request.starts_with(b"G") {
+                    return;
+                }
+                while let Some(end) = request.windows(4).position(|w| w == b"\r\n\r\n") {
+                    let head = String::from_utf8_lossy(&request[..end]).into_owned();
+                    request.drain(..end + 4);
+                    let unhealthy = mode == Mode::Unhealthy && head.starts_with("GET /healthz");
+                    let status = if unhealthy { "503 Sick" } else { "200 OK" };
+                    let close = head.contains("Connection: close");
+                    let connection = if close { "close" } else { "keep-alive" };
+                    let answer = format!(
+                        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n{name}",
+                        name.len()
+                    );
+                    if stream.write_all(answer.as_bytes()).await.is_err() || close {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One request on a connection of its own; the body of the answer.
+pub fn get(address: SocketAddr) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).ok_or_else(|| std::io::Error::other("no answer"))
+}
+
+/// A listener that never accepts, for handshakes that the kernel completes alone.
+pub fn unused_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap()
+}
+
+/// Reads until the end, within five seconds.
+pub fn read_all(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all)?;
+    Ok(all)
+}
+
+/// Finishes the sending half.
+pub fn finish(stream: &TcpStream) {
+    stream.shutdown(Shutdown::Write).unwrap();
+}
