@@ -1,1 +1,264 @@
+//! The machine step by step: each rule of the module's doc, and the ways in which it must not move.
 
+use super::*;
+
+const POLICY: Policy = Policy {
+    fall: 2,
+    rise: 2,
+    hold_first: Duration::from_secs(1),
+    hold_longest: Duration::from_secs(60),
+    ramp: Duration::from_secs(10),
+    probe_depth: Some(Depth::Connect),
+};
+
+struct Bench {
+    health: Health,
+    policy: Policy,
+    now: Time,
+}
+
+impl Bench {
+    fn new(policy: Policy) -> Bench {
+        let now = Time(100_000_000);
+        let mut bench = Bench { health: Health::new(&policy, now), policy, now };
+        bench.ok(Source::Probe, policy.probe_depth.unwrap_or(Depth::Connect));
+        assert_eq!(bench.health.state(), State::Up);
+        bench
+    }
+
+    fn after(&mut self, ms: u64) -> &mut Bench {
+        self.now = self.now + Duration::from_millis(ms);
+        self
+    }
+
+    fn see(&mut self, source: Source, depth: Depth, seen: Seen) -> Option<State> {
+        let evidence = Evidence { source, depth, seen, began: self.now };
+        self.health.step(&self.policy, &evidence, self.now).map(|transition| transition.to)
+    }
+
+    fn ok(&mut self, source: Source, depth: Depth) -> Option<State> {
+        self.see(source, depth, Seen::Success { hits: 1 })
+    }
+
+    fn refused(&mut self) -> Option<State> {
+        self.see(Source::Traffic, Depth::Connect, Seen::Refused)
+    }
+
+    fn silent(&mut self) -> Option<State> {
+        self.see(Source::Traffic, Depth::Connect, Seen::Silent)
+    }
+
+    fn reset(&mut self, prefix: u32, others: bool, elsewhere: f64) -> Option<State> {
+        self.see(Source::Traffic, Depth::FirstByte, Seen::Reset(Blame { prefix, others, elsewhere }))
+    }
+
+    /// Takes it down by refusal.
+    fn down(&mut self) {
+        self.refused();
+        self.refused();
+        assert_eq!(self.see(Source::Probe, Depth::Connect, Seen::Refused), Some(State::Down));
+    }
+
+    /// Waits out the hold and brings it back to `up`.
+    fn back(&mut self) {
+        let (_, until) = self.health.hold();
+        self.now = self.now.max(until);
+        self.ok(Source::Probe, Depth::Connect);
+        assert_eq!(self.ok(Source::Probe, Depth::Connect), Some(State::Returning));
+        self.after(10_000);
+        assert_eq!(self.ok(Source::Probe, Depth::Connect), Some(State::Up));
+    }
+}
+
+#[test]
+fn two_refusals_in_a_row_make_it_suspect_and_an_agreeing_probe_down() {
+    let mut bench = Bench::new(POLICY);
+    assert_eq!(bench.refused(), None);
+    bench.ok(Source::Traffic, Depth::Connect);
+    assert_eq!(bench.refused(), None);
+    assert_eq!(bench.refused(), Some(State::Suspect));
+    assert_eq!(bench.see(Source::Probe, Depth::Connect, Seen::Refused), Some(State::Down));
+    assert!(bench.health.seen_by_traffic());
+}
+
+#[test]
+fn a_suspicion_that_a_probe_denies_is_over() {
+    let mut bench = Bench::new(POLICY);
+    bench.refused();
+    bench.refused();
+    assert_eq!(bench.after(100).ok(Source::Probe, Depth::Connect), Some(State::Up));
+}
+
+#[test]
+fn silence_needs_three_in_a_row_spread_over_fifty_milliseconds() {
+    let mut bench = Bench::new(POLICY);
+    assert_eq!((bench.silent(), bench.silent(), bench.silent(), bench.silent()), (None, None, None, None));
+    assert_eq!(bench.after(50).silent(), Some(State::Suspect));
+    let mut bench = Bench::new(POLICY);
+    bench.silent();
+    bench.after(60).silent();
+    bench.ok(Source::Traffic, Depth::Connect);
+    assert_eq!(bench.after(60).silent(), None);
+}
+
+#[test]
+fn on_a_path_that_loses_a_fifth_more_silence_is_needed() {
+    let mut bench = Bench::new(POLICY);
+    for i in 0..5_000 {
+        bench.after(20);
+        if i % 5 == 0 { bench.silent() } else { bench.ok(Source::Traffic, Depth::Connect) };
+    }
+    assert_eq!(bench.health.state(), State::Up);
+    assert!((0.2..=0.3).contains(&bench.health.loss()), "{}", bench.health.loss());
+    bench.ok(Source::Traffic, Depth::Connect);
+    let needed = (1..).find(|_| bench.after(20).silent().is_some()).unwrap_or(0);
+    assert!((6..=8).contains(&needed), "{needed}");
+    // One silent probe agrees with a suspicion only on a path that does not lose by itself.
+    assert_eq!(bench.see(Source::Probe, Depth::Connect, Seen::Silent), None);
+}
+
+#[test]
+fn a_tcp_probe_never_clears_a_reset_after_accept() {
+    let mut bench = Bench::new(POLICY);
+    bench.reset(1, false, 0.0);
+    assert_eq!(bench.after(10).reset(1, false, 0.0), Some(State::Suspect));
+    for _ in 0..100 {
+        assert_eq!(bench.after(100).ok(Source::Probe, Depth::Connect), None);
+        assert_eq!(bench.ok(Source::Traffic, Depth::Connect), None);
+    }
+    assert!(bench.health.trial_at(&bench.policy).is_some_and(|at| at <= bench.now));
+    assert_eq!(bench.ok(Source::Traffic, Depth::FirstByte), Some(State::Returning));
+}
+
+#[test]
+fn a_probe_that_goes_deep_enough_clears_it_and_no_trial_is_due() {
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..POLICY });
+    bench.reset(1, false, 0.0);
+    assert_eq!(bench.after(10).reset(1, false, 0.0), Some(State::Suspect));
+    assert_eq!(bench.health.trial_at(&bench.policy), None);
+    assert_eq!(bench.after(10).ok(Source::Probe, Depth::Answer), Some(State::Up));
+}
+
+#[test]
+fn one_prefix_gives_half_of_what_is_needed_while_there_are_others() {
+    let mut bench = Bench::new(POLICY);
+    for _ in 0..100 {
+        assert_eq!(bench.after(20).reset(7, true, 0.0), None);
+    }
+    assert_eq!(bench.after(20).reset(8, true, 0.0), Some(State::Suspect));
+}
+
+#[test]
+fn what_a_prefix_meets_elsewhere_too_needs_many_more() {
+    let mut bench = Bench::new(POLICY);
+    for n in 1..14 {
+        assert_eq!(bench.after(20).reset(7, false, 0.5), None, "{n}");
+    }
+    assert_eq!(bench.after(20).reset(7, false, 0.5), Some(State::Suspect));
+}
+
+#[test]
+fn trials_wait_longer_after_each_failure_and_at_most_eight_seconds() {
+    let mut bench = Bench::new(POLICY);
+    bench.reset(1, false, 0.0);
+    bench.after(10).reset(1, false, 0.0);
+    let mut pauses = Vec::new();
+    for _ in 0..6 {
+        let at = bench.health.trial_at(&bench.policy).expect("a trial will be due");
+        pauses.push(at.since(bench.now).as_secs());
+        bench.now = at;
+        bench.health.trial_begins(at);
+        bench.reset(1, false, 0.0);
+    }
+    assert_eq!(pauses, [1, 2, 4, 8, 8, 8]);
+}
+
+#[test]
+fn failed_probes_alone_take_it_down_after_fall_and_blame_no_traffic() {
+    let mut bench = Bench::new(Policy { fall: 3, probe_depth: Some(Depth::Answer), ..POLICY });
+    assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), None);
+    assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), None);
+    assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), Some(State::Down));
+    assert!(!bench.health.seen_by_traffic());
+    // Traffic that connects does not contradict what was seen deeper.
+    assert_eq!(bench.after(5_000).ok(Source::Traffic, Depth::Connect), None);
+}
+
+#[test]
+fn a_return_waits_for_hold_and_rise_and_goes_by_a_ramp() {
+    let mut bench = Bench::new(POLICY);
+    bench.down();
+    assert_eq!(bench.after(500).ok(Source::Probe, Depth::Connect), None);
+    assert_eq!(bench.after(400).ok(Source::Probe, Depth::Connect), None);
+    assert_eq!(bench.after(200).ok(Source::Probe, Depth::Connect), Some(State::Returning));
+    assert_eq!(bench.after(9_000).ok(Source::Traffic, Depth::Connect), None);
+    assert_eq!(bench.after(1_000).ok(Source::Traffic, Depth::Connect), Some(State::Up));
+    assert!((ramp_share(Time(0), POLICY.ramp, Time(5_000_000)) - 0.55).abs() < 1e-9);
+}
+
+#[test]
+fn a_relapse_doubles_the_hold_up_to_the_longest_and_calm_halves_it() {
+    let mut bench = Bench::new(POLICY);
+    let mut holds = Vec::new();
+    for _ in 0..8 {
+        bench.down();
+        holds.push(bench.health.hold().0.as_secs());
+        let (_, until) = bench.health.hold();
+        bench.now = until;
+        bench.ok(Source::Probe, Depth::Connect);
+        bench.ok(Source::Probe, Depth::Connect);
+        bench.after(300);
+    }
+    assert_eq!(holds, [1, 2, 4, 8, 16, 32, 60, 60]);
+    bench.down();
+    bench.back();
+    bench.after(3_600_000);
+    bench.down();
+    assert_eq!(bench.health.hold().0.as_secs(), 1);
+}
+
+#[test]
+fn evidence_from_before_the_present_state_changes_nothing() {
+    let mut bench = Bench::new(POLICY);
+    let before = bench.now;
+    bench.after(100).down();
+    bench.back();
+    for _ in 0..10 {
+        let evidence =
+            Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: before };
+        assert_eq!(bench.health.step(&bench.policy, &evidence, bench.now), None);
+    }
+    let mut bench = Bench::new(POLICY);
+    let before = bench.now;
+    bench.after(100).refused();
+    bench.refused();
+    let evidence =
+        Evidence { source: Source::Traffic, depth: Depth::Answer, seen: Seen::Success { hits: 1 }, began: before };
+    assert_eq!(bench.health.step(&bench.policy, &evidence, bench.now), None);
+    assert_eq!(bench.health.state(), State::Suspect);
+}
+
+#[test]
+fn without_a_probe_a_backend_begins_up_and_comes_back_by_trials() {
+    let mut bench = Bench::new(Policy { probe_depth: None, ..POLICY });
+    for _ in 0..4 {
+        bench.after(10).refused();
+    }
+    assert_eq!(bench.health.state(), State::Down);
+    let at = bench.health.trial_at(&bench.policy).expect("a trial is the only way back");
+    assert!(at >= bench.health.hold().1);
+    bench.now = at;
+    bench.ok(Source::Traffic, Depth::Connect);
+    assert_eq!(bench.ok(Source::Traffic, Depth::Connect), Some(State::Returning));
+}
+
+#[test]
+fn detection_is_measured_from_the_first_failure() {
+    let mut bench = Bench::new(POLICY);
+    bench.refused();
+    bench.after(40);
+    let evidence =
+        Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: bench.now };
+    let transition = bench.health.step(&bench.policy, &evidence, bench.now).expect("suspect");
+    assert_eq!(transition.detected, Some(Duration::from_millis(40)));
+}

@@ -1,1 +1,284 @@
+//! Shares, tiers, affinity and caps, on backends whose states are set by evidence.
 
+use std::collections::HashMap;
+
+use super::*;
+use crate::backend::Counters;
+use crate::health::{Depth, Evidence, Seen, Source};
+
+const NOW: Time = Time(100_000_000);
+
+fn policy() -> Policy {
+    Policy {
+        health: health::Policy {
+            fall: 2,
+            rise: 2,
+            hold_first: Duration::from_secs(1),
+            hold_longest: Duration::from_secs(60),
+            ramp: Duration::from_secs(10),
+            probe_depth: Some(Depth::Connect),
+        },
+        balance: Balance::TwoChoices,
+        affinity: Affinity::None,
+        connect_timeout: Duration::from_secs(3),
+        attempts: 5,
+        race: true,
+        source: Vec::new(),
+        idle: Duration::from_secs(1),
+        half_close: Duration::from_secs(1),
+        unacked: Duration::from_secs(15),
+        on_down: OnDown::Stuck,
+        drain: Duration::from_secs(30),
+        when_all_down: WhenAllDown::TryAll,
+        max_connections: 1_000,
+    }
+}
+
+/// Cells of (tier, weight, backends); all backends are up.
+fn pool(policy: Policy, cells: &[(u8, u32, usize)]) -> Pool {
+    let shared = Arc::new(PoolShared::new("p"));
+    let policy = Arc::new(policy);
+    let mut parts = Vec::new();
+    let mut members = Vec::new();
+    for (cell, (tier, weight, count)) in cells.iter().enumerate() {
+        parts.push((Arc::from(format!("c{cell}")), *tier, *weight, *count, Arc::default()));
+        for i in 0..*count {
+            let name = format!("10.0.{cell}.{i}:80");
+            let address = name.parse().expect("an address");
+            let backend = Backend::new(shared.clone(), &name, address, Arc::new(Counters::default()), &policy.health, NOW);
+            backend.success(&policy.health, Source::Probe, Depth::Connect, NOW, NOW);
+            members.push(Member { backend: Arc::new(backend), cell, weight: 1, max_connections: u32::MAX });
+        }
+    }
+    Pool::new(shared, policy, parts, members)
+}
+
+fn refuse(pool: &Pool, member: usize, source: Source) {
+    let evidence = Evidence { source, depth: Depth::Connect, seen: Seen::Refused, began: NOW };
+    pool.members[member].backend.observe(&pool.policy.health, &evidence, NOW);
+}
+
+fn suspect(pool: &Pool, member: usize) {
+    refuse(pool, member, Source::Traffic);
+    refuse(pool, member, Source::Traffic);
+    assert_eq!(pool.members[member].backend.view().state, State::Suspect);
+}
+
+fn down(pool: &Pool, member: usize) {
+    suspect(pool, member);
+    refuse(pool, member, Source::Probe);
+    assert_eq!(pool.members[member].backend.view().state, State::Down);
+}
+
+fn shares(pool: &Pool) -> Vec<f64> {
+    pool.shares(NOW).into_iter().map(|(_, now)| (now * 1_000.0).round() / 1_000.0).collect()
+}
+
+/// How often each member is chosen for 20,000 fresh clients.
+fn picks(pool: &Pool, pins: bool) -> HashMap<usize, f64> {
+    let mut rng = Rng::with_seed(7);
+    let mut counts = HashMap::new();
+    for i in 0..20_000u64 {
+        let want = Want { pin: pins.then(|| xxh3_64(&i.to_le_bytes())), ..Want::default() };
+        match pool.pick(&want, NOW, &mut rng) {
+            Choice::Member(m) | Choice::Doubtful(m) => *counts.entry(m).or_default() += 1.0 / 20_000.0,
+            _ => {}
+        }
+    }
+    counts
+}
+
+#[test]
+fn equal_cells_get_equal_shares_however_many_backends_they_have() {
+    for balance in [Balance::TwoChoices, Balance::RoundRobin, Balance::LeastConnections] {
+        let pool = pool(Policy { balance, ..policy() }, &[(0, 1, 1), (0, 1, 9)]);
+        assert_eq!(shares(&pool), [0.5, 0.5]);
+        let picks = picks(&pool, false);
+        assert!((picks[&0] - 0.5).abs() < 0.02, "{balance:?} {picks:?}");
+        assert!((1..10).all(|m| (picks[&m] - 0.5 / 9.0).abs() < 0.01), "{balance:?} {picks:?}");
+    }
+}
+
+#[test]
+fn weights_of_cells_and_backends_hold() {
+    for balance in [Balance::TwoChoices, Balance::RoundRobin] {
+        let mut pool = pool(Policy { balance, ..policy() }, &[(0, 3, 2), (0, 1, 1)]);
+        pool.members[0].weight = 4;
+        assert_eq!(shares(&pool), [0.75, 0.25]);
+        let picks = picks(&pool, false);
+        if balance == Balance::RoundRobin {
+            assert!((picks[&0] - 0.6).abs() < 0.01 && (picks[&1] - 0.15).abs() < 0.01, "{picks:?}");
+        }
+        assert!(picks[&0] > 2.0 * picks[&1], "{picks:?}");
+    }
+}
+
+#[test]
+fn round_robin_turns_are_smooth() {
+    assert_eq!(turns(&[7, 8], &[2.0, 1.0]).len(), 3);
+    let order = turns(&[0, 1], &[3.0, 1.0]);
+    assert_eq!(order.iter().filter(|m| **m == 0).count(), 3);
+    let long = turns(&(0..1_000).collect::<Vec<_>>(), &(0..1_000).map(|i| 1.0 + i as f64).collect::<Vec<_>>());
+    assert!(long.len() <= 6_000, "{}", long.len());
+}
+
+#[test]
+fn a_cell_with_a_tenth_of_its_backends_gets_its_share_as_the_design_says() {
+    let pool = pool(policy(), &[(0, 1, 10), (0, 1, 10)]);
+    (1..10).for_each(|m| down(&pool, m));
+    assert_eq!(shares(&pool), [0.123, 0.877]);
+    let picks = picks(&pool, false);
+    let fair = 1.0 / 11.0;
+    assert!(picks.values().all(|share| *share < 1.5 * fair), "{picks:?}");
+}
+
+#[test]
+fn the_next_tier_takes_what_a_tier_cannot() {
+    let pool = pool(policy(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
+    assert_eq!(shares(&pool), [0.5, 0.5, 0.0]);
+    down(&pool, 0);
+    assert_eq!(shares(&pool), [0.0, 0.5, 0.5]);
+    down(&pool, 1);
+    assert_eq!(shares(&pool), [0.0, 0.0, 1.0]);
+}
+
+#[test]
+fn a_drain_moves_share_inside_the_tier_and_opens_the_next_only_when_nothing_is_left() {
+    let pool = pool(policy(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
+    let drain = |m: usize| {
+        pool.members[m].backend.drained.store(true, Relaxed);
+        pool.shared.epoch.fetch_add(1, Relaxed);
+    };
+    drain(0);
+    assert_eq!(shares(&pool), [0.0, 1.0, 0.0]);
+    assert!(!picks(&pool, false).contains_key(&0));
+    drain(1);
+    assert_eq!(shares(&pool), [0.0, 0.0, 1.0]);
+}
+
+#[test]
+fn suspects_come_last_in_their_tier_and_before_the_next() {
+    let pool = pool(policy(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
+    suspect(&pool, 0);
+    let mut rng = Rng::with_seed(1);
+    let pick = |tried: &[usize], rng: &mut Rng| pool.pick(&Want { tried, ..Want::default() }, NOW, rng);
+    let first = picks(&pool, false);
+    assert!(!first.contains_key(&0) && first.contains_key(&2), "{first:?}");
+    assert_eq!(pick(&[1], &mut rng), Choice::Member(2));
+    assert_eq!(pick(&[1, 2], &mut rng), Choice::Doubtful(0));
+    assert_eq!(pick(&[1, 2, 0], &mut rng), Choice::Nothing);
+}
+
+#[test]
+fn a_race_goes_to_another_cell_first() {
+    let pool = pool(policy(), &[(0, 1, 4), (0, 1, 1)]);
+    let mut rng = Rng::with_seed(1);
+    for _ in 0..100 {
+        let want = Want { tried: &[0], racing: Some(0), ..Want::default() };
+        assert_eq!(pool.pick(&want, NOW, &mut rng), Choice::Member(4));
+        let want = Want { tried: &[0, 4], racing: Some(0), ..Want::default() };
+        assert!(matches!(pool.pick(&want, NOW, &mut rng), Choice::Member(1..=3)));
+    }
+}
+
+#[test]
+fn when_all_are_down_all_are_tried_or_none() {
+    let all = pool(policy(), &[(0, 1, 1), (0, 1, 1)]);
+    let none = pool(Policy { when_all_down: WhenAllDown::Refuse, ..policy() }, &[(0, 1, 1), (0, 1, 1)]);
+    for pool in [&all, &none] {
+        down(pool, 0);
+        down(pool, 1);
+    }
+    let picks_all = picks(&all, false);
+    assert!(picks_all.contains_key(&0) && picks_all.contains_key(&1), "{picks_all:?}");
+    assert!(picks(&none, false).is_empty());
+    let mut rng = Rng::with_seed(1);
+    assert_eq!(all.pick(&Want { tried: &[0], ..Want::default() }, NOW, &mut rng), Choice::Member(1));
+}
+
+#[test]
+fn a_full_backend_is_skipped_and_all_full_is_said() {
+    let mut pool = pool(policy(), &[(0, 1, 1), (0, 1, 1)]);
+    pool.members[0].max_connections = 0;
+    let counts = picks(&pool, false);
+    assert!(!counts.contains_key(&0) && (counts[&1] - 1.0).abs() < 1e-6, "{counts:?}");
+    pool.members[1].max_connections = 0;
+    let mut rng = Rng::with_seed(1);
+    assert_eq!(pool.pick(&Want::default(), NOW, &mut rng), Choice::Full);
+}
+
+#[test]
+fn pinned_clients_stay_and_only_those_of_a_failed_cell_move() {
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 3), (0, 1, 3), (0, 1, 3)]);
+    let mut rng = Rng::with_seed(3);
+    let mut place = |pool: &Pool, i: u64| match pool.pick(&Want { pin: Some(xxh3_64(&i.to_le_bytes())), ..Want::default() }, NOW, &mut rng) {
+        Choice::Member(m) | Choice::Doubtful(m) => m,
+        other => panic!("{other:?}"),
+    };
+    let before: Vec<usize> = (0..3_000).map(|i| place(&pool, i)).collect();
+    assert_eq!(before, (0..3_000).map(|i| place(&pool, i)).collect::<Vec<_>>());
+    for cell in 0..3 {
+        let share = before.iter().filter(|m| **m / 3 == cell).count() as f64 / 3_000.0;
+        assert!((share - 1.0 / 3.0).abs() < 0.04, "{share}");
+    }
+    (0..3).for_each(|m| down(&pool, m));
+    for (i, old) in before.iter().enumerate() {
+        let new = place(&pool, i as u64);
+        if *old >= 3 { assert_eq!(new, *old, "client {i}") } else { assert!(new >= 3) }
+    }
+}
+
+#[test]
+fn a_suspect_backend_keeps_its_pinned_clients_with_a_race_beside() {
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 1), (0, 1, 1)]);
+    let of_a: Vec<u64> = (0..200u64)
+        .map(|i| xxh3_64(&i.to_le_bytes()))
+        .filter(|pin| pool.pick(&Want { pin: Some(*pin), ..Want::default() }, NOW, &mut Rng::with_seed(1)) == Choice::Member(0))
+        .collect();
+    assert!(of_a.len() > 60);
+    suspect(&pool, 0);
+    for pin in of_a {
+        let want = Want { pin: Some(pin), ..Want::default() };
+        assert_eq!(pool.pick(&want, NOW, &mut Rng::with_seed(1)), Choice::Doubtful(0));
+    }
+}
+
+#[test]
+fn a_returning_backend_gets_its_share_of_its_pinned_clients() {
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 1), (0, 1, 1)]);
+    let before = picks(&pool, true)[&0];
+    down(&pool, 0);
+    let later = NOW + Duration::from_secs(2);
+    for _ in 0..2 {
+        pool.members[0].backend.success(&pool.policy.health, Source::Probe, Depth::Connect, later, later);
+    }
+    assert_eq!(pool.members[0].backend.view().state, State::Returning);
+    let share = |at: Time| {
+        let mut rng = Rng::with_seed(7);
+        let pins = (0..20_000u64).map(|i| xxh3_64(&i.to_le_bytes()));
+        let of_a = pins.filter(|pin| pool.pick(&Want { pin: Some(*pin), ..Want::default() }, at, &mut rng) == Choice::Member(0));
+        of_a.count() as f64 / 20_000.0
+    };
+    let (early, middle, late) =
+        (share(later), share(later + Duration::from_secs(4)), share(later + Duration::from_secs(10)));
+    assert!(early < 0.2 * before && middle > early && middle < before && (late - before).abs() < 0.01, "{early} {middle} {late} {before}");
+}
+
+#[test]
+fn maglev_moves_few_clients_when_a_member_comes() {
+    let nine = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 9)]);
+    let ten = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 10)]);
+    let tables = [&nine, &ten].map(|pool| Maglev::new(&pool.members));
+    let moved = (0..10_000u64).filter(|i| tables[0].lookup(xxh3_64(&i.to_le_bytes())) != tables[1].lookup(xxh3_64(&i.to_le_bytes())));
+    let moved = moved.count() as f64 / 10_000.0;
+    assert!((0.08..0.2).contains(&moved), "{moved}");
+}
+
+#[test]
+fn the_alias_table_draws_by_weight() {
+    let alias = Alias::new(&[1.0, 0.0, 3.0]);
+    let mut rng = Rng::with_seed(5);
+    let mut counts = [0u32; 3];
+    (0..40_000).for_each(|_| counts[alias.draw(&mut rng)] += 1);
+    assert!(counts[1] == 0 && (counts[2] as f64 / 40_000.0 - 0.75).abs() < 0.01, "{counts:?}");
+}
