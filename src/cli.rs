@@ -29,6 +29,7 @@ pub enum Command {
     Check(Check),
     /// What is up, since when, and why.
     Status {
+        /// Whom to ask.
         #[command(flatten)]
         socket: SocketFlag,
         /// As JSON.
@@ -37,6 +38,7 @@ pub enum Command {
     },
     /// As SIGHUP, but waits and prints the verdict; exit code 0, or 78 when the file was refused.
     Reload {
+        /// Whom to ask.
         #[command(flatten)]
         socket: SocketFlag,
         /// Even when the file removes a listener or a pool in use, or most of the backends.
@@ -49,6 +51,7 @@ pub enum Command {
     Undrain(DrainFlags),
     /// The running configuration, resolved, with hash and generation.
     Config {
+        /// Whom to ask.
         #[command(flatten)]
         socket: SocketFlag,
     },

@@ -5,6 +5,7 @@
 
 pub mod file;
 mod resolve;
+pub mod scan;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -13,7 +14,8 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
-pub use file::{DEFAULT_MAX_BYTES, Problem};
+pub use file::DEFAULT_MAX_BYTES;
+pub use scan::Problem;
 
 /// A whole configuration. Equal files resolve to equal values.
 #[derive(Clone, Debug, PartialEq, Serialize)]

@@ -25,8 +25,10 @@ use crate::clock::Time;
 
 /// Chance of a false alarm per run of silence that makes a backend suspect.
 const SUSPECT_ODDS: f64 = 1e-4;
-/// The same for `down`.
+/// The same for `down`; and so many in a row that even the worst path would hardly do it, because what was
+/// learned of a path may be young.
 const DOWN_ODDS: f64 = 1e-6;
+const DOWN_LEAST: u32 = 8;
 /// Fewest attempts, and least time from first to last, that count as silence.
 const SILENCE_LEAST: u32 = 3;
 const SILENCE_SPREAD: Duration = Duration::from_millis(50);
@@ -277,6 +279,8 @@ pub struct Health {
     first_failure: Option<Time>,
     last_failure: Time,
     probe_failures: u32,
+    /// How deep the last failed probe came.
+    probe_failed: Depth,
     successes: u32,
     loss_quick: f64,
     loss_slow: f64,
@@ -302,6 +306,7 @@ impl Health {
             first_failure: None,
             last_failure: Time(0),
             probe_failures: 0,
+            probe_failed: Depth::Connect,
             successes: 0,
             loss_quick: 0.0,
             loss_slow: 0.0,
@@ -400,7 +405,7 @@ impl Health {
         }
         self.refusals = 0;
         self.silence = Run::default();
-        if evidence.source == Source::Probe {
+        if evidence.source == Source::Probe || evidence.depth >= self.probe_failed {
             self.probe_failures = 0;
         }
         if evidence.depth >= Depth::FirstByte {
@@ -441,6 +446,7 @@ impl Health {
         self.successes = 0;
         if probe {
             self.probe_failures += 1;
+            self.probe_failed = evidence.depth;
         } else {
             self.last_failure = now;
         }
@@ -482,11 +488,10 @@ impl Health {
                 self.blamed = self.blamed.max(evidence.depth);
                 self.seen_by_traffic |= !probe;
                 self.postpone_trial(evidence, now);
-                let agreed = probe && self.beyond_loss(evidence, DOWN_ODDS);
-                let goes_on = self.refusals >= REFUSALS_DOWN
-                    || (self.silence.count >= SILENCE_LEAST
-                        && self.beyond_loss(evidence, DOWN_ODDS)
-                        && is_silence(evidence));
+                let fallen = probe && self.probe_failures >= policy.fall && self.beyond_loss(evidence, SUSPECT_ODDS);
+                let enough = self.silence.count >= DOWN_LEAST.max(needed(self.loss(), DOWN_ODDS));
+                let agreed = probe && (!is_silence(evidence) || enough || fallen);
+                let goes_on = self.refusals >= REFUSALS_DOWN || is_silence(evidence) && enough;
                 if agreed || goes_on { self.enter(State::Down, cause, policy, now) } else { None }
             }
             State::Down => {

@@ -31,6 +31,8 @@ const KEEPALIVE: TcpKeepalive =
 /// First and longest pause after an accept that failed by our own fault.
 const PAUSE_FIRST: Duration = Duration::from_millis(5);
 const PAUSE_LONGEST: Duration = Duration::from_secs(1);
+/// At a cap we look for a free place this often, besides being told of it.
+const CAP_LOOK: Duration = Duration::from_millis(20);
 /// A socket that is to be closed is empty when nothing came for this long.
 const QUIET: Duration = Duration::from_millis(50);
 /// But it is closed after this long at the latest.
@@ -95,14 +97,23 @@ pub async fn accept(socket: TcpListener, bind: SocketAddr, host: Arc<Host>, mut 
     let Some(mut listener) = cache.load().listeners.get(&bind).cloned() else { return };
     let mut generation = cache.load().generation;
     let mut pause = PAUSE_FIRST;
+    let mut at_cap_since: Option<Instant> = None;
     loop {
         let room = host.connections.used() < host.max_connections.load(Relaxed)
             && listener.shared.connections.used() < listener.max_connections;
         if !room && !*stop.borrow() {
-            wait_at_cap(&socket, &listener, &host, &mut stop).await;
+            let since = *at_cap_since.get_or_insert_with(|| {
+                host.accept_paused[1].add(1);
+                Instant::now()
+            });
+            if wait_at_cap(&socket, &listener, since + listener.wait, &host, &mut stop).await {
+                // Those who came since then have their own time to wait.
+                at_cap_since = Some(Instant::now());
+            }
             refresh(&mut listener, &mut generation, cache.load(), bind);
             continue;
         }
+        at_cap_since = None;
         let accepted = {
             let mut stopped = pin!(stopped(&mut stop));
             poll_fn(|context| match socket.poll_accept(context) {
@@ -205,24 +216,29 @@ impl Drop for CountPanic<'_> {
     }
 }
 
-/// Waits for a place. Connections wait in the kernel meanwhile, each for at most `limits.wait`: what is queued by
-/// then is accepted and reset, so that a client learns where it stands.
-async fn wait_at_cap(socket: &TcpListener, listener: &Listener, host: &Host, stop: &mut Stop) {
-    host.accept_paused[1].add(1);
+/// Waits for a place. Connections wait in the kernel meanwhile, each until `deadline` at most: what is queued by
+/// then is accepted and reset, so that a client learns where it stands. Says whether that has been done.
+async fn wait_at_cap(
+    socket: &TcpListener,
+    listener: &Listener,
+    deadline: Instant,
+    host: &Host,
+    stop: &mut Stop,
+) -> bool {
     let _at_cap = AtCap::new(listener);
-    let deadline = Instant::now() + listener.wait;
     tokio::select! {
-        () = host.connections.freed() => {}
-        () = listener.shared.connections.freed() => {}
-        () = stopped(stop) => {}
+        () = host.connections.freed() => false,
+        () = listener.shared.connections.freed() => false,
+        () = stopped(stop) => false,
         () = sleep_until(deadline) => {
             while let Some((client, _)) = accept_now(socket).await {
                 listener.shared.ends[End::Cap as usize].add(1);
                 tcp::reset(&client);
             }
+            true
         }
         // A place freed between our look and our wait is found here.
-        () = sleep(Duration::from_millis(20)) => {}
+        () = sleep(CAP_LOOK) => false,
     }
 }
 

@@ -1,1 +1,236 @@
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
+use sailover::config;
+
+use crate::support::proxy::{BINARY, Directory};
+
+fn configs() -> Vec<PathBuf> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let files: Vec<_> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(files.len() >= 4);
+    files
+}
+
+fn errors(text: &str) -> Vec<String> {
+    match config::parse(text.as_bytes(), config::DEFAULT_MAX_BYTES) {
+        Ok(_) => Vec::new(),
+        Err(problems) => problems.iter().map(ToString::to_string).collect(),
+    }
+}
+
+#[test]
+fn every_shipped_configuration_is_good() {
+    for file in configs() {
+        if let Err(refused) = config::load(&file, config::DEFAULT_MAX_BYTES) {
+            panic!("{refused}");
+        }
+    }
+}
+
+#[test]
+fn the_reference_says_the_defaults() {
+    let read = |name: &str| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name);
+        std::fs::read_to_string(path).unwrap()
+    };
+    let bare = r#"
+cells:
+  aliyun: { cloud: Alibaba Cloud, region: cn-shenzhen }
+  tencent: {}
+  standby: {}
+pools:
+  shop:
+    cells:
+      aliyun: { backends: [ { address: 10.1.0.10:443, name: web-1 } ] }
+      tencent: [ 10.2.0.10:443 ]
+      standby: { tier: 1, backends: [ 192.0.2.7:443 ] }
+listeners:
+  - { name: shop, bind: [ "0.0.0.0:443", "[::]:443" ], tcp: shop }
+"#;
+    let reference = config::parse(read("reference.yaml").as_bytes(), config::DEFAULT_MAX_BYTES).unwrap();
+    assert!(reference.warnings.is_empty());
+    let bare = config::parse(bare.as_bytes(), config::DEFAULT_MAX_BYTES).unwrap();
+    assert_eq!(reference.config, bare.config);
+}
+
+#[test]
+fn twenty_planted_errors_give_exactly_twenty_right_lines() {
+    let text = r#"version: 1
+cells:
+  a: { clod: X }
+  b: {}
+pools:
+  shop:
+    cells:
+      a:
+        weight: 0
+        backends: [ 10.1.0.10, 10.1.0.11:0 ]
+      c: [ 10.2.0.10:443 ]
+    balance: two_choice
+    affinity: { by: sni }
+    probe:
+      interval: 5
+      tcp: {}
+      http: { path: healthz }
+    connect: { attempts: many, timeout: 3 s s }
+    hold: { first: 10s, longest: 1s }
+    on_down: explode
+    limits: { queue: 3 }
+listeners:
+  - bind: shop.example:443
+    tcp: shopp
+  - { bind: 10.0.0.1:80, tcp: shop, allow: [ 10.0.0.1/8 ] }
+  - { bind: 10.0.0.1:80, tcp: shop, tls: {} }
+"#;
+    let found = errors(text);
+    let lines: Vec<usize> = found.iter().map(|error| error.split(':').next().unwrap().parse().unwrap()).collect();
+    let expected = [3, 9, 10, 10, 11, 12, 13, 14, 15, 17, 18, 18, 19, 20, 21, 23, 24, 25, 26, 26];
+    assert_eq!(expected.len(), 20);
+    assert_eq!(lines, expected, "{found:#?}");
+    for (line, words) in [
+        (3, "cells.a.clod: unknown key `clod`; did you mean `cloud`?"),
+        (12, "did you mean two_choices?"),
+        (15, "a duration with its unit"),
+        (24, "did you mean \"shop\"?"),
+        (26, "`tls` is not in this version"),
+    ] {
+        assert!(
+            found.iter().any(|e| e.starts_with(&format!("{line}:")) && e.contains(words)),
+            "{line} {words} {found:#?}"
+        );
+    }
+}
+
+#[test]
+fn what_belongs_to_later_versions_is_refused_by_name() {
+    let pool = |extra: &str| {
+        format!(
+            "pools: {{ p: {{ cells: {{ a: [ 10.0.0.1:1 ] }}, {extra} }} }}\nlisteners: [ {{ bind: 10.0.0.2:1, tcp: p }} ]"
+        )
+    };
+    let listener = |extra: &str| {
+        format!(
+            "pools: {{ p: {{ cells: {{ a: [ 10.0.0.1:1 ] }} }} }}\nlisteners: [ {{ bind: 10.0.0.2:1, tcp: p, {extra} }} ]"
+        )
+    };
+    let files = [
+        listener("sni: { default: p }"),
+        listener("http: {}"),
+        listener("tls: {}"),
+        listener("proxy_protocol: {}"),
+        listener("limits: { per_client: { connections: 3 } }"),
+        pool("tls: {}"),
+        pool("send_proxy: v2"),
+        pool("limits: { queue: 3 }"),
+        pool("limits: { queue_timeout: 3s }"),
+        pool("affinity: { by: sni }"),
+        pool("affinity: { by: { header: X } }"),
+        pool("affinity: { by: { cookie: X } }"),
+        pool("probe: { grpc: {} }"),
+        pool("probe: { tls: {} }"),
+        "pools: { p: { cells: { a: [ shop.example:1 ] } } }\nlisteners: [ { bind: 10.0.0.2:1, tcp: p } ]".to_owned(),
+    ];
+    for file in files {
+        let found = errors(&file);
+        assert!(found.len() == 1 && found[0].contains("not in this version"), "{file}: {found:?}");
+    }
+}
+
+#[test]
+fn what_could_be_misread_is_refused() {
+    let good = "pools: { p: { cells: { a: [ 10.0.0.1:1 ] } } }\nlisteners: [ { bind: 10.0.0.2:1, tcp: p } ]\n";
+    assert!(errors(good).is_empty());
+    for (text, words) in [
+        (format!("{good}log: &x {{}}\n"), "anchors"),
+        (format!("{good}log: *x\n"), "unknown anchor"),
+        (format!("a: &x 1\n{good}log: *x\n"), "aliases"),
+        (format!("{good}log: !tag {{}}\n"), "tags"),
+        (format!("{good}log: {{ <<: {{}} }}\n"), "merge keys"),
+        (format!("{good}{good}"), "a second time"),
+        (format!("{good}---\n{good}"), "second document"),
+        (format!("{good}log: {{ level: ~ }}\n"), "found nothing"),
+        (format!("{good}log:\n"), "found nothing"),
+        (format!("{good}? [ a ]\n: b\n"), "a key must be plain text"),
+        (good.replace("pools", "po\u{0}ols"), "control character"),
+        ("[".repeat(40), "nested deeper"),
+        (format!("[{}]", "1,".repeat(210_000)), "more than 200000"),
+        (format!("{good}# {}", "x".repeat(1 << 20)), "at most 1048576 are read"),
+        (String::new(), "the file is empty"),
+        ("pools: {}\nlisteners: []\n".into(), "the map is empty"),
+    ] {
+        let begin = Instant::now();
+        let found = errors(&text);
+        let shown: String = text.chars().take(80).collect();
+        assert!(found.iter().any(|error| error.contains(words)), "{shown}: {found:?}");
+        assert!(begin.elapsed() < Duration::from_millis(500), "{shown}: {:?}", begin.elapsed());
+    }
+    let latin = errors_of_bytes(b"pools: \xff\n");
+    assert!(latin[0].contains("not UTF-8"), "{latin:?}");
+}
+
+fn errors_of_bytes(bytes: &[u8]) -> Vec<String> {
+    config::parse(bytes, config::DEFAULT_MAX_BYTES).err().unwrap_or_default().iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn three_hundred_hostile_files_are_judged_in_time_and_none_is_taken() {
+    let reference = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/reference.yaml")).unwrap();
+    let mut files: Vec<Vec<u8>> = (1..reference.len() / 24).map(|n| reference[..n * 24].to_vec()).collect();
+    // A truncation may by chance be a whole configuration.
+    files.retain(|file| !file.ends_with(b"\n") && config::parse(file, 1 << 20).is_err());
+    let mut rng = fastrand::Rng::with_seed(1);
+    while files.len() < 320 {
+        let mut file = reference.clone();
+        for _ in 0..20 {
+            let at = rng.usize(..file.len());
+            file[at] = *rng.choice(b"{}[]:,&*!|>'\"%@`#- \n\t\x00\xff?~09aZ").unwrap();
+        }
+        if config::parse(&file, 1 << 20).is_err() {
+            files.push(file);
+        }
+    }
+    for kind in ["[", "{a: ", "- ", "? ", "\"", "'", "|\n", "a:\n ", "&a ", "!!", "%", "\t"] {
+        files.push(kind.repeat(100_000 / kind.len()).into_bytes());
+    }
+    let mut worst = Duration::ZERO;
+    for file in &files {
+        let begin = Instant::now();
+        assert!(!errors_of_bytes(file).is_empty());
+        worst = worst.max(begin.elapsed());
+    }
+    println!("{} hostile files, the slowest took {worst:?}", files.len());
+    assert!(files.len() >= 300);
+    assert!(worst < Duration::from_millis(100), "{worst:?}");
+}
+
+#[test]
+fn an_alias_bomb_is_refused_within_twenty_megabytes() {
+    let directory = Directory::new();
+    let file = directory.0.join("bomb.yaml");
+    let k = 2_000;
+    let list = |item: &str| vec![item; k].join(",");
+    std::fs::write(&file, format!("a: &a [{}]\nb: [{}]\n", list("1"), list("*a"))).unwrap();
+    let output = Command::new("prlimit").arg("--data=20971520").arg(BINARY).arg("check").arg(&file).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(78), "{text}");
+    assert!(text.contains("bomb.yaml:1:") && text.contains("anchors"), "{text}");
+}
+
+#[test]
+fn check_tells_good_from_bad_by_its_exit_code() {
+    let directory = Directory::new();
+    let bad = directory.0.join("bad.yaml");
+    std::fs::write(&bad, "pools: 3\n").unwrap();
+    let good = configs().into_iter().next().unwrap();
+    let run = |files: &[&Path]| Command::new(BINARY).arg("check").args(files).output().unwrap();
+    assert_eq!(run(&[&good]).status.code(), Some(0));
+    let both = run(&[&good, &bad]);
+    assert_eq!(both.status.code(), Some(78));
+    let text = String::from_utf8_lossy(&both.stderr).into_owned();
+    assert!(text.contains(&format!("{}:1:1: pools: found 3", bad.display())), "{text}");
+    assert_eq!(run(&[&directory.0.join("missing")]).status.code(), Some(78));
+    assert_eq!(run(&[&directory.0]).status.code(), Some(78));
+    assert_eq!(run(&[]).status.code(), Some(64));
+}

@@ -1,1 +1,307 @@
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
+use crate::support::backend::{Backend, Mode, get, read_all};
+use crate::support::eventually;
+use crate::support::proxy::Proxy;
+use crate::tcp::yaml;
+
+fn text(output: &std::process::Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn generation(proxy: &Proxy) -> u64 {
+    proxy.status()["generation"].as_u64().unwrap()
+}
+
+fn two() -> ([Backend; 2], Proxy, String) {
+    let backends = [Backend::start("a"), Backend::start("b")];
+    let yaml = yaml(&[backends[0].address, backends[1].address], "", "");
+    let proxy = Proxy::start(&yaml);
+    for backend in &backends {
+        proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    }
+    (backends, proxy, yaml)
+}
+
+#[test]
+fn a_touched_file_changes_nothing_and_restarts_no_probe() {
+    let (_backends, proxy, yaml) = two();
+    let probers = |proxy: &Proxy| -> Vec<serde_json::Value> {
+        let status = proxy.status();
+        let cells = status["pools"][0]["cells"].as_array().unwrap().clone();
+        cells.iter().map(|cell| cell["backends"][0]["prober"].clone()).collect()
+    };
+    let before = probers(&proxy);
+    assert!(before.iter().all(serde_json::Value::is_u64));
+    proxy.write(&format!("{yaml}\n# touched"));
+    let output = proxy.command(&["reload"]);
+    assert!(output.status.success());
+    assert!(
+        text(&output).contains("generation 2 is live: listeners +0 -0 ~0, pools +0 -0 ~0, backends +0 -0 ~0"),
+        "{}",
+        text(&output)
+    );
+    assert_eq!(probers(&proxy), before);
+}
+
+#[test]
+fn a_bad_file_changes_nothing_and_says_why() {
+    let (_backends, proxy, yaml) = two();
+    proxy.write(&yaml.replace("tcp: p", "tcp: q"));
+    let output = proxy.command(&["reload"]);
+    assert_eq!(output.status.code(), Some(78));
+    assert!(text(&output).contains("there is no pool \"q\""), "{}", text(&output));
+    assert_eq!(generation(&proxy), 1);
+    assert!(get(proxy.address(0)).is_ok());
+    assert_eq!(proxy.metric("sailover_config_last_reload_successful", &[]), 0.0);
+    proxy.write(&yaml);
+    assert!(proxy.command(&["reload"]).status.success());
+    assert_eq!(proxy.metric("sailover_config_last_reload_successful", &[]), 1.0);
+}
+
+#[test]
+fn health_and_counters_survive_a_reload_and_a_new_address_starts_anew() {
+    let (backends, proxy, yaml) = two();
+    backends[0].set(Mode::Refuse);
+    let name = backends[0].address.to_string();
+    proxy.wait_health(&name, "down", Duration::from_secs(10));
+    let since = proxy.status()["pools"][0]["cells"][0]["backends"][0]["since"].clone();
+    let ok = |proxy: &Proxy| proxy.metric("sailover_attempts_total", &["result=\"ok\""]);
+    (0..20).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+    let before = ok(&proxy);
+    proxy.write(&yaml.replace("tcp: p", "tcp: p, allow: [ 127.0.0.0/8 ]").replace("c0: [", "renamed: ["));
+    let output = proxy.command(&["reload"]);
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(proxy.health(&name), "down");
+    assert_eq!(proxy.status()["pools"][0]["cells"][0]["backends"][0]["since"], since);
+    assert_eq!(ok(&proxy), before);
+}
+
+#[test]
+fn what_is_in_use_is_removed_only_with_force() {
+    let (_backends, proxy, yaml) = two();
+    let other = yaml.replace("127.0.0.1:0", "127.0.0.2:0");
+    proxy.write(&other);
+    proxy.signal(Signal::HUP);
+    eventually("the refusal is logged", Duration::from_secs(5), || {
+        proxy.log().contains("the file removes listener l on 127.0.0.1:0").then_some(())
+    });
+    assert_eq!(generation(&proxy), 1);
+    let old = proxy.address(0);
+    assert_eq!(proxy.command(&["reload"]).status.code(), Some(78));
+    assert!(proxy.command(&["reload", "--force"]).status.success());
+    assert_eq!(proxy.address(0).ip().to_string(), "127.0.0.2");
+    assert!(get(proxy.address(0)).is_ok());
+    eventually("the old address is closed", Duration::from_secs(5), || TcpStream::connect(old).is_err().then_some(()));
+}
+
+#[test]
+fn after_a_storm_of_signals_the_newest_good_file_is_live() {
+    let (_backends, proxy, yaml) = two();
+    for i in 0..200 {
+        proxy.write(&format!("{yaml}\nshutdown: {{ announce: {}s }}", 10 + i));
+        proxy.signal(Signal::HUP);
+        if i % 50 == 0 {
+            assert!(get(proxy.address(0)).is_ok());
+        }
+    }
+    eventually("the newest file is live", Duration::from_secs(10), || {
+        let (_, config) = proxy.ask("GET", "/config").ok()?;
+        let config: serde_json::Value = serde_json::from_str(&config).ok()?;
+        (config["config"]["shutdown"]["announce"] == "3m 29s").then_some(())
+    });
+}
+
+#[test]
+fn a_second_instance_on_the_same_address_fails() {
+    let (_backends, proxy, yaml) = two();
+    let address = proxy.address(0).to_string();
+    let mut second = Proxy::spawn(None, &yaml.replace("127.0.0.1:0", &address), |_| {});
+    let code = eventually("it ends", Duration::from_secs(10), || second.child.try_wait().unwrap());
+    assert_eq!(code.code(), Some(1));
+    assert!(second.log().contains("cannot be bound: Address already in use"), "{}", second.log());
+}
+
+#[test]
+fn a_drain_moves_all_clients_and_the_last_cell_is_kept() {
+    let (_backends, proxy, _) = two();
+    let output = proxy.command(&["drain", "c0", "--reason", "maintenance"]);
+    assert!(output.status.success(), "{}", text(&output));
+    assert!((0..50).all(|_| get(proxy.address(0)).unwrap() == "b"));
+    let status = text(&proxy.command(&["status"]));
+    assert!(status.contains("drained") && status.contains("maintenance"), "{status}");
+    let refused = proxy.command(&["drain", "c1"]);
+    assert!(!refused.status.success() && text(&refused).contains("--force"), "{}", text(&refused));
+    assert!(text(&proxy.command(&["drain", "c9"])).contains("there is no cell"));
+    assert!(proxy.command(&["reload"]).status.success());
+    assert!((0..20).all(|_| get(proxy.address(0)).unwrap() == "b"), "a drain survives a reload");
+    assert!(proxy.command(&["undrain", "c0"]).status.success());
+    eventually("the cell serves again", Duration::from_secs(5), || {
+        (get(proxy.address(0)).unwrap() == "a").then_some(())
+    });
+    assert!(proxy.command(&["drain", "c0", "--for", "1s"]).status.success());
+    eventually("a drain ends by itself", Duration::from_secs(5), || {
+        (get(proxy.address(0)).unwrap() == "a").then_some(())
+    });
+}
+
+#[test]
+fn status_and_metrics_tell_what_is_up_and_why() {
+    let (backends, proxy, _) = two();
+    (0..10).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+    backends[0].set(Mode::Refuse);
+    proxy.wait_health(&backends[0].address.to_string(), "down", Duration::from_secs(10));
+    let table = text(&proxy.command(&["status"]));
+    assert!(table.contains("down") && table.contains("refused at connect"), "{table}");
+    let status = proxy.status();
+    assert_eq!(status["cells"][0]["state"], "down");
+    assert_eq!(status["pools"][0]["cells"][1]["share"]["now"], 1.0);
+    assert_eq!(status["pools"][0]["cells"][0]["backends"][0]["cause"]["kind"], "refused");
+    assert!(
+        proxy.metric("sailover_connections_total", &["end=\"client_closed\""])
+            + proxy.metric("sailover_connections_total", &["end=\"backend_closed\""])
+            >= 10.0
+    );
+    assert_eq!(proxy.metric("sailover_backend_state", &["state=\"down\""]), 1.0);
+    assert!(proxy.metric("sailover_detect_seconds_count", &[]) >= 1.0);
+    for name in [
+        "sailover_build_info",
+        "sailover_handshake_seconds_count",
+        "sailover_first_byte_seconds_count",
+        "sailover_probes_total",
+        "sailover_bytes_total",
+    ] {
+        assert!(proxy.metric(name, &[]) > 0.0, "{name}");
+    }
+}
+
+#[test]
+fn a_stop_announces_serves_what_runs_and_ends() {
+    let backend = Backend::start("e");
+    backend.set(Mode::Echo);
+    let mut proxy = Proxy::start(&yaml(&[backend.address], "", "shutdown: { announce: 500ms, drain: 20s }"));
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    let address = proxy.address(0);
+    let mut running = TcpStream::connect(address).unwrap();
+    running.write_all(b"one").unwrap();
+    running.read_exact(&mut [0; 3]).unwrap();
+    proxy.signal(Signal::TERM);
+    eventually("it says that it stops", Duration::from_secs(2), || {
+        (proxy.ask("GET", "/readyz").unwrap().0 == 503).then_some(())
+    });
+    assert!(TcpStream::connect(address).is_ok(), "while it announces it still serves");
+    eventually("the listener closes", Duration::from_secs(5), || TcpStream::connect(address).is_err().then_some(()));
+    running.write_all(b"two").unwrap();
+    running.read_exact(&mut [0; 3]).unwrap();
+    assert!(proxy.child.try_wait().unwrap().is_none());
+    drop(running);
+    let code = eventually("it ends", Duration::from_secs(5), || proxy.child.try_wait().unwrap());
+    assert!(code.success());
+
+    let (_backends, mut proxy, _) = two();
+    proxy.signal(Signal::TERM);
+    eventually("it says that it stops", Duration::from_secs(2), || {
+        (proxy.ask("GET", "/readyz").unwrap().0 == 503).then_some(())
+    });
+    proxy.signal(Signal::TERM);
+    assert!(
+        eventually("the second signal ends it", Duration::from_secs(1), || proxy.child.try_wait().unwrap()).success()
+    );
+}
+
+#[test]
+fn a_blocked_log_and_a_slow_admin_reader_stop_nothing() {
+    let backend = Backend::start("a");
+    // A pipe that nobody reads, as standard output.
+    let proxy = Proxy::spawn(None, &yaml(&[backend.address], "", "log: { access: stdout }"), |command| {
+        command.stdout(Stdio::piped());
+    });
+    eventually("it answers", Duration::from_secs(5), || proxy.ask("GET", "/livez").ok());
+    let mut slow = UnixStream::connect(proxy.socket()).unwrap();
+    slow.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    // Each line has some 350 bytes: 64 KB of pipe, 64 KB of batch and 8,192 queued lines take about 8,600.
+    for _ in 0..9_500 {
+        assert_eq!(get(proxy.address_cached()).unwrap(), "a");
+    }
+    assert!(proxy.metric("sailover_log_dropped_total", &[]) > 0.0);
+    assert_eq!(proxy.health(&backend.address.to_string()), "up");
+    slow.read_exact(&mut [0; 1]).unwrap();
+}
+
+#[test]
+fn at_its_cap_a_listener_lets_wait_then_resets_and_is_not_ready() {
+    let backend = Backend::start("e");
+    backend.set(Mode::Echo);
+    let base = yaml(&[backend.address], "", "");
+    let proxy = Proxy::start(&base.replace("tcp: p", "tcp: p, limits: { max_connections: 2, wait: 300ms }"));
+    let address = proxy.address(0);
+    let open = |_| {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0; 1]).unwrap();
+        stream
+    };
+    let mut held: Vec<TcpStream> = (0..2).map(open).collect();
+    let mut waiting = TcpStream::connect(address).unwrap();
+    let begin = Instant::now();
+    waiting.write_all(b"y").unwrap();
+    eventually("readyz says so", Duration::from_secs(2), || {
+        (proxy.ask("GET", "/readyz").unwrap().0 == 503).then_some(())
+    });
+    assert!(read_all(&mut waiting).is_err(), "it was reset");
+    assert!(begin.elapsed() >= Duration::from_millis(250));
+    assert!(proxy.metric("sailover_connections_total", &["end=\"cap\""]) >= 1.0);
+    // One that waits gets the place that becomes free.
+    let mut waiting = TcpStream::connect(address).unwrap();
+    waiting.write_all(b"z").unwrap();
+    drop(held.pop());
+    waiting.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    waiting.read_exact(&mut [0; 1]).unwrap();
+}
+
+#[test]
+fn an_address_that_is_not_local_yet_is_bound_and_said() {
+    let backend = Backend::start("a");
+    let base = yaml(&[backend.address], "", "");
+    let proxy = Proxy::start(&base.replace("127.0.0.1:0", "192.0.2.77:0"));
+    assert_eq!(proxy.status()["listeners"][0]["local"], false);
+    assert!(proxy.log().contains("not local"), "{}", proxy.log());
+}
+
+#[test]
+fn a_stale_admin_socket_is_replaced_and_a_living_one_is_not() {
+    let (_backends, proxy, yaml) = two();
+    let socket = proxy.socket();
+    let mut second = Proxy::spawn(None, &yaml, |_| {});
+    let config = std::fs::read_to_string(second.directory.0.join("sailover.yaml")).unwrap();
+    let _ = second.child.kill();
+    let _ = second.child.wait();
+    let shared = config.replace(second.socket().to_str().unwrap(), socket.to_str().unwrap());
+    let file = second.directory.0.join("shared.yaml");
+    std::fs::write(&file, shared).unwrap();
+    let output = std::process::Command::new(crate::support::proxy::BINARY)
+        .arg("run")
+        .arg("--config")
+        .arg(&file)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output).contains("another process answers on it"), "{}", text(&output));
+}
+
+#[test]
+fn wrong_usage_and_missing_processes_have_their_exit_codes() {
+    let run = |arguments: &[&str]| {
+        std::process::Command::new(crate::support::proxy::BINARY).args(arguments).output().unwrap()
+    };
+    assert_eq!(run(&["frobnicate"]).status.code(), Some(64));
+    assert_eq!(run(&["run", "--config", "/nonexistent/x.yaml"]).status.code(), Some(78));
+    assert_eq!(run(&["status", "--socket", "/nonexistent/x.sock"]).status.code(), Some(1));
+    assert_eq!(run(&["--version"]).status.code(), Some(0));
+}

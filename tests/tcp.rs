@@ -1,1 +1,200 @@
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
+use crate::support::backend::{Backend, Mode, finish, get, read_all};
+use crate::support::eventually;
+use crate::support::proxy::Proxy;
+
+/// A pool of these backends, each in a cell of its own, behind one loopback listener.
+pub fn yaml(backends: &[SocketAddr], pool: &str, more: &str) -> String {
+    let cells: Vec<String> = backends.iter().enumerate().map(|(i, b)| format!("c{i}: [ '{b}' ]")).collect();
+    format!(
+        "pools:\n  p:\n    cells: {{ {} }}\n    {pool}\nlisteners: [ {{ name: l, bind: '127.0.0.1:0', tcp: p }} ]\n{more}",
+        cells.join(", ")
+    )
+}
+
+fn echo(pool: &str) -> (Backend, Proxy) {
+    let backend = Backend::start("e");
+    backend.set(Mode::Echo);
+    let proxy = Proxy::start(&yaml(&[backend.address], pool, ""));
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    (backend, proxy)
+}
+
+#[test]
+fn half_close_is_exact_both_ways() {
+    let (_backend, proxy) = echo("");
+    let address = proxy.address(0);
+    for size in [0, 1, 65_537, 3_000_000] {
+        let bytes: Vec<u8> = (0..size).map(|i| (i % 251) as u8).collect();
+        let mut stream = TcpStream::connect(address).unwrap();
+        let mut writer = stream.try_clone().unwrap();
+        let sent = bytes.clone();
+        let writing = std::thread::spawn(move || {
+            writer.write_all(&sent).unwrap();
+            finish(&writer);
+        });
+        assert!(read_all(&mut stream).unwrap() == bytes, "{size} bytes came back changed");
+        writing.join().unwrap();
+    }
+    // The other way: the backend finishes first, and what the client sends after that still arrives.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = Proxy::start(&yaml(&[listener.local_addr().unwrap()], "probe: off", ""));
+    let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    server.write_all(b"greeting").unwrap();
+    finish(&server);
+    assert_eq!(read_all(&mut client).unwrap(), b"greeting");
+    client.write_all(b"last words").unwrap();
+    finish(&client);
+    assert_eq!(read_all(&mut server).unwrap(), b"last words");
+}
+
+#[test]
+fn bulk_goes_through_splice_and_small_messages_do_not() {
+    let (_backend, proxy) = echo("");
+    let mut small = TcpStream::connect(proxy.address(0)).unwrap();
+    small.set_nodelay(true).unwrap();
+    let mut buffer = [0; 512];
+    for _ in 0..2_000 {
+        small.write_all(&buffer).unwrap();
+        small.read_exact(&mut buffer).unwrap();
+    }
+    assert_eq!(proxy.metric("sailover_spliced_bytes_total", &[]), 0.0);
+
+    let mut bulk = TcpStream::connect(proxy.address(0)).unwrap();
+    let mut writer = bulk.try_clone().unwrap();
+    let total = 64 << 20;
+    let writing = std::thread::spawn(move || {
+        let block: Vec<u8> = (0..1 << 20).map(|i| (i % 253) as u8).collect();
+        (0..64).for_each(|_| writer.write_all(&block).unwrap());
+        finish(&writer);
+    });
+    let (mut seen, mut buffer) = (0usize, vec![0; 1 << 20]);
+    loop {
+        let n = bulk.read(&mut buffer).unwrap();
+        if n == 0 {
+            break;
+        }
+        assert!(buffer[..n].iter().enumerate().all(|(i, b)| *b == (((seen + i) % (1 << 20)) % 253) as u8));
+        seen += n;
+    }
+    writing.join().unwrap();
+    assert_eq!(seen, total);
+    assert!(proxy.metric("sailover_spliced_bytes_total", &[]) > total as f64 / 2.0);
+}
+
+#[test]
+fn a_reader_that_stops_for_a_while_loses_nothing() {
+    let backend = Backend::start("p");
+    let proxy = Proxy::start(&yaml(&[backend.address], "timeouts: { unacked: 1s }", ""));
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    backend.set(Mode::Pour);
+    let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let mut buffer = vec![0; 1 << 20];
+    assert!(stream.read(&mut buffer).unwrap() > 0);
+    // Longer than `unacked`: a closed window is not death.
+    let resume = Instant::now() + Duration::from_secs(4);
+    eventually("the pause is over", Duration::from_secs(6), || (Instant::now() > resume).then_some(()));
+    for _ in 0..200 {
+        assert!(stream.read(&mut buffer).unwrap() > 0);
+    }
+}
+
+#[test]
+fn a_reset_is_passed_on_in_both_directions() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = Proxy::start(&yaml(&[listener.local_addr().unwrap()], "probe: off", ""));
+    let reset = |stream: TcpStream| drop(socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)));
+
+    let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    server.write_all(b"x").unwrap();
+    client.read_exact(&mut [0; 1]).unwrap();
+    reset(server);
+    assert_eq!(read_all(&mut client).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+
+    let client = TcpStream::connect(proxy.address(0)).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    reset(client);
+    assert_eq!(read_all(&mut server).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn an_idle_connection_costs_little_memory() {
+    let (_backend, proxy) = echo("");
+    let address = proxy.address(0);
+    let count = 2_000;
+    let exchange = |stream: &mut TcpStream| {
+        stream.write_all(b"hello").unwrap();
+        stream.read_exact(&mut [0; 5]).unwrap();
+    };
+    // Some connections first, so that tables and caches have their size.
+    let mut warm: Vec<TcpStream> = (0..count).map(|_| TcpStream::connect(address).unwrap()).collect();
+    warm.iter_mut().for_each(exchange);
+    drop(warm);
+    eventually("they are gone", Duration::from_secs(10), || {
+        (proxy.metric("sailover_connections", &[]) == 0.0).then_some(())
+    });
+    let before = proxy.memory();
+    let mut open: Vec<TcpStream> = (0..count * 2).map(|_| TcpStream::connect(address).unwrap()).collect();
+    open.iter_mut().for_each(exchange);
+    let each = proxy.memory().saturating_sub(before) / count as u64;
+    println!("{each} bytes for each of {count} more idle connections");
+    assert!(each <= 4_096, "{each} bytes for each idle connection");
+}
+
+#[test]
+fn ipv6_is_served_and_stays_apart_from_ipv4() {
+    let backend = Backend::start("six");
+    let yaml = format!(
+        "pools: {{ p: {{ cells: {{ a: [ '{}' ] }} }} }}\nlisteners: [ {{ bind: '[::]:0', tcp: p }} ]",
+        backend.address
+    );
+    let proxy = Proxy::start(&yaml);
+    let port = proxy.address(0).port();
+    assert_eq!(get(SocketAddr::new("::1".parse().unwrap(), port)).unwrap(), "six");
+    assert!(get(SocketAddr::new("127.0.0.1".parse().unwrap(), port)).is_err());
+}
+
+#[test]
+fn one_backend_gone_costs_no_client() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = Proxy::start(&yaml(&[a.address, b.address], "", ""));
+    proxy.wait_health(&b.address.to_string(), "up", Duration::from_secs(5));
+    a.set(Mode::Refuse);
+    for _ in 0..100 {
+        assert_eq!(get(proxy.address(0)).unwrap(), "b");
+    }
+}
+
+#[test]
+fn garbage_from_one_client_moves_no_backend() {
+    let backends = [Backend::start("a"), Backend::start("b")];
+    let proxy = Proxy::start(&yaml(&[backends[0].address, backends[1].address], "", ""));
+    let address = proxy.address(0);
+    for backend in &backends {
+        proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+        backend.set(Mode::Strict);
+    }
+    // The same client first behaves, so that its word counts, and goes on behaving in between.
+    (0..50).for_each(|_| drop(get(address).unwrap()));
+    for i in 0..3_000 {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let bytes: &[u8] = if i % 3 == 0 { b"GET / HTTP/1.1\r\nHo" } else { b"\x00garbage\r\n\r\n" };
+        let _ = stream.write_all(bytes);
+        if i % 3 != 0 {
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let _ = stream.read(&mut [0; 64]);
+        }
+        if i % 10 == 0 {
+            get(address).unwrap();
+        }
+    }
+    for to in ["suspect", "down"] {
+        assert_eq!(proxy.metric("sailover_transitions_total", &[&format!("to=\"{to}\"")]), 0.0, "{to}");
+    }
+}

@@ -1,1 +1,151 @@
+use std::path::{Path, PathBuf};
 
+fn sources() -> Vec<(PathBuf, String)> {
+    fn collect(directory: &Path, found: &mut Vec<(PathBuf, String)>) {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push((path.clone(), std::fs::read_to_string(path).unwrap()));
+            }
+        }
+    }
+    let mut found = Vec::new();
+    collect(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut found);
+    assert!(found.len() > 20);
+    found
+}
+
+/// Module names a source may import from this crate, by file stem. The data plane never reads the configuration's
+/// file or its reader, the control plane never touches a connection, and pure modules know neither.
+#[test]
+fn the_import_table_holds() {
+    // The types that name a policy's words (Balance, OnDown...) are configuration and routing at once.
+    let leaves = ["clock", "metrics", "sys", "estimate"];
+    let table: &[(&str, &[&str])] = &[
+        ("clock", &[]),
+        ("metrics", &[]),
+        ("sys", &[]),
+        ("estimate", &[]),
+        ("health", &["clock"]),
+        ("limits", &["clock"]),
+        ("witness", &["clock", "health"]),
+        ("backend", &["clock", "estimate", "health", "limits", "metrics", "witness"]),
+        ("pool", &["backend", "clock", "config", "health", "metrics"]),
+        ("table", &["backend", "clock", "config", "health", "limits", "metrics", "pool"]),
+        ("splice", &["host"]),
+        ("session", &["backend", "clock", "config", "health", "pool", "sys", "table"]),
+        ("relay", &["host", "session", "splice", "table"]),
+        ("dial", &["backend", "clock", "health", "host", "limits", "pool"]),
+        (
+            "tcp",
+            &[
+                "backend", "clock", "config", "dial", "host", "limits", "log", "pool", "relay", "session", "sys",
+                "table", "witness",
+            ],
+        ),
+        ("listen", &["host", "limits", "table", "tcp"]),
+        ("worker", &["clock", "host", "listen", "session", "sys"]),
+        ("host", &["limits", "log", "metrics", "table"]),
+        ("log", &["clock", "config", "dial", "metrics", "table"]),
+        ("drain", &["pool", "table"]),
+        ("probe", &["backend", "clock", "config", "health", "host", "pool", "sys", "table", "tcp"]),
+        ("reload", &["clock", "config", "host", "probe", "table"]),
+        ("report", &["backend", "clock", "drain", "health", "host", "log", "metrics", "pool", "reload", "table"]),
+        ("admin", &["clock", "host", "reload", "report"]),
+        ("config", &["file", "resolve", "scan"]),
+        ("cli", &["admin", "config"]),
+    ];
+    let mut judged = 0;
+    for (path, text) in sources() {
+        let relative = path.strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).unwrap().to_owned();
+        let stem = relative.file_stem().unwrap().to_string_lossy().into_owned();
+        if relative.components().count() > 1 || stem == "server" {
+            continue;
+        }
+        let Some((_, allowed)) = table.iter().find(|(name, _)| *name == stem) else {
+            assert!(["lib", "main"].contains(&stem.as_str()), "{stem} stands in no row of the import table");
+            continue;
+        };
+        judged += 1;
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        let mut imports: Vec<String> = Vec::new();
+        for line in code.lines().filter(|line| !line.trim_start().starts_with("//")) {
+            for rest in line.split("crate::").skip(1) {
+                if let Some(list) = rest.strip_prefix('{') {
+                    imports.extend(
+                        list.split(',').map(|item| item.trim().split([':', '}', ';']).next().unwrap().to_owned()),
+                    );
+                } else {
+                    imports.push(rest.split([':', ';', ' ', ',', ')']).next().unwrap().to_owned());
+                }
+            }
+        }
+        imports.retain(|import| !import.is_empty());
+        for import in imports {
+            let fine = allowed.contains(&import.as_str())
+                || leaves.contains(&import.as_str()) && !leaves.contains(&stem.as_str());
+            assert!(fine, "{stem} imports {import}, which the import table does not allow");
+        }
+    }
+    assert_eq!(judged, table.len());
+}
+
+#[test]
+fn only_the_configuration_reader_uses_yaml_crates() {
+    for (path, text) in sources() {
+        if !path.ends_with("config/file.rs") && !path.ends_with("config/scan.rs") {
+            assert!(!text.contains("serde_yaml") && !text.contains("saphyr"), "{}", path.display());
+        }
+    }
+}
+
+#[test]
+fn unsafe_stands_only_in_the_files_that_exist_for_it_each_with_its_proof() {
+    let homes = ["sys.rs", "splice.rs", "session.rs"];
+    let mut blocks = 0;
+    for (path, text) in sources() {
+        let lines: Vec<&str> = text.lines().collect();
+        for (i, line) in lines.iter().enumerate() {
+            let code = line.split("//").next().unwrap();
+            if code.contains("unsafe {") {
+                blocks += 1;
+                assert!(homes.iter().any(|home| path.ends_with(home)), "{}:{}", path.display(), i + 1);
+                let proof = lines[i.saturating_sub(4)..i].iter().any(|line| line.contains("SAFETY:"));
+                assert!(proof, "{}:{} has no proof", path.display(), i + 1);
+            }
+        }
+    }
+    assert!(blocks > 5);
+}
+
+#[test]
+fn files_stay_short() {
+    for (path, text) in sources() {
+        assert!(text.lines().count() <= 1_000, "{} has {} lines", path.display(), text.lines().count());
+    }
+}
+
+#[test]
+fn only_the_server_and_main_exit_listen_to_signals_or_read_the_environment() {
+    for (path, text) in sources() {
+        if path.ends_with("server.rs") || path.ends_with("main.rs") {
+            continue;
+        }
+        for word in ["process::exit", "signal::unix", "env::var"] {
+            assert!(!text.contains(word), "{} uses {word}", path.display());
+        }
+    }
+}
+
+#[test]
+fn no_lock_is_unwrapped() {
+    for (path, text) in sources() {
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        if path.ends_with("tests.rs") {
+            continue;
+        }
+        assert!(!code.contains("lock().unwrap()") && !code.contains("lock().expect("), "{}", path.display());
+    }
+}

@@ -7,7 +7,8 @@ use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::file::{File, FileListener, FilePool, FileProbe, Index, Problem};
+use super::file::{File, FileListener, FilePool, FileProbe};
+use super::scan::Index;
 use super::*;
 
 /// Default of `admin.socket`.
@@ -28,13 +29,15 @@ pub(super) fn resolve(file: File, index: &Index, problems: &mut Vec<Problem>) ->
     let mut names: HashMap<String, usize> = HashMap::new();
     for (i, listener) in file.listeners.into_iter().enumerate() {
         let path = format!("listeners[{i}]");
+        let named = listener.name.is_some();
         for (path, address) in &listener.bind {
             if let Some(first) = binds.insert(*address, path.clone()) {
                 say(path, format!("{address} is already bound by {first}; each address belongs to one listener"));
             }
         }
         let listener = resolve_listener(&path, listener, &pools, &mut say);
-        if let Some(first) = names.insert(listener.name.clone(), i) {
+        // A name that is the address has been told of with the address.
+        if let Some(first) = names.insert(listener.name.clone(), i).filter(|_| named) {
             say(&path, format!("the name {:?} is already taken by listeners[{first}]", listener.name));
         }
         listeners.push(listener);

@@ -108,7 +108,8 @@ impl Rig {
             cells.push((Arc::from(format!("c{i}")), i as u8, 1, 1, Arc::default()));
             let address = format!("127.0.0.1:{}", i + 1).parse().expect("an address");
             let name = format!("b{i}");
-            let backend = Backend::new(shared.clone(), &name, address, Arc::new(Counters::default()), &policy.health, now);
+            let backend =
+                Backend::new(shared.clone(), &name, address, Arc::new(Counters::default()), &policy.health, now);
             backend.success(&policy.health, Source::Probe, Depth::Connect, now, now);
             (0..20).for_each(|_| backend.handshake.record(Duration::from_millis(1)));
             members.push(Member { backend: Arc::new(backend), cell: i, weight: 1, max_connections: u32::MAX });
@@ -135,8 +136,7 @@ impl Rig {
     async fn dial(&self, story: &mut Story) -> Result<usize, DialError> {
         let timer = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
         let mut rng = Rng::with_seed(1);
-        let dialled =
-            dial(&self.network, &self.host, &self.pool, None, &self.client, timer, &mut rng, story).await;
+        let dialled = dial(&self.network, &self.host, &self.pool, None, &self.client, timer, &mut rng, story).await;
         dialled.map(|dialled| dialled.member)
     }
 
@@ -263,7 +263,12 @@ async fn with_race_off_a_slow_backend_is_waited_for() {
     let pool = Arc::get_mut(&mut rig.pool);
     assert!(pool.is_none(), "the table holds it too");
     let policy = Policy { race: false, ..copy(&rig.pool.policy) };
-    let members = rig.pool.members.iter().map(|m| Member { backend: m.backend.clone(), cell: m.cell, weight: 1, max_connections: 9 });
+    let members = rig.pool.members.iter().map(|m| Member {
+        backend: m.backend.clone(),
+        cell: m.cell,
+        weight: 1,
+        max_connections: 9,
+    });
     let cells = (0..2).map(|i| (Arc::from(format!("c{i}")), i as u8, 1, 1, Arc::default())).collect();
     rig.pool = Arc::new(Pool::new(rig.pool.shared.clone(), Arc::new(policy), cells, members.collect()));
     let mut story = Story::default();

@@ -106,7 +106,11 @@ fn on_a_path_that_loses_a_fifth_more_silence_is_needed() {
     let mut bench = Bench::new(POLICY);
     for i in 0..5_000 {
         bench.after(20);
-        if i % 5 == 0 { bench.silent() } else { bench.ok(Source::Traffic, Depth::Connect) };
+        if i % 5 == 0 {
+            bench.silent()
+        } else {
+            bench.ok(Source::Traffic, Depth::Connect)
+        };
     }
     assert_eq!(bench.health.state(), State::Up);
     assert!((0.2..=0.3).contains(&bench.health.loss()), "{}", bench.health.loss());
@@ -224,8 +228,7 @@ fn evidence_from_before_the_present_state_changes_nothing() {
     bench.after(100).down();
     bench.back();
     for _ in 0..10 {
-        let evidence =
-            Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: before };
+        let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: before };
         assert_eq!(bench.health.step(&bench.policy, &evidence, bench.now), None);
     }
     let mut bench = Bench::new(POLICY);
@@ -257,8 +260,7 @@ fn detection_is_measured_from_the_first_failure() {
     let mut bench = Bench::new(POLICY);
     bench.refused();
     bench.after(40);
-    let evidence =
-        Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: bench.now };
+    let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: bench.now };
     let transition = bench.health.step(&bench.policy, &evidence, bench.now).expect("suspect");
     assert_eq!(transition.detected, Some(Duration::from_millis(40)));
 }

@@ -45,7 +45,8 @@ fn pool(policy: Policy, cells: &[(u8, u32, usize)]) -> Pool {
         for i in 0..*count {
             let name = format!("10.0.{cell}.{i}:80");
             let address = name.parse().expect("an address");
-            let backend = Backend::new(shared.clone(), &name, address, Arc::new(Counters::default()), &policy.health, NOW);
+            let backend =
+                Backend::new(shared.clone(), &name, address, Arc::new(Counters::default()), &policy.health, NOW);
             backend.success(&policy.health, Source::Probe, Depth::Connect, NOW, NOW);
             members.push(Member { backend: Arc::new(backend), cell, weight: 1, max_connections: u32::MAX });
         }
@@ -211,7 +212,11 @@ fn a_full_backend_is_skipped_and_all_full_is_said() {
 fn pinned_clients_stay_and_only_those_of_a_failed_cell_move() {
     let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 3), (0, 1, 3), (0, 1, 3)]);
     let mut rng = Rng::with_seed(3);
-    let mut place = |pool: &Pool, i: u64| match pool.pick(&Want { pin: Some(xxh3_64(&i.to_le_bytes())), ..Want::default() }, NOW, &mut rng) {
+    let mut place = |pool: &Pool, i: u64| match pool.pick(
+        &Want { pin: Some(xxh3_64(&i.to_le_bytes())), ..Want::default() },
+        NOW,
+        &mut rng,
+    ) {
         Choice::Member(m) | Choice::Doubtful(m) => m,
         other => panic!("{other:?}"),
     };
@@ -233,7 +238,9 @@ fn a_suspect_backend_keeps_its_pinned_clients_with_a_race_beside() {
     let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 1), (0, 1, 1)]);
     let of_a: Vec<u64> = (0..200u64)
         .map(|i| xxh3_64(&i.to_le_bytes()))
-        .filter(|pin| pool.pick(&Want { pin: Some(*pin), ..Want::default() }, NOW, &mut Rng::with_seed(1)) == Choice::Member(0))
+        .filter(|pin| {
+            pool.pick(&Want { pin: Some(*pin), ..Want::default() }, NOW, &mut Rng::with_seed(1)) == Choice::Member(0)
+        })
         .collect();
     assert!(of_a.len() > 60);
     suspect(&pool, 0);
@@ -256,12 +263,16 @@ fn a_returning_backend_gets_its_share_of_its_pinned_clients() {
     let share = |at: Time| {
         let mut rng = Rng::with_seed(7);
         let pins = (0..20_000u64).map(|i| xxh3_64(&i.to_le_bytes()));
-        let of_a = pins.filter(|pin| pool.pick(&Want { pin: Some(*pin), ..Want::default() }, at, &mut rng) == Choice::Member(0));
+        let of_a = pins
+            .filter(|pin| pool.pick(&Want { pin: Some(*pin), ..Want::default() }, at, &mut rng) == Choice::Member(0));
         of_a.count() as f64 / 20_000.0
     };
     let (early, middle, late) =
         (share(later), share(later + Duration::from_secs(4)), share(later + Duration::from_secs(10)));
-    assert!(early < 0.2 * before && middle > early && middle < before && (late - before).abs() < 0.01, "{early} {middle} {late} {before}");
+    assert!(
+        early < 0.2 * before && middle > early && middle < before && (late - before).abs() < 0.01,
+        "{early} {middle} {late} {before}"
+    );
 }
 
 #[test]
@@ -269,7 +280,8 @@ fn maglev_moves_few_clients_when_a_member_comes() {
     let nine = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 9)]);
     let ten = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 10)]);
     let tables = [&nine, &ten].map(|pool| Maglev::new(&pool.members));
-    let moved = (0..10_000u64).filter(|i| tables[0].lookup(xxh3_64(&i.to_le_bytes())) != tables[1].lookup(xxh3_64(&i.to_le_bytes())));
+    let moved = (0..10_000u64)
+        .filter(|i| tables[0].lookup(xxh3_64(&i.to_le_bytes())) != tables[1].lookup(xxh3_64(&i.to_le_bytes())));
     let moved = moved.count() as f64 / 10_000.0;
     assert!((0.08..0.2).contains(&moved), "{moved}");
 }

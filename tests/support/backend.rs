@@ -1,8 +1,8 @@
 //! One scripted bad backend: a small HTTP server that can misbehave in every way the tests need.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -33,8 +33,8 @@ pub enum Mode {
 /// A running one; stopped when dropped.
 pub struct Backend {
     pub address: SocketAddr,
-    pub accepted: Arc<AtomicU64>,
     state: Arc<Mutex<Mode>>,
+    applied: Arc<Mutex<Mode>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -49,25 +49,28 @@ impl Backend {
     pub fn start_in(namespace: Option<String>, address: SocketAddr, name: &str) -> Backend {
         let state = Arc::new(Mutex::new(Mode::Serve));
         let stop = Arc::new(AtomicBool::new(false));
-        let accepted = Arc::new(AtomicU64::new(0));
+        let applied = Arc::new(Mutex::new(Mode::Serve));
         let (told, tell) = std::sync::mpsc::channel();
         let thread = {
-            let (state, stop, accepted, name) = (state.clone(), stop.clone(), accepted.clone(), name.to_owned());
+            let (state, stop, applied, name) = (state.clone(), stop.clone(), applied.clone(), name.to_owned());
             std::thread::spawn(move || {
                 if let Some(namespace) = namespace {
                     netns::enter(&namespace);
                 }
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(serve(address, name, state, stop, accepted, told));
+                runtime.block_on(serve(address, name, state, stop, applied, told));
             })
         };
         let address = tell.recv().expect("the backend binds");
-        Backend { address, accepted, state, stop, thread: Some(thread) }
+        Backend { address, state, applied, stop, thread: Some(thread) }
     }
 
-    /// Changes what it does with new connections.
+    /// Changes what it does with new connections, and waits until it does.
     pub fn set(&self, mode: Mode) {
         *self.state.lock().unwrap() = mode;
+        super::eventually("the backend has changed", Duration::from_secs(5), || {
+            (*self.applied.lock().unwrap() == mode).then_some(())
+        });
     }
 }
 
@@ -83,7 +86,7 @@ async fn serve(
     name: String,
     state: Arc<Mutex<Mode>>,
     stop: Arc<AtomicBool>,
-    accepted: Arc<AtomicU64>,
+    applied: Arc<Mutex<Mode>>,
     told: std::sync::mpsc::Sender<SocketAddr>,
 ) {
     let bind = |address: SocketAddr| {
@@ -103,6 +106,7 @@ async fn serve(
             (_, None) => listener = Some(bind(address)),
             (_, Some(_)) => {}
         }
+        *applied.lock().unwrap() = mode;
         let Some(open) = &listener else {
             tick.tick().await;
             continue;
@@ -110,7 +114,6 @@ async fn serve(
         tokio::select! {
             accepted_now = open.accept() => {
                 let Ok((stream, _)) = accepted_now else { continue };
-                accepted.fetch_add(1, Relaxed);
                 let mode = *state.lock().unwrap();
                 let name = name.clone();
                 if mode == Mode::Reset {
@@ -179,12 +182,6 @@ pub fn get(address: SocketAddr) -> std::io::Result<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     answer.split_once("\r\n\r\n").map(|(_, body)| body.to_owned()).ok_or_else(|| std::io::Error::other("no answer"))
-}
-
-/// A listener that never accepts, for handshakes that the kernel completes alone.
-pub fn unused_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap()
 }
 
 /// Reads until the end, within five seconds.

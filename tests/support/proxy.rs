@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ impl Drop for Directory {
 pub struct Proxy {
     pub directory: Directory,
     pub child: Child,
-    namespace: Option<String>,
+    address: OnceLock<SocketAddr>,
 }
 
 impl Proxy {
@@ -69,7 +70,7 @@ impl Proxy {
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).process_group(0);
         change(&mut command);
         let child = command.spawn().expect("sailover starts");
-        Proxy { directory, child, namespace }
+        Proxy { directory, child, address: OnceLock::new() }
     }
 
     pub fn pid(&self) -> u32 {
@@ -124,6 +125,11 @@ impl Proxy {
         self.status()["listeners"][place]["address"].as_str().unwrap().parse().unwrap()
     }
 
+    /// The same for the first listener, asked once.
+    pub fn address_cached(&self) -> SocketAddr {
+        *self.address.get_or_init(|| self.address(0))
+    }
+
     /// Health of a backend by its name.
     pub fn health(&self, backend: &str) -> String {
         let status = self.status();
@@ -150,10 +156,6 @@ impl Proxy {
             line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0)
         };
         (kilobytes("Private_Dirty:") + kilobytes("Private_Clean:")) * 1024
-    }
-
-    pub fn namespace(&self) -> Option<&str> {
-        self.namespace.as_deref()
     }
 }
 
