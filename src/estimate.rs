@@ -42,7 +42,7 @@ impl Estimate {
     pub fn record(&self, time: Duration) {
         self.counts[bucket(time)].fetch_add(1, Relaxed);
         let total = self.total.fetch_add(1, Relaxed) + 1;
-        if total < 4 * ENOUGH || total % REFRESH == 0 {
+        if total < 4 * ENOUGH || total.is_multiple_of(REFRESH) {
             self.refresh(total);
         }
     }

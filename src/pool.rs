@@ -102,6 +102,21 @@ pub struct Cell {
     turn: AtomicUsize,
 }
 
+/// A cell before its pool is put together.
+#[derive(Debug)]
+pub struct NewCell {
+    /// Its name.
+    pub name: Arc<str>,
+    /// 0 first.
+    pub tier: u8,
+    /// Share against the other cells of its tier.
+    pub weight: u32,
+    /// Number of its members.
+    pub count: usize,
+    /// Its times.
+    pub times: Arc<CellTimes>,
+}
+
 /// The same thing served from several cells.
 #[derive(Debug)]
 pub struct Pool {
@@ -180,18 +195,12 @@ pub fn pin(client: IpAddr) -> u64 {
 }
 
 impl Pool {
-    /// Puts a pool together. `members` lists the backends of `cells` one cell after the other; each cell is
-    /// name, tier, weight, number of members and times.
-    pub fn new(
-        shared: Arc<PoolShared>,
-        policy: Arc<Policy>,
-        cells: Vec<(Arc<str>, u8, u32, usize, Arc<CellTimes>)>,
-        members: Vec<Member>,
-    ) -> Pool {
+    /// Puts a pool together. `members` lists the backends of `cells` one cell after the other.
+    pub fn new(shared: Arc<PoolShared>, policy: Arc<Policy>, cells: Vec<NewCell>, members: Vec<Member>) -> Pool {
         let mut first = 0;
         let cells = cells
             .into_iter()
-            .map(|(name, tier, weight, count, times)| {
+            .map(|NewCell { name, tier, weight, count, times }| {
                 let range = first..first + count;
                 first += count;
                 let maglev = (policy.affinity == Affinity::ClientIp).then(|| Maglev::new(&members[range.clone()]));

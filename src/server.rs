@@ -437,7 +437,7 @@ impl Control {
             tracing::info!("a drain has reached its end");
             self.apply_drains(&table);
         }
-        if tick % LOCAL_TICKS == 0 {
+        if tick.is_multiple_of(LOCAL_TICKS) {
             for (bind, bound) in &mut self.bound {
                 let local = listen::is_local(bound.address);
                 if local != bound.local {

@@ -17,7 +17,7 @@ use crate::config::{self, Config, Network, ProbeKind};
 use crate::health::{self, Depth};
 use crate::limits::Gauge;
 use crate::metrics::Counter;
-use crate::pool::{Cell, CellTimes, Member, Policy, Pool};
+use crate::pool::{Cell, CellTimes, Member, NewCell, Policy, Pool};
 
 /// One generation.
 #[derive(Debug)]
@@ -273,7 +273,8 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, now:
     for cell in &wanted.cells {
         let old = before.and_then(|pool| pool.cells.iter().find(|old| *old.name == *cell.name));
         let times = old.map_or_else(|| Arc::new(CellTimes::default()), |old: &Cell| old.times.clone());
-        cells.push((cell.name.as_str().into(), cell.tier, cell.weight, cell.backends.len(), times));
+        let count = cell.backends.len();
+        cells.push(NewCell { name: cell.name.as_str().into(), tier: cell.tier, weight: cell.weight, count, times });
         for backend in &cell.backends {
             let old = known.get(backend.name.as_str());
             let backend_now = match old {

@@ -11,7 +11,7 @@ use sailover::backend::{Backend, Counters, PoolShared};
 use sailover::clock::Time;
 use sailover::config::{Affinity, Balance, OnDown, WhenAllDown};
 use sailover::health::{self, Blame, Depth, Evidence, Seen, Source, State};
-use sailover::pool::{Choice, Member, Policy, Pool, Want};
+use sailover::pool::{Choice, Member, NewCell, Policy, Pool, Want};
 
 const LONGEST: Duration = Duration::from_secs(30);
 
@@ -47,7 +47,13 @@ fn pool(probe_depth: Depth, cells: usize, each: usize, now: Time) -> Pool {
     let mut parts = Vec::new();
     let mut members = Vec::new();
     for cell in 0..cells {
-        parts.push((Arc::from(format!("c{cell}")), 0, 1, each, Arc::default()));
+        parts.push(NewCell {
+            name: Arc::from(format!("c{cell}")),
+            tier: 0,
+            weight: 1,
+            count: each,
+            times: Arc::default(),
+        });
         for i in 0..each {
             let address = format!("10.0.{cell}.{}:80", i + 1).parse().unwrap();
             let counters = Arc::new(Counters::default());

@@ -9,7 +9,7 @@ use crate::backend::{Counters, PoolShared};
 use crate::config::{Affinity, Balance, OnDown, WhenAllDown};
 use crate::health;
 use crate::log::AccessLog;
-use crate::pool::Member;
+use crate::pool::{Member, NewCell};
 use crate::table::Table;
 
 /// What a backend does with an attempt.
@@ -104,8 +104,7 @@ impl Rig {
         let mut members = Vec::new();
         let mut cells = Vec::new();
         for i in 0..scripts.len() {
-            // Tiers put the cells into a fixed order.
-            cells.push((Arc::from(format!("c{i}")), i as u8, 1, 1, Arc::default()));
+            cells.push(cell(i));
             let address = format!("127.0.0.1:{}", i + 1).parse().expect("an address");
             let name = format!("b{i}");
             let backend =
@@ -269,7 +268,7 @@ async fn with_race_off_a_slow_backend_is_waited_for() {
         weight: 1,
         max_connections: 9,
     });
-    let cells = (0..2).map(|i| (Arc::from(format!("c{i}")), i as u8, 1, 1, Arc::default())).collect();
+    let cells = (0..2).map(cell).collect();
     rig.pool = Arc::new(Pool::new(rig.pool.shared.clone(), Arc::new(policy), cells, members.collect()));
     let mut story = Story::default();
     assert_eq!(rig.dial(&mut story).await, Ok(0));
@@ -299,6 +298,11 @@ async fn a_timer_that_runs_late_proves_no_silence() {
     assert!(!rig.record(0).1);
     judge(&rig.pool.policy, backend, &opening, clock::now(), false, clock::now());
     assert!(rig.record(0).1);
+}
+
+/// Tiers put the cells into a fixed order.
+fn cell(i: usize) -> NewCell {
+    NewCell { name: Arc::from(format!("c{i}")), tier: i as u8, weight: 1, count: 1, times: Arc::default() }
 }
 
 fn copy(policy: &Policy) -> Policy {

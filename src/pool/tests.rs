@@ -41,7 +41,13 @@ fn pool(policy: Policy, cells: &[(u8, u32, usize)]) -> Pool {
     let mut parts = Vec::new();
     let mut members = Vec::new();
     for (cell, (tier, weight, count)) in cells.iter().enumerate() {
-        parts.push((Arc::from(format!("c{cell}")), *tier, *weight, *count, Arc::default()));
+        parts.push(NewCell {
+            name: Arc::from(format!("c{cell}")),
+            tier: *tier,
+            weight: *weight,
+            count: *count,
+            times: Arc::default(),
+        });
         for i in 0..*count {
             let name = format!("10.0.{cell}.{i}:80");
             let address = name.parse().expect("an address");

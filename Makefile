@@ -1,0 +1,46 @@
+# Everything a person types. Each target does its own set-up: what Debian packages it needs are installed when run as
+# root, and named otherwise.
+.PHONY: run build test unit integration check format lint licences fuzz bench micro show clean
+
+CONFIG ?= configs/minimal.yaml
+CARGO ?= cargo
+FUZZ_SECONDS ?= 60
+
+run: build
+	./target/release/sailover run --config $(CONFIG)
+
+build:
+	$(CARGO) build --release --locked
+
+test: packages-test
+	$(CARGO) test --locked --profile fast --lib --bins
+	$(CARGO) test --locked --profile fast --test tests -- --nocapture --test-threads 1
+
+check: format lint test licences fuzz build
+
+format:
+	$(CARGO) fmt --all --check
+
+lint:
+	$(CARGO) clippy --locked --profile fast --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items --quiet
+
+licences:
+	./scripts/licences.sh
+
+# Coverage-guided fuzzing on a stable compiler: the flags ask LLVM itself for the instrumentation.
+fuzz:
+	./scripts/fuzz.sh $(FUZZ_SECONDS)
+
+bench: build packages-bench
+	python3 benches/compare/run.py --out benches/runs/latest
+
+# The measurements of the drills' kind that take too long for every test run: see scripts/show.sh.
+show: build packages-test
+	$(CARGO) test --locked --profile fast --test tests -- --nocapture --ignored --test-threads 1
+
+clean:
+	$(CARGO) clean
+
+packages-%:
+	@./scripts/packages.sh $*
