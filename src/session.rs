@@ -1,7 +1,7 @@
 //! The running sessions of one worker: what the worker must know to end one that cannot end itself.
 //!
-//! Once a second the worker asks TCP about sessions that wait to write, and looks after those whose backend is
-//! down. There is no `TCP_USER_TIMEOUT`, because Linux takes a closed window for death.
+//! Once a second the worker asks TCP about sessions that wait to write, now and then about the others, and looks
+//! after those whose backend is down. There is no `TCP_USER_TIMEOUT`, because Linux takes a closed window for death.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -21,8 +21,11 @@ use crate::pool::Policy;
 use crate::sys;
 use crate::table::{End, Table};
 
-/// A session of a down backend is stuck when nothing of what it sent was acknowledged for this long.
-const STUCK: Duration = Duration::from_secs(1);
+/// A session of a down backend is stuck when nothing of what it sent was acknowledged for this long. It is longer than
+/// most interruptions that heal by themselves.
+const STUCK: Duration = Duration::from_secs(3);
+/// Looks in which every session is asked about once.
+const ROUNDS: usize = 5;
 /// Most sessions of down backends that are reset in a tenth of a second, over all workers: 500 a second.
 pub const RESETS_PER_TICK: usize = 50;
 
@@ -98,7 +101,11 @@ pub fn count() -> usize {
 }
 
 /// The look at all sessions, once a second.
+///
+/// A session that waits to write is asked about each time. The others may have bytes on the way too, in the
+/// kernel's buffer; each is asked about once in [`ROUNDS`] looks.
 pub fn inspect(table: &Table, now: Time) {
+    let round = now.seconds() as usize % ROUNDS;
     let mut another_is_fit: HashMap<u64, bool> = HashMap::new();
     SESSIONS.with(|sessions| {
         let mut sessions = sessions.borrow_mut();
@@ -110,9 +117,10 @@ pub fn inspect(table: &Table, now: Time) {
                     let _ = SockRef::from(&server).set_tcp_keepalive(&KEEPALIVE);
                 }
             }
-            if entry.waits & WAITS_CLIENT != 0 && silent(entry.client, entry.policy.unacked) {
+            let turn = key % ROUNDS == round;
+            if (turn || entry.waits & WAITS_CLIENT != 0) && silent(entry.client, entry.policy.unacked) {
                 end(entry, End::ClientStuck);
-            } else if entry.waits & WAITS_BACKEND != 0 && silent(entry.server, entry.policy.unacked) {
+            } else if (turn || entry.waits & WAITS_BACKEND != 0) && silent(entry.server, entry.policy.unacked) {
                 end(entry, End::BackendStuck);
             } else if entry.policy.on_down != OnDown::Keep && entry.backend.view().state == State::Down {
                 let fit = another_is_fit.entry(entry.backend.id).or_insert_with(|| {

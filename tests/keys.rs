@@ -1,1 +1,794 @@
+//! For every key of `configs/reference.yaml` a test that sees two behaviours for two values. [`KEYS`] says which; the
+//! list test fails when a key has none.
 
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::support::backend::{Backend, Mode, get, read_all};
+use crate::support::eventually;
+use crate::support::proxy::Proxy;
+use crate::tcp::yaml;
+
+const KEYS: &[(&str, &str)] = &[
+    ("version", "version_is_one"),
+    ("workers", "workers_and_cell_facts_show_in_status"),
+    ("cells", "workers_and_cell_facts_show_in_status"),
+    ("cells.*.cloud", "workers_and_cell_facts_show_in_status"),
+    ("cells.*.region", "workers_and_cell_facts_show_in_status"),
+    ("pools", "names_show_in_status"),
+    ("pools.*.cells", "names_show_in_status"),
+    ("pools.*.cells.*.weight", "weights_and_tiers_make_shares"),
+    ("pools.*.cells.*.tier", "weights_and_tiers_make_shares"),
+    ("pools.*.cells.*.backends", "weights_and_tiers_make_shares"),
+    ("pools.*.cells.*.backends.address", "names_show_in_status"),
+    ("pools.*.cells.*.backends.name", "names_show_in_status"),
+    ("pools.*.cells.*.backends.weight", "backend_weights_count_turns"),
+    ("pools.*.cells.*.backends.max_connections", "caps_of_backend_and_pool_reset_what_is_beyond"),
+    ("pools.*.balance", "balance_looks_at_connections_or_does_not"),
+    ("pools.*.affinity", "affinity_pins_a_client"),
+    ("pools.*.affinity.by", "affinity_pins_a_client"),
+    ("pools.*.probe", "kinds_of_probe_see_different_things"),
+    ("pools.*.probe.tcp", "kinds_of_probe_see_different_things"),
+    ("pools.*.probe.http", "kinds_of_probe_see_different_things"),
+    ("pools.*.probe.http.method", "an_http_probe_asks_what_it_is_told"),
+    ("pools.*.probe.http.path", "an_http_probe_asks_what_it_is_told"),
+    ("pools.*.probe.http.host", "an_http_probe_asks_what_it_is_told"),
+    ("pools.*.probe.http.status", "an_http_probe_wants_its_status_and_its_body"),
+    ("pools.*.probe.http.body", "an_http_probe_wants_its_status_and_its_body"),
+    ("pools.*.probe.exchange", "an_exchange_sends_and_expects"),
+    ("pools.*.probe.exchange.send", "an_exchange_sends_and_expects"),
+    ("pools.*.probe.exchange.expect", "an_exchange_sends_and_expects"),
+    ("pools.*.probe.interval", "interval_sets_the_number_of_probes"),
+    ("pools.*.probe.timeout", "a_probe_waits_for_its_timeout"),
+    ("pools.*.probe.fall", "fall_and_rise_count_in_a_row"),
+    ("pools.*.probe.rise", "fall_and_rise_count_in_a_row"),
+    ("pools.*.probe.port", "a_probe_may_go_to_another_port"),
+    ("pools.*.connect", "a_client_waits_for_connect_timeout"),
+    ("pools.*.connect.timeout", "a_client_waits_for_connect_timeout"),
+    ("pools.*.connect.attempts", "attempts_bound_the_tries_of_one_client"),
+    ("pools.*.connect.race", "race_goes_round_silence_or_waits"),
+    ("pools.*.connect.source", "source_is_what_a_backend_sees"),
+    ("pools.*.timeouts", "idle_ends_a_session_and_half_close_a_half"),
+    ("pools.*.timeouts.request", "keys_without_effect_are_warned_of"),
+    ("pools.*.timeouts.idle", "idle_ends_a_session_and_half_close_a_half"),
+    ("pools.*.timeouts.half_close", "idle_ends_a_session_and_half_close_a_half"),
+    ("pools.*.timeouts.unacked", "sessions_over_veth"),
+    ("pools.*.on_down", "on_down_resets_or_keeps"),
+    ("pools.*.when_all_down", "when_all_are_down_try_or_refuse"),
+    ("pools.*.hold", "hold_keeps_a_backend_out"),
+    ("pools.*.hold.first", "hold_keeps_a_backend_out"),
+    ("pools.*.hold.longest", "hold_keeps_a_backend_out"),
+    ("pools.*.ramp", "ramp_is_the_time_of_return"),
+    ("pools.*.limits", "caps_of_backend_and_pool_reset_what_is_beyond"),
+    ("pools.*.limits.max_connections", "caps_of_backend_and_pool_reset_what_is_beyond"),
+    ("listeners", "names_show_in_status"),
+    ("listeners.name", "names_show_in_status"),
+    ("listeners.bind", "names_show_in_status"),
+    ("listeners.tcp", "names_show_in_status"),
+    ("listeners.allow", "allow_and_deny_choose_clients"),
+    ("listeners.deny", "allow_and_deny_choose_clients"),
+    ("listeners.limits", "at_its_cap_a_listener_lets_wait_then_resets_and_is_not_ready"),
+    ("listeners.limits.max_connections", "at_its_cap_a_listener_lets_wait_then_resets_and_is_not_ready"),
+    ("listeners.limits.wait", "wait_is_the_time_at_a_cap"),
+    ("listeners.timeouts", "idle_ends_a_session_and_half_close_a_half"),
+    ("listeners.timeouts.handshake", "keys_without_effect_are_warned_of"),
+    ("listeners.timeouts.header", "keys_without_effect_are_warned_of"),
+    ("listeners.timeouts.keepalive", "keys_without_effect_are_warned_of"),
+    ("listeners.timeouts.idle", "idle_ends_a_session_and_half_close_a_half"),
+    ("admin", "admin_http_is_off_or_read_only"),
+    ("admin.socket", "a_stale_admin_socket_is_replaced_and_a_living_one_is_not"),
+    ("admin.http", "admin_http_is_off_or_read_only"),
+    ("log", "log_level_format_and_access"),
+    ("log.level", "log_level_format_and_access"),
+    ("log.format", "log_level_format_and_access"),
+    ("log.access", "log_level_format_and_access"),
+    ("shutdown", "a_stop_announces_serves_what_runs_and_ends"),
+    ("shutdown.announce", "a_stop_announces_serves_what_runs_and_ends"),
+    ("shutdown.drain", "drain_bounds_the_farewell"),
+];
+
+/// All keys of the reference, commented ones too, with names of pools and cells as `*` and list items as nothing.
+fn reference_keys() -> BTreeSet<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/reference.yaml");
+    let mut keys = BTreeSet::new();
+    let mut stack: Vec<(usize, String)> = Vec::new();
+    for line in std::fs::read_to_string(path).unwrap().lines() {
+        let mut text = line.to_owned();
+        let key_comment = line.trim_start().strip_prefix("# ").filter(|rest| {
+            let word: String = rest.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect();
+            !word.is_empty() && rest[word.len()..].starts_with(": ")
+        });
+        if key_comment.is_some() {
+            text = line.replacen("# ", "", 1);
+        }
+        let text = text.replacen("- ", "  ", 1);
+        let body = text.split(" #").next().unwrap().trim_end();
+        let indent = body.len() - body.trim_start().len();
+        let Some((key, rest)) = body.trim_start().split_once(':') else { continue };
+        if !key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+            || key.is_empty()
+            || body.trim_start().starts_with('#')
+        {
+            continue;
+        }
+        while stack.last().is_some_and(|(at, _)| *at >= indent) {
+            stack.pop();
+        }
+        let parent: Vec<String> = stack.iter().map(|(_, key)| key.clone()).collect();
+        let named = parent == ["pools"] || parent == ["cells"] || parent == ["pools", "*", "cells"];
+        let key = if named { "*".to_owned() } else { key.to_owned() };
+        let path = parent.iter().cloned().chain([key.clone()]).collect::<Vec<_>>().join(".");
+        // Keys of a map written in one line.
+        if let Some(inner) = rest.trim().strip_prefix('{') {
+            for part in inner.split([',', '{']) {
+                if let Some((inner_key, _)) = part.split_once(": ") {
+                    let inner_key = inner_key.trim();
+                    if inner_key.chars().all(|c| c.is_ascii_lowercase() || c == '_') && !inner_key.is_empty() {
+                        keys.insert(format!("{path}.{inner_key}"));
+                    }
+                }
+            }
+        }
+        keys.insert(path);
+        stack.push((indent, key));
+    }
+    keys.retain(|key| !key.ends_with('*'));
+    keys
+}
+
+#[test]
+fn every_key_of_the_reference_has_a_test() {
+    let keys = reference_keys();
+    assert!(keys.len() > 60, "{keys:#?}");
+    let listed: BTreeSet<String> = KEYS.iter().map(|(key, _)| (*key).to_owned()).collect();
+    let missing: Vec<_> = keys.difference(&listed).collect();
+    let surplus: Vec<_> = listed.difference(&keys).collect();
+    assert!(missing.is_empty() && surplus.is_empty(), "without a test: {missing:?}; not in the reference: {surplus:?}");
+    let tests = ["keys.rs", "operate.rs", "tcp.rs", "drills/mod.rs"]
+        .map(|file| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(file)).unwrap());
+    for (key, test) in KEYS {
+        let there = tests.iter().any(|text| text.contains(&format!("#[test]\nfn {test}()")));
+        assert!(there, "{key}: there is no test {test}");
+    }
+}
+
+fn up(proxy: &Proxy, backend: &Backend) {
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+}
+
+/// A proxy over one cell for each backend, all up.
+fn over(backends: &[&Backend], pool: &str, more: &str) -> Proxy {
+    let addresses: Vec<SocketAddr> = backends.iter().map(|backend| backend.address).collect();
+    let proxy = Proxy::start(&yaml(&addresses, pool, more));
+    if !pool.contains("probe: off") {
+        backends.iter().for_each(|backend| up(&proxy, backend));
+    }
+    proxy
+}
+
+/// An address whose handshakes nobody answers: the queue of its listener is full.
+struct Swallower {
+    address: SocketAddr,
+    _listener: socket2::Socket,
+    _queued: Vec<socket2::Socket>,
+}
+
+fn swallower() -> Swallower {
+    use socket2::{Domain, Socket, Type};
+    let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    listener.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+    listener.listen(0).unwrap();
+    let address = listener.local_addr().unwrap().as_socket().unwrap();
+    let queued = (0..4).map(|_| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
+        let _ = socket.connect(&address.into());
+        socket
+    });
+    let queued = queued.collect();
+    Swallower { address, _listener: listener, _queued: queued }
+}
+
+fn echo(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"x")?;
+    stream.read_exact(&mut [0; 1])
+}
+
+fn opened(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    echo(&mut stream).unwrap();
+    stream
+}
+
+#[test]
+fn version_is_one() {
+    let file = |version: &str| format!("version: {version}\n{}", yaml(&["127.0.0.1:1".parse().unwrap()], "", ""));
+    assert!(sailover::config::parse(file("1").as_bytes(), 9_999).is_ok());
+    assert!(sailover::config::parse(file("2").as_bytes(), 9_999).is_err());
+}
+
+#[test]
+fn workers_and_cell_facts_show_in_status() {
+    let a = Backend::start("a");
+    for (workers, cloud) in [(1, "X"), (3, "Y")] {
+        let more = format!("workers: {workers}\ncells: {{ c0: {{ cloud: {cloud}, region: r-{cloud} }} }}");
+        let status = over(&[&a], "", &more).status();
+        assert_eq!(status["workers"].as_array().unwrap().len(), workers);
+        assert_eq!(
+            (&status["cells"][0]["cloud"], &status["cells"][0]["region"]),
+            (&cloud.into(), &format!("r-{cloud}").into())
+        );
+    }
+    let wrong = yaml(&[a.address], "", "cells: { other: {} }");
+    assert!(sailover::config::parse(wrong.as_bytes(), 9_999).is_err(), "when present it is the whole list");
+}
+
+#[test]
+fn names_show_in_status() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    for (pool, cell, name, listener, backend) in [("p", "c", "n", "l", &a), ("q", "d", "m", "k", &b)] {
+        let proxy = Proxy::start(&format!(
+            "pools: {{ {pool}: {{ cells: {{ {cell}: [ {{ address: '{}', name: {name} }} ] }} }} }}\nlisteners: [ {{ name: {listener}, bind: '127.0.0.{}:0', tcp: {pool} }} ]",
+            backend.address,
+            if pool == "p" { 1 } else { 2 }
+        ));
+        proxy.wait_health(name, "up", Duration::from_secs(5));
+        let status = proxy.status();
+        assert_eq!(status["pools"][0]["name"], pool);
+        assert_eq!(status["pools"][0]["cells"][0]["name"], cell);
+        assert_eq!(
+            (&status["listeners"][0]["name"], &status["listeners"][0]["pool"]),
+            (&listener.into(), &pool.into())
+        );
+        assert_eq!(get(proxy.address(0)).unwrap(), if pool == "p" { "a" } else { "b" });
+        assert_eq!(proxy.address(0).ip().to_string(), if pool == "p" { "127.0.0.1" } else { "127.0.0.2" });
+    }
+}
+
+#[test]
+fn weights_and_tiers_make_shares() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    for (cell, shares) in [("weight: 1", [0.5, 0.5]), ("weight: 3", [0.75, 0.25]), ("tier: 1", [0.0, 1.0])] {
+        let proxy = Proxy::start(&format!(
+            "pools: {{ p: {{ cells: {{ a: {{ {cell}, backends: [ '{}' ] }}, b: {{ backends: [ '{}' ] }} }} }} }}\nlisteners: [ {{ bind: '127.0.0.1:0', tcp: p }} ]",
+            a.address, b.address
+        ));
+        up(&proxy, &a);
+        up(&proxy, &b);
+        let cells = proxy.status()["pools"][0]["cells"].clone();
+        assert_eq!([&cells[0]["share"]["now"], &cells[1]["share"]["now"]], [shares[0], shares[1]], "{cell}");
+    }
+}
+
+fn one_cell(pool: &str, backends: &[String]) -> Proxy {
+    Proxy::start(&format!(
+        "pools: {{ p: {{ cells: {{ a: [ {} ] }}, {pool} }} }}\nlisteners: [ {{ bind: '127.0.0.1:0', tcp: p }} ]",
+        backends.join(", ")
+    ))
+}
+
+#[test]
+fn backend_weights_count_turns() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    for (weight, expected) in [(1, 20), (3, 30)] {
+        let list = [format!("{{ address: '{}', weight: {weight} }}", a.address), format!("'{}'", b.address)];
+        let proxy = one_cell("balance: round_robin", &list);
+        up(&proxy, &a);
+        up(&proxy, &b);
+        let of_a = (0..40).filter(|_| get(proxy.address(0)).unwrap() == "a").count();
+        assert!(of_a.abs_diff(expected) <= 1, "weight {weight}: {of_a} of 40");
+    }
+}
+
+/// Opens a connection, keeps it, and tells which backend serves it.
+fn kept(address: SocketAddr) -> (TcpStream, char) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = vec![0; 1_024];
+    let n = stream.read(&mut answer).unwrap();
+    (stream, char::from(answer[n - 1]))
+}
+
+#[test]
+fn balance_looks_at_connections_or_does_not() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    for (balance, low, high) in [("round_robin", 10, 10), ("least_connections", 20, 20), ("two_choices", 11, 19)] {
+        let proxy =
+            one_cell(&format!("balance: {balance}"), &[a.address, b.address].map(|address| format!("'{address}'")));
+        up(&proxy, &a);
+        up(&proxy, &b);
+        // Twenty and more connections stay with b, those of a go; then twenty come.
+        let mut held: Vec<(TcpStream, char)> = (0..80).map(|_| kept(proxy.address_cached())).collect();
+        held.retain(|(_, name)| *name == 'b');
+        assert!(held.len() > 20);
+        eventually("those of a are gone", Duration::from_secs(5), || {
+            (proxy.status()["pools"][0]["cells"][0]["backends"][0]["in_flight"] == 0).then_some(())
+        });
+        let next: Vec<(TcpStream, char)> = (0..20).map(|_| kept(proxy.address_cached())).collect();
+        let to_a = next.iter().filter(|(_, name)| *name == 'a').count();
+        assert!((low..=high).contains(&to_a), "{balance}: {to_a} of 20");
+    }
+}
+
+#[test]
+fn affinity_pins_a_client() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let from = |source: &str, target: SocketAddr| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&format!("{source}:0").parse::<SocketAddr>().unwrap().into()).unwrap();
+        socket.connect(&target.into()).unwrap();
+        let mut stream: TcpStream = socket.into();
+        stream.write_all(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").unwrap();
+        String::from_utf8(read_all(&mut stream).unwrap()).unwrap().chars().last().unwrap()
+    };
+    for (by, pinned) in [("none", false), ("client_ip", true)] {
+        let proxy = over(&[&a, &b], &format!("affinity: {{ by: {by} }}"), "");
+        let of_one: BTreeSet<char> = (0..20).map(|_| from("127.0.0.9", proxy.address_cached())).collect();
+        assert_eq!(of_one.len() == 1, pinned, "{by}: {of_one:?}");
+        let of_many: BTreeSet<char> = (1..40).map(|i| from(&format!("127.0.0.{i}"), proxy.address_cached())).collect();
+        assert_eq!(of_many.len(), 2);
+    }
+}
+
+#[test]
+fn kinds_of_probe_see_different_things() {
+    let a = Backend::start("a");
+    a.set(Mode::Unhealthy);
+    for (probe, health) in [
+        ("probe: { tcp: {} }", "up"),
+        ("probe: off", "up"),
+        ("probe: { http: { path: /healthz }, interval: 100ms }", "down"),
+    ] {
+        let proxy = Proxy::start(&yaml(&[a.address], probe, ""));
+        proxy.wait_health(&a.address.to_string(), health, Duration::from_secs(5));
+        let probes = proxy.metric("sailover_probes_total", &[]);
+        assert_eq!(probes == 0.0, probe == "probe: off", "{probe}: {probes}");
+    }
+}
+
+#[test]
+fn an_http_probe_asks_what_it_is_told() {
+    for (keys, first, host) in [
+        ("", "GET / HTTP/1.1", None),
+        ("method: HEAD, path: '/h?x=1', host: shop.example", "HEAD /h?x=1 HTTP/1.1", Some("shop.example")),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let _proxy = Proxy::start(&yaml(&[address], &format!("probe: {{ http: {{ {keys} }} }}"), ""));
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let mut head = vec![0; 4_096];
+        let n = stream.read(&mut head).unwrap();
+        let head = String::from_utf8_lossy(&head[..n]).into_owned();
+        assert!(head.starts_with(first), "{head}");
+        let host = host.map_or(address.to_string(), str::to_owned);
+        assert!(head.contains(&format!("\r\nHost: {host}\r\n")), "{head}");
+    }
+}
+
+#[test]
+fn an_http_probe_wants_its_status_and_its_body() {
+    let a = Backend::start("hello world");
+    for (keys, health) in
+        [("status: 200-299", "up"), ("status: [ 204, 404 ]", "down"), ("body: hello", "up"), ("body: goodbye", "down")]
+    {
+        let proxy = Proxy::start(&yaml(&[a.address], &format!("probe: {{ http: {{ {keys} }}, interval: 300ms }}"), ""));
+        proxy.wait_health(&a.address.to_string(), health, Duration::from_secs(8));
+    }
+}
+
+#[test]
+fn an_exchange_sends_and_expects() {
+    let a = Backend::start("a");
+    a.set(Mode::Echo);
+    for (exchange, health) in
+        [("send: PING, expect: PING", "up"), ("send: PING, expect: PONG", "down"), ("send: PONG, expect: PONG", "up")]
+    {
+        let proxy =
+            Proxy::start(&yaml(&[a.address], &format!("probe: {{ exchange: {{ {exchange} }}, interval: 300ms }}"), ""));
+        proxy.wait_health(&a.address.to_string(), health, Duration::from_secs(8));
+    }
+}
+
+#[test]
+fn interval_sets_the_number_of_probes() {
+    let a = Backend::start("a");
+    let count = |interval: &str| {
+        let proxy = over(&[&a], &format!("probe: {{ interval: {interval} }}"), "");
+        let begin = Instant::now();
+        eventually("two seconds are over", Duration::from_secs(4), || {
+            (begin.elapsed() > Duration::from_secs(2)).then_some(())
+        });
+        proxy.metric("sailover_probes_total", &[])
+    };
+    let (slow, fast) = (count("1s"), count("50ms"));
+    assert!(slow <= 5.0 && fast > 4.0 * slow, "{slow} {fast}");
+}
+
+#[test]
+fn a_probe_waits_for_its_timeout() {
+    // A server that takes 300 ms for its answer.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        while let Ok((mut stream, _)) = listener.accept() {
+            std::thread::spawn(move || {
+                let _ = stream.read(&mut [0; 1_024]);
+                std::thread::park_timeout(Duration::from_millis(300));
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n");
+            });
+        }
+    });
+    for (timeout, health) in [("100ms", "down"), ("900ms", "up")] {
+        let proxy =
+            Proxy::start(&yaml(&[address], &format!("probe: {{ http: {{}}, interval: 1s, timeout: {timeout} }}"), ""));
+        proxy.wait_health(&address.to_string(), health, Duration::from_secs(8));
+    }
+}
+
+#[test]
+fn fall_and_rise_count_in_a_row() {
+    let a = Backend::start("a");
+    let counts = |fall: u32, rise: u32| {
+        a.set(Mode::Serve);
+        let probe = format!(
+            "probe: {{ http: {{ path: /healthz }}, interval: 200ms, fall: {fall}, rise: {rise} }}\n    hold: {{ first: 10ms, longest: 10ms }}"
+        );
+        let proxy = over(&[&a], &probe, "");
+        a.set(Mode::Unhealthy);
+        proxy.wait_health(&a.address.to_string(), "down", Duration::from_secs(20));
+        let times = |proxy: &Proxy| {
+            let detail = proxy.status()["pools"][0]["cells"][0]["backends"][0]["cause"]["detail"].clone();
+            detail.as_str().unwrap().split(' ').next().unwrap().parse::<u32>().unwrap()
+        };
+        let failed = times(&proxy);
+        a.set(Mode::Serve);
+        proxy.wait_health(&a.address.to_string(), "returning", Duration::from_secs(20));
+        (failed, times(&proxy))
+    };
+    assert_eq!(counts(1, 1), (1, 1));
+    assert_eq!(counts(4, 6), (4, 6));
+}
+
+#[test]
+fn a_probe_may_go_to_another_port() {
+    let (a, health) = (Backend::start("a"), Backend::start("health"));
+    for (port, mode, state) in
+        [(health.address.port(), Mode::Unhealthy, "down"), (a.address.port(), Mode::Unhealthy, "up")]
+    {
+        health.set(mode);
+        let probe = format!("probe: {{ http: {{ path: /healthz }}, interval: 200ms, port: {port} }}");
+        let proxy = Proxy::start(&yaml(&[a.address], &probe, ""));
+        proxy.wait_health(&a.address.to_string(), state, Duration::from_secs(8));
+    }
+}
+
+#[test]
+fn a_client_waits_for_connect_timeout() {
+    let silent = swallower();
+    for timeout in [300, 1_200] {
+        let proxy =
+            Proxy::start(&yaml(&[silent.address], &format!("probe: off\n    connect: {{ timeout: {timeout}ms }}"), ""));
+        let begin = Instant::now();
+        let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+        assert_eq!(read_all(&mut stream).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+        let took = begin.elapsed().as_millis();
+        assert!((timeout..timeout + 800).contains(&took), "{timeout} {took}");
+        eventually("its line is written", Duration::from_secs(5), || {
+            let log = proxy.log();
+            (log.contains("\"end\":\"unreachable\"") && log.contains(": silent")).then_some(())
+        });
+    }
+}
+
+#[test]
+fn attempts_bound_the_tries_of_one_client() {
+    let dead: Vec<SocketAddr> =
+        (0..6).map(|_| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()).collect();
+    for attempts in [1, 3] {
+        let proxy = Proxy::start(&yaml(&dead, &format!("probe: off\n    connect: {{ attempts: {attempts} }}"), ""));
+        let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+        assert!(read_all(&mut stream).is_err());
+        let line = eventually("its line is written", Duration::from_secs(5), || {
+            proxy.log().lines().find(|line| line.contains("\"end\":\"unreachable\"")).map(str::to_owned)
+        });
+        assert!(line.contains(&format!("\"attempts\":{attempts},")), "{line}");
+        assert_eq!(line.matches(": refused").count(), attempts);
+    }
+}
+
+#[test]
+fn race_goes_round_silence_or_waits() {
+    let (silent, a) = (swallower(), Backend::start("a"));
+    for (race, served) in [("auto", true), ("off", false)] {
+        let yaml = format!(
+            "pools: {{ p: {{ probe: off, connect: {{ race: {race}, timeout: 1s }}, cells: {{ dead: {{ weight: 1000, backends: [ '{}' ] }}, good: [ '{}' ] }} }} }}\nlisteners: [ {{ bind: '127.0.0.1:0', tcp: p }} ]",
+            silent.address, a.address
+        );
+        let proxy = Proxy::start(&yaml);
+        assert_eq!(get(proxy.address(0)).is_ok(), served, "{race}");
+    }
+}
+
+#[test]
+fn source_is_what_a_backend_sees() {
+    for source in ["127.0.0.5", "127.0.0.6"] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let proxy = Proxy::start(&yaml(
+            &[listener.local_addr().unwrap()],
+            &format!("probe: off\n    connect: {{ source: [ {source} ] }}"),
+            "",
+        ));
+        let _client = TcpStream::connect(proxy.address(0)).unwrap();
+        assert_eq!(listener.accept().unwrap().1.ip().to_string(), source);
+    }
+}
+
+#[test]
+fn keys_without_effect_are_warned_of() {
+    let base = yaml(&["127.0.0.1:1".parse().unwrap()], "timeouts: { request: 3s }", "");
+    let file = base.replace("tcp: p", "tcp: p, timeouts: { handshake: 1s, header: 1s, keepalive: 1s }");
+    let loaded = sailover::config::parse(file.as_bytes(), 9_999).unwrap();
+    assert_eq!(loaded.warnings.len(), 4);
+    assert!(loaded.warnings.iter().all(|warning| warning.message.contains("has no effect")));
+    assert!(sailover::config::parse(file.replace("3s", "3").as_bytes(), 9_999).is_err());
+}
+
+#[test]
+fn idle_ends_a_session_and_half_close_a_half() {
+    let a = Backend::start("a");
+    a.set(Mode::Echo);
+    let silent = Backend::start("s");
+    silent.set(Mode::Silent);
+    let listener_idle = |text: String| text.replace("tcp: p", "tcp: p, timeouts: { idle: 200ms }");
+    for (pool, of_listener, ends) in [("timeouts: { idle: 200ms }", false, true), ("", true, true), ("", false, false)]
+    {
+        let text = yaml(&[a.address], pool, "");
+        let proxy = Proxy::start(&if of_listener { listener_idle(text) } else { text });
+        up(&proxy, &a);
+        let mut stream = opened(proxy.address(0));
+        stream.set_read_timeout(Some(Duration::from_millis(1_500))).unwrap();
+        assert_eq!(matches!(stream.read(&mut [0; 1]), Ok(0)), ends, "{pool} {of_listener}");
+    }
+    // The client has finished; the backend never answers.
+    for (half_close, ends) in [("200ms", true), ("30s", false)] {
+        let proxy = Proxy::start(&yaml(&[silent.address], &format!("timeouts: {{ half_close: {half_close} }}"), ""));
+        let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+        stream.write_all(b"x").unwrap();
+        // The scripted backend keeps its side open until its peer has gone for good.
+        stream.set_read_timeout(Some(Duration::from_millis(1_500))).unwrap();
+        crate::support::backend::finish(&stream);
+        let ended = matches!(stream.read(&mut [0; 1]), Ok(0));
+        let half_closed = proxy.metric("sailover_connections_total", &["end=\"half_closed\""]) > 0.0;
+        assert_eq!((ended, half_closed), (ends, ends), "{half_close}");
+    }
+}
+
+#[test]
+fn on_down_resets_or_keeps() {
+    for (on_down, ends) in [("reset", true), ("keep", false), ("stuck", false), ("drain", true)] {
+        let (a, b) = (Backend::start("a"), Backend::start("b"));
+        a.set(Mode::Echo);
+        b.set(Mode::Echo);
+        let proxy = over(&[&a, &b], &format!("on_down: {on_down}"), "shutdown: { drain: 1s }");
+        let of_a = || proxy.status()["pools"][0]["cells"][0]["backends"][0]["in_flight"].as_u64().unwrap();
+        let mut session = eventually("a session on the first backend", Duration::from_secs(5), || {
+            let stream = opened(proxy.address(0));
+            (of_a() == 1).then_some(stream)
+        });
+        a.set(Mode::Refuse);
+        // Traffic has to see it too: sessions are never reset on the word of probes alone.
+        while proxy.health(&a.address.to_string()) != "down" {
+            let _ = opened(proxy.address(0));
+        }
+        session.set_read_timeout(Some(Duration::from_secs(4))).unwrap();
+        let ended = session.read(&mut [0; 1]).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset);
+        assert_eq!(ended, ends, "{on_down}");
+    }
+}
+
+#[test]
+fn when_all_are_down_try_or_refuse() {
+    for (when, served) in [("try_all", true), ("refuse", false)] {
+        let a = Backend::start("a");
+        let proxy = over(&[&a], &format!("when_all_down: {when}\n    hold: {{ first: 1m, longest: 1m }}"), "");
+        a.set(Mode::Refuse);
+        proxy.wait_health(&a.address.to_string(), "down", Duration::from_secs(10));
+        a.set(Mode::Serve);
+        assert_eq!(get(proxy.address(0)).is_ok(), served, "{when}");
+    }
+}
+
+#[test]
+fn hold_keeps_a_backend_out() {
+    let back = |hold: &str| {
+        let a = Backend::start("a");
+        let proxy = over(&[&a], &format!("probe: {{ interval: 100ms }}\n    hold: {hold}"), "");
+        let name = a.address.to_string();
+        let mut times = Vec::new();
+        for _ in 0..3 {
+            a.set(Mode::Refuse);
+            proxy.wait_health(&name, "down", Duration::from_secs(10));
+            a.set(Mode::Serve);
+            let begin = Instant::now();
+            proxy.wait_health(&name, "returning", Duration::from_secs(20));
+            times.push(begin.elapsed().as_secs_f64());
+        }
+        times
+    };
+    let short = back("{ first: 10ms, longest: 20ms }");
+    let long = back("{ first: 1s, longest: 1s }");
+    let growing = back("{ first: 1s, longest: 60s }");
+    assert!(short.iter().all(|time| *time < 0.7), "{short:?}");
+    assert!(long.iter().all(|time| (0.7..2.0).contains(time)), "{long:?}");
+    assert!(growing[2] > 3.0, "{growing:?}");
+}
+
+#[test]
+fn ramp_is_the_time_of_return() {
+    let time = |ramp: &str| {
+        let a = Backend::start("a");
+        let proxy =
+            over(&[&a], &format!("probe: {{ interval: 100ms }}\n    ramp: {ramp}\n    hold: {{ first: 10ms }}"), "");
+        let name = a.address.to_string();
+        a.set(Mode::Refuse);
+        proxy.wait_health(&name, "down", Duration::from_secs(10));
+        a.set(Mode::Serve);
+        let begin = Instant::now();
+        proxy.wait_health(&name, "up", Duration::from_secs(20));
+        begin.elapsed()
+    };
+    let (short, long) = (time("0s"), time("3s"));
+    assert!(long > short + Duration::from_secs(2), "{short:?} {long:?}");
+}
+
+#[test]
+fn caps_of_backend_and_pool_reset_what_is_beyond() {
+    let a = Backend::start("a");
+    a.set(Mode::Echo);
+    for (pool, backend, most) in
+        [("limits: { max_connections: 2 }", "", 2), ("limits: {}", ", max_connections: 3", 3), ("limits: {}", "", 9)]
+    {
+        let proxy = one_cell(pool, &[format!("{{ address: '{}'{backend} }}", a.address)]);
+        up(&proxy, &a);
+        let mut streams: Vec<TcpStream> = (0..9).map(|_| TcpStream::connect(proxy.address_cached()).unwrap()).collect();
+        let served = streams.iter_mut().filter_map(|stream| echo(stream).ok()).count();
+        assert_eq!(served, most, "{pool} {backend}");
+        assert_eq!(proxy.metric("sailover_pool_refused_total", &["reason=\"full\""]), 9.0 - most as f64);
+    }
+}
+
+#[test]
+fn allow_and_deny_choose_clients() {
+    let a = Backend::start("a");
+    let base = yaml(&[a.address], "", "");
+    for (rule, served) in [
+        ("allow: [ 127.0.0.0/8 ]", true),
+        ("allow: [ 10.0.0.0/8 ]", false),
+        ("deny: [ 127.0.0.1 ]", false),
+        ("deny: [ 10.0.0.0/8 ]", true),
+        ("allow: [ 127.0.0.0/8 ], deny: [ 127.0.0.0/16 ]", false),
+    ] {
+        let proxy = Proxy::start(&base.replace("tcp: p", &format!("tcp: p, {rule}")));
+        assert_eq!(get(proxy.address(0)).is_ok(), served, "{rule}");
+    }
+}
+
+#[test]
+fn wait_is_the_time_at_a_cap() {
+    let a = Backend::start("a");
+    a.set(Mode::Echo);
+    let base = yaml(&[a.address], "", "");
+    for wait in [100, 1_000] {
+        let proxy =
+            Proxy::start(&base.replace("tcp: p", &format!("tcp: p, limits: {{ max_connections: 1, wait: {wait}ms }}")));
+        up(&proxy, &a);
+        let _held = opened(proxy.address(0));
+        let begin = Instant::now();
+        let mut waiting = TcpStream::connect(proxy.address(0)).unwrap();
+        assert_eq!(read_all(&mut waiting).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+        let took = begin.elapsed().as_millis();
+        assert!((wait - 30..wait + 700).contains(&took), "{wait} {took}");
+    }
+}
+
+#[test]
+fn admin_http_is_off_or_read_only() {
+    let a = Backend::start("a");
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let proxy = over(&[&a], "", "");
+    assert!(TcpStream::connect(port).is_err());
+    let directory = crate::support::proxy::Directory::new();
+    let config = directory.0.join("c.yaml");
+    let text = format!(
+        "{}\nadmin: {{ socket: {}/s.sock, http: '{port}' }}\n",
+        yaml(&[a.address], "", ""),
+        directory.0.display()
+    );
+    std::fs::write(&config, text).unwrap();
+    let mut child = std::process::Command::new(crate::support::proxy::BINARY)
+        .args(["run", "--config"])
+        .arg(&config)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let ask = |request: &str| -> Option<String> {
+        let mut stream = TcpStream::connect(port).ok()?;
+        stream
+            .write_all(format!("{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").as_bytes())
+            .ok()?;
+        String::from_utf8(read_all(&mut stream).ok()?).ok()
+    };
+    eventually("it answers", Duration::from_secs(5), || {
+        ask("GET /livez").filter(|answer| answer.starts_with("HTTP/1.1 200"))
+    });
+    assert!(ask("GET /metrics").unwrap().contains("sailover_build_info"));
+    assert!(ask("GET /status").unwrap().contains("\"generation\""));
+    for refused in ["POST /reload", "POST /drain", "DELETE /status"] {
+        assert!(ask(refused).unwrap().starts_with("HTTP/1.1 405"), "{refused}");
+    }
+    assert!(ask("GET /config").unwrap().starts_with("HTTP/1.1 404"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    drop(proxy);
+}
+
+#[test]
+fn log_level_format_and_access() {
+    let a = Backend::start("a");
+    let directory = crate::support::proxy::Directory::new();
+    let file = directory.0.join("access.log");
+    let run = |log: &str| {
+        let proxy = over(&[&a], "", &format!("log: {log}"));
+        get(proxy.address(0)).unwrap();
+        eventually("it is counted", Duration::from_secs(5), || {
+            (proxy.metric("sailover_bytes_total", &["direction=\"in\""]) > 0.0).then_some(())
+        });
+        // A further line after it proves that the queue has been written.
+        proxy.signal(rustix::process::Signal::HUP);
+        eventually("the reload is counted", Duration::from_secs(5), || {
+            (proxy.status()["generation"] == 2).then_some(())
+        });
+        proxy
+    };
+    assert!(run("{ level: info }").log().contains("\"message\":\"ready\""));
+    assert!(!run("{ level: warn }").log().contains("ready"));
+    let text = run("{ format: text }").log();
+    assert!(text.contains(" INFO ") && !text.contains("{\"timestamp\""), "{text}");
+    let stdout = run("{ access: stdout }");
+    eventually("a line on standard output", Duration::from_secs(5), || {
+        stdout.log().contains("\"kind\":\"connection\"").then_some(())
+    });
+    assert!(!run("{ access: errors }").log().contains("\"kind\":\"connection\""));
+    assert!(!run("{ access: off }").log().contains("\"kind\":\"connection\""));
+    let proxy = run(&format!("{{ access: {} }}", file.display()));
+    let lines = || std::fs::read_to_string(&file).unwrap_or_default().lines().count();
+    eventually("a line in the file", Duration::from_secs(5), || (lines() == 1).then_some(()));
+    // Rotated away, then reopened on USR1.
+    std::fs::rename(&file, directory.0.join("old.log")).unwrap();
+    proxy.signal(rustix::process::Signal::USR1);
+    eventually("a line in the new file", Duration::from_secs(5), || {
+        get(proxy.address_cached()).unwrap();
+        (lines() >= 1).then_some(())
+    });
+}
+
+#[test]
+fn drain_bounds_the_farewell() {
+    let a = Backend::start("a");
+    a.set(Mode::Echo);
+    let time = |drain: &str| {
+        let mut proxy = over(&[&a], "", &format!("shutdown: {{ announce: 0s, drain: {drain} }}"));
+        let _session = opened(proxy.address(0));
+        let begin = Instant::now();
+        proxy.signal(rustix::process::Signal::TERM);
+        eventually("it ends", Duration::from_secs(10), || proxy.child.try_wait().unwrap());
+        begin.elapsed()
+    };
+    let (short, long) = (time("100ms"), time("2s"));
+    assert!(long > short + Duration::from_secs(1), "{short:?} {long:?}");
+}

@@ -1,16 +1,17 @@
 //! Drills: two cells over veth, an open-loop client, a fault, and bars. One file each in this directory.
 
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
 use crate::support::backend::{Backend, Mode};
-use crate::support::can_make_namespaces;
 use crate::support::load::Load;
-use crate::support::netns::Rig;
+use crate::support::netns::{self, Delay, Rig};
 use crate::support::proxy::Proxy;
+use crate::support::{can_make_namespaces, eventually};
 
 /// One drill as its file tells it; times in seconds from the start of the load.
 #[derive(Debug, Deserialize)]
@@ -26,12 +27,19 @@ struct Drill {
     fault_at: f64,
     heal_at: f64,
     end_at: f64,
+    /// Round-trip times of the cells in milliseconds; empty: two cells over bare veth. The fault is the first's.
+    #[serde(default)]
+    away_ms: Vec<f64>,
     bars: Bars,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
 #[serde(rename_all = "snake_case")]
 enum Fault {
+    /// The first cell's delay trebles.
+    Treble,
+    /// All delays become 80 ms.
+    Jump,
     Refuse,
     Swallow,
     Reset,
@@ -54,6 +62,8 @@ struct Bars {
     slow: Option<usize>,
     /// Of the requests from the fault to its end.
     p99_ms: Option<f64>,
+    /// Of the requests from the fault to its end, beyond the calm p99 of the slowest cell.
+    p99_above_calm_ms: Option<f64>,
     /// Share of new connections attempted at the faulty cell from 300 ms after the fault on.
     attempted: Option<f64>,
     /// Bounds on the healed cell's share in the second before `end_at`.
@@ -103,23 +113,27 @@ fn drills_over_veth() {
 
 fn run(name: &str, drill: &Drill) -> Vec<String> {
     assert!(!drill.about.is_empty());
-    let rig = Rig::new(2);
-    let address = |cell: usize| -> SocketAddr { format!("10.99.{cell}.2:80").parse().unwrap() };
-    let a = Backend::start_in(Some(rig.cell(1)), address(1), "a");
-    let _b = Backend::start_in(Some(rig.cell(2)), address(2), "b");
+    let cells = drill.away_ms.len().max(2);
+    let rig = Rig::new(cells);
+    let delays: Vec<Delay> =
+        (1..=drill.away_ms.len()).map(|i| rig.delay(i, Duration::from_secs_f64(drill.away_ms[i - 1] / 2e3))).collect();
+    let net = if delays.is_empty() { 99 } else { 98 };
+    let address = |cell: usize| -> SocketAddr { format!("10.{net}.{cell}.2:80").parse().unwrap() };
+    let names = ["a", "b", "c"];
+    let backends: Vec<Backend> =
+        (1..=cells).map(|i| Backend::start_in(Some(rig.cell(i)), address(i), names[i - 1])).collect();
+    let a = &backends[0];
     let probe = match drill.probe {
         Probe::Tcp => "",
         Probe::Http => "probe: { http: { path: /healthz }, interval: 1s, fall: 2, rise: 2 }",
     };
+    let list: String = (1..=cells).map(|i| format!("      {}: [ '{}' ]\n", names[i - 1], address(i))).collect();
     let yaml = format!(
-        "pools:\n  shop:\n    cells:\n      a: [ '{}' ]\n      b: [ '{}' ]\n    {probe}\n    {}\nlisteners: [ {{ bind: 10.99.1.1:8080, tcp: shop }} ]",
-        address(1),
-        address(2),
+        "pools:\n  shop:\n    cells:\n{list}    {probe}\n    {}\nlisteners: [ {{ bind: 10.99.1.1:8080, tcp: shop }} ]",
         drill.pool
     );
     let proxy = Proxy::start_in(Some(rig.edge()), &yaml);
-    proxy.wait_health(&address(1).to_string(), "up", Duration::from_secs(5));
-    proxy.wait_health(&address(2).to_string(), "up", Duration::from_secs(5));
+    (1..=cells).for_each(|i| proxy.wait_health(&address(i).to_string(), "up", Duration::from_secs(5)));
 
     let begin = Instant::now();
     let load = Load::start(
@@ -145,6 +159,8 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
                 at += 1.4;
             }
         }
+        Fault::Treble => delays[0].set(Duration::from_secs_f64(drill.away_ms[0] * 1.5e-3)),
+        Fault::Jump => delays.iter().for_each(|delay| delay.set(Duration::from_millis(40))),
         Fault::Pause => {
             proxy.signal(rustix::process::Signal::STOP);
             until(drill.fault_at + 0.2);
@@ -160,6 +176,9 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
     let tried_at_end = if drill.bars.attempted.is_some() { tried(&proxy) } else { 0.0 };
     a.set(Mode::Serve);
     rig.heal(1);
+    for (delay, away) in delays.iter().zip(&drill.away_ms) {
+        delay.set(Duration::from_secs_f64(away / 2e3));
+    }
     let samples = load.finish();
 
     let during = samples.between(drill.fault_at, drill.heal_at);
@@ -167,7 +186,15 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
     let attempted = (tried_at_end - tried_at_300).max(0.0) / offered;
     let entered = |to: &str| proxy.metric("sailover_transitions_total", &[&format!("to=\"{to}\"")]);
     let (suspects, downs) = (entered("suspect"), entered("down"));
-    let failed = samples.failed();
+    // Over a long way many requests are under way when their cell vanishes. They have been sent; nobody can save them.
+    let failed = match delays.is_empty() {
+        true => samples.failed(),
+        false => {
+            let under_way = samples.between(drill.fault_at - 1.0, drill.fault_at + 0.05).failed();
+            println!("{name}: {under_way} of the requests under way at the fault were lost");
+            samples.failed() - under_way
+        }
+    };
     let slow = samples.over(Duration::from_millis(250));
     let p99 = during.quantile(0.99).as_secs_f64() * 1e3;
     let shares: Vec<f64> = (drill.heal_at as u32..drill.end_at as u32)
@@ -195,6 +222,10 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
     if let Some(most) = bars.p99_ms {
         bar(p99 <= most, format!("p99 {p99:.1} ms, at most {most}"));
     }
+    if let Some(above) = bars.p99_above_calm_ms {
+        let calm = samples.between(1.0, drill.fault_at).quantile(0.99).as_secs_f64() * 1e3;
+        bar(p99 <= calm + above, format!("p99 {p99:.1} ms, calm {calm:.1}, at most {above} above it"));
+    }
     if let Some(most) = bars.attempted {
         bar(
             attempted < most,
@@ -216,4 +247,110 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
         }
     }
     missed
+}
+
+/// Sessions of a cell or a client that vanishes without a word.
+#[test]
+fn sessions_over_veth() {
+    if !can_make_namespaces() {
+        assert!(std::env::var_os("CI").is_none(), "in CI a drill that cannot run is a failure");
+        return;
+    }
+    let rig = Rig::new(2);
+    let backends: Vec<Backend> = (1..=2)
+        .map(|i| Backend::start_in(Some(rig.cell(i)), format!("10.99.{i}.2:80").parse().unwrap(), "x"))
+        .collect();
+    backends.iter().for_each(|backend| backend.set(Mode::Echo));
+    let two = "a: [ '10.99.1.2:80' ], b: [ '10.99.2.2:80' ]";
+    let proxy = |cells: &str, pool: &str| {
+        let proxy = Proxy::start_in(
+            Some(rig.edge()),
+            &format!(
+                "pools: {{ p: {{ cells: {{ {cells} }}, {pool} }} }}\nlisteners: [ {{ bind: 10.99.2.1:8080, tcp: p }} ]"
+            ),
+        );
+        proxy.wait_health("10.99.1.2:80", "up", Duration::from_secs(5));
+        proxy
+    };
+    let on_a = |proxy: &Proxy| {
+        let status = proxy.status();
+        status["pools"][0]["cells"][0]["backends"][0]["in_flight"].as_u64().unwrap()
+    };
+    let open = |namespace: String| {
+        let connect = move || {
+            netns::enter(&namespace);
+            let mut stream = TcpStream::connect("10.99.2.1:8080").unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            stream.write_all(b"x").unwrap();
+            stream.read_exact(&mut [0; 1]).unwrap();
+            stream
+        };
+        std::thread::spawn(connect).join().unwrap()
+    };
+    let on_first = |proxy: &Proxy, namespace: &str| {
+        eventually("a session on the first cell", Duration::from_secs(5), || {
+            let stream = open(namespace.to_owned());
+            (on_a(proxy) == 1).then_some(stream)
+        })
+    };
+
+    // A busy session whose cell vanished ends soon after the verdict; on probes alone the session shows it itself.
+    let busy = proxy(two, "on_down: stuck");
+    let mut session = on_first(&busy, &rig.edge());
+    rig.swallow(1);
+    session.write_all(b"lost").unwrap();
+    busy.wait_health("10.99.1.2:80", "down", Duration::from_secs(10));
+    let verdict = Instant::now();
+    assert!(session.read(&mut [0; 1]).is_err());
+    println!("a busy session of a vanished cell ended {:.1} s after the verdict", verdict.elapsed().as_secs_f64());
+    assert!(verdict.elapsed() < Duration::from_secs(6));
+    rig.heal(1);
+    drop(busy);
+
+    // One that only receives is found out by keepalive, whatever `on_down` says.
+    let idle = proxy(two, "on_down: keep");
+    let mut session = on_first(&idle, &rig.edge());
+    let settled = Instant::now();
+    eventually("keepalive is set", Duration::from_secs(3), || {
+        (settled.elapsed() > Duration::from_millis(1_500)).then_some(())
+    });
+    rig.swallow(1);
+    let vanished = Instant::now();
+    assert!(session.read(&mut [0; 1]).is_err());
+    println!("a session that only receives ended {:.1} s after its cell vanished", vanished.elapsed().as_secs_f64());
+    assert!(vanished.elapsed() < Duration::from_secs(16));
+    rig.heal(1);
+    drop(idle);
+
+    // A client that vanishes while much is sent to it ends after `unacked`.
+    backends.iter().for_each(|backend| backend.set(Mode::Pour));
+    let mut times = Vec::new();
+    for unacked in ["1s", "6s"] {
+        let pouring = proxy("a: [ '10.99.1.2:80' ]", &format!("timeouts: {{ unacked: {unacked} }}"));
+        let namespace = rig.cell(2);
+        let client = std::thread::spawn(move || {
+            netns::enter(&namespace);
+            let mut stream = TcpStream::connect("10.99.2.1:8080").unwrap();
+            stream.read_exact(&mut [0; 65_536]).unwrap();
+            let draining = stream.try_clone().unwrap();
+            std::thread::spawn(move || {
+                let mut draining = draining;
+                draining.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+                let mut buffer = vec![0; 1 << 20];
+                while matches!(draining.read(&mut buffer), Ok(n) if n > 0) {}
+            });
+            stream
+        });
+        let stream = client.join().unwrap();
+        rig.swallow(2);
+        let vanished = Instant::now();
+        eventually("it has ended", Duration::from_secs(15), || {
+            (pouring.metric("sailover_connections_total", &["end=\"client_stuck\""]) == 1.0).then_some(())
+        });
+        times.push(vanished.elapsed().as_secs_f64());
+        drop(stream);
+        rig.heal(2);
+    }
+    println!("a vanished client ended after {times:.1?} s with unacked 1 s and 6 s");
+    assert!(times[0] + 3.0 < times[1], "{times:?}");
 }

@@ -133,8 +133,10 @@ async fn connection(mut stream: tokio::net::TcpStream, mode: Mode, name: String)
     let mut buffer = [0u8; 16 << 10];
     match mode {
         Mode::Silent => {
-            // Reads, so that its kernel acknowledges, and never answers.
+            // Reads, so that its window stays open, and never answers.
             while matches!(stream.read(&mut buffer).await, Ok(n) if n > 0) {}
+            // And keeps its own half open for as long as it lives.
+            std::future::pending::<()>().await;
         }
         Mode::Echo => {
             while let Ok(n) = stream.read(&mut buffer).await {

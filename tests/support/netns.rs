@@ -1,9 +1,14 @@
 //! Network namespaces joined by veth pairs: one for the edge, one for each cell.
 
+use std::collections::VecDeque;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// A star of namespaces; taken down when dropped.
 pub struct Rig {
@@ -41,6 +46,18 @@ impl Rig {
             run(&format!("ip -n {cell} route add default via 10.99.{i}.1"));
         }
         rig
+    }
+
+    /// Puts a delay between edge and cell `i`: packets to 10.98.i.2 go through a TUN pair and user space, because
+    /// netem is not everywhere. Returns the handle that changes it.
+    pub fn delay(&self, i: usize, one_way: Duration) -> Delay {
+        let delay = Delay::start(&self.edge(), &self.cell(i), i, one_way);
+        let (edge, cell) = (self.edge(), self.cell(i));
+        run(&format!("ip -n {edge} addr add 10.98.{i}.1/24 dev sotun{i}"));
+        run(&format!("ip -n {edge} link set sotun{i} up"));
+        run(&format!("ip -n {cell} addr add 10.98.{i}.2/24 dev sotun{i}"));
+        run(&format!("ip -n {cell} link set sotun{i} up"));
+        delay
     }
 
     /// Name of the edge's namespace.
@@ -92,6 +109,86 @@ impl Drop for Rig {
             let _ = Command::new("ip").args(["netns", "del", &name]).output();
         }
     }
+}
+
+/// A TUN pair with user space between its ends.
+pub struct Delay {
+    one_way_us: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Delay {
+    fn start(edge: &str, cell: &str, i: usize, one_way: Duration) -> Delay {
+        let open = |namespace: &str| {
+            let (namespace, name) = (namespace.to_owned(), format!("sotun{i}"));
+            std::thread::spawn(move || {
+                enter(&namespace);
+                tun(&name)
+            })
+            .join()
+            .unwrap()
+        };
+        let (a, b) = (open(edge), open(cell));
+        let delay = Delay { one_way_us: Arc::default(), stop: Arc::default() };
+        delay.set(one_way);
+        for (from, to) in [(a.try_clone().unwrap(), b.try_clone().unwrap()), (b, a)] {
+            let (one_way, stop) = (delay.one_way_us.clone(), delay.stop.clone());
+            std::thread::spawn(move || carry(from, to, &one_way, &stop));
+        }
+        delay
+    }
+
+    /// Changes the delay of packets that come from now on.
+    pub fn set(&self, one_way: Duration) {
+        self.one_way_us.store(one_way.as_micros() as u64, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Delay {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn carry(mut from: File, mut to: File, one_way: &AtomicU64, stop: &AtomicBool) {
+    let mut queue: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
+    let mut buffer = vec![0; 65_536];
+    while !stop.load(Ordering::Relaxed) {
+        while let Ok(n) = from.read(&mut buffer) {
+            let due = Instant::now() + Duration::from_micros(one_way.load(Ordering::Relaxed));
+            queue.push_back((due, buffer[..n].to_vec()));
+        }
+        while queue.front().is_some_and(|(due, _)| *due <= Instant::now()) {
+            if let Some((_, packet)) = queue.pop_front() {
+                let _ = to.write(&packet);
+            }
+        }
+        let wait =
+            queue.front().map_or(Duration::from_millis(20), |(due, _)| due.saturating_duration_since(Instant::now()));
+        let wait = wait.min(Duration::from_millis(20));
+        let timeout = rustix::event::Timespec { tv_sec: 0, tv_nsec: i64::from(wait.subsec_nanos()) };
+        let mut fds = [rustix::event::PollFd::new(&from, rustix::event::PollFlags::IN)];
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+    }
+}
+
+/// Opens a TUN device in the namespace of the calling thread.
+fn tun(name: &str) -> File {
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .expect("the kernel has TUN");
+    let mut request = [0u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    request[16..18].copy_from_slice(&((libc::IFF_TUN | libc::IFF_NO_PI) as u16).to_ne_bytes());
+    // SAFETY: `request` is as large as the kernel's ifreq, and the descriptor is open.
+    #[allow(unsafe_code)]
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) };
+    assert_eq!(result, 0, "TUNSETIFF: {}", std::io::Error::last_os_error());
+    file
 }
 
 /// Moves the calling thread into a namespace; sockets made by it from then on belong there.
