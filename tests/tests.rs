@@ -12,6 +12,8 @@ mod files;
 mod keys;
 /// The operator's side: status, reload, drain, stop.
 mod operate;
+/// What is measured over a longer time, and short versions of it.
+mod show;
 /// Years of health and choosing in seconds.
 mod sim;
 /// The normal path of bytes: half-close, large transfers, slow readers, many connections.
