@@ -164,6 +164,8 @@ pub struct Backend {
     pub answered: Answered,
     /// Wakes its prober, when it has one.
     pub prober: Mutex<Option<Arc<Notify>>>,
+    /// When it is probed next, in milliseconds since the process began; 0: never.
+    pub next_probe_ms: AtomicU64,
     /// Whether an operator took it out.
     pub drained: AtomicBool,
     /// Transitions of the last ten seconds.
@@ -199,6 +201,7 @@ impl Backend {
             first_byte: Estimate::default(),
             answered: Answered::default(),
             prober: Mutex::default(),
+            next_probe_ms: AtomicU64::new(0),
             drained: AtomicBool::new(false),
             told: Window::default(),
             view: AtomicU64::new(view.pack()),

@@ -14,20 +14,33 @@ pub struct Time(pub u64);
 
 static EPOCH: OnceLock<Instant> = OnceLock::new();
 
-/// This moment.
-pub fn now() -> Time {
-    let epoch = *EPOCH.get_or_init(|| {
+fn epoch() -> Instant {
+    *EPOCH.get_or_init(|| {
         // One second before the first question, so that differences against `Time::default()` are never zero.
         let now = Instant::now();
         now.checked_sub(Duration::from_secs(1)).unwrap_or(now)
-    });
-    Time(Instant::now().saturating_duration_since(epoch).as_micros() as u64)
+    })
+}
+
+/// This moment.
+pub fn now() -> Time {
+    of(Instant::now())
+}
+
+/// The moment of an instant.
+pub fn of(instant: Instant) -> Time {
+    Time(instant.saturating_duration_since(epoch()).as_micros() as u64)
 }
 
 impl Time {
     /// The time from `earlier` to this moment; zero when that lies in the future.
     pub fn since(self, earlier: Time) -> Duration {
         Duration::from_micros(self.0.saturating_sub(earlier.0))
+    }
+
+    /// The moment as an instant, without a look at the clock.
+    pub fn instant(self) -> Instant {
+        epoch() + Duration::from_micros(self.0)
     }
 
     /// This moment on the wall clock, by that clock's present reading.

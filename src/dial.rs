@@ -17,7 +17,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use fastrand::Rng;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Sleep;
 
 use crate::backend::{Backend, Outcome};
 use crate::clock::{self, Time};
@@ -89,8 +89,10 @@ pub struct Dialled<C> {
     pub member: usize,
     /// One of the backend's connections.
     pub permit: Permit,
-    /// When the attempt that won began.
+    /// When the attempt that won began, and when it had its connection.
     pub began: Time,
+    /// See `began`.
+    pub connected: Time,
     /// The kernel's time for the handshake.
     pub handshake: Duration,
 }
@@ -142,7 +144,7 @@ enum Event<C> {
 
 /// Connects `client` to a backend of `pool`.
 ///
-/// `timer` is the connection's own timer, reused for its later waits.
+/// `timer` is the connection's own timer, reused for its later waits. `begin` is this moment.
 ///
 /// # Errors
 /// [`DialError`]; the details are in `story`.
@@ -156,9 +158,9 @@ pub async fn dial<N: Network>(
     mut timer: Pin<&mut Sleep>,
     rng: &mut Rng,
     story: &mut Story,
+    begin: Time,
 ) -> Result<Dialled<<N::Opening as Opening>::Connection>, DialError> {
     let policy = &*pool.policy;
-    let begin = clock::now();
     let deadline = begin + policy.connect_timeout;
     let mut open: [Option<Attempt<N::Opening>>; OPEN] = [const { None }; OPEN];
     let mut tried: Vec<usize> = Vec::new();
@@ -167,8 +169,9 @@ pub async fn dial<N: Network>(
     let mut next = Some((begin, false));
     pool.shared.budget.client(begin);
 
+    // The clock is read after each wait; nothing before a wait takes long.
+    let mut now = begin;
     loop {
-        let now = clock::now();
         let running = open.iter().flatten().count();
 
         if let Some((at, race)) = next
@@ -234,10 +237,11 @@ pub async fn dial<N: Network>(
             .flatten()
             .min()
             .unwrap_or(deadline);
-        timer.as_mut().reset(instant(wake));
-        match wait(&mut open, timer.as_mut()).await {
+        timer.as_mut().reset(wake.instant());
+        let event = wait(&mut open, timer.as_mut()).await;
+        now = clock::now();
+        match event {
             Event::Ended(place, Ok((connection, handshake))) => {
-                let now = clock::now();
                 let Some(attempt) = open[place].take() else { continue };
                 let member = &pool.members[attempt.member];
                 member.backend.connected(&policy.health, handshake, attempt.began, now);
@@ -252,11 +256,11 @@ pub async fn dial<N: Network>(
                     member: attempt.member,
                     permit: attempt.permit,
                     began: attempt.began,
+                    connected: now,
                     handshake,
                 });
             }
             Event::Ended(place, Err(error)) => {
-                let now = clock::now();
                 let Some(attempt) = open[place].take() else { continue };
                 let backend = &pool.members[attempt.member].backend;
                 failed(host, policy, backend, &error, false, attempt.began, now, story);
@@ -264,7 +268,6 @@ pub async fn dial<N: Network>(
                 next = Some((now, false));
             }
             Event::Timer => {
-                let now = clock::now();
                 if client.gone() {
                     abandon(pool, &open);
                     return Err(DialError::ClientGone);
@@ -412,7 +415,7 @@ fn watch_losers<O: Opening>(pool: &Pool, open: &mut [Option<Attempt<O>>]) {
 /// Keeps an attempt that lost until its own judgement time: connected by then is a sample, refused or still
 /// silent is evidence. Dropping the connection resets it.
 async fn watch<O: Opening>(mut attempt: Attempt<O>, backend: Arc<Backend>, policy: Arc<Policy>) {
-    let mut timer = std::pin::pin!(tokio::time::sleep_until(instant(attempt.judge_at)));
+    let mut timer = std::pin::pin!(tokio::time::sleep_until(attempt.judge_at.instant()));
     let ended = poll_fn(|context| {
         if let Poll::Ready(result) = attempt.opening.poll(context) {
             return Poll::Ready(Some(result));
@@ -456,12 +459,6 @@ pub fn word(error: &io::Error) -> String {
         io::ErrorKind::TimedOut => "timed out".into(),
         _ => error.to_string(),
     }
-}
-
-fn instant(time: Time) -> Instant {
-    let now = clock::now();
-    let base = Instant::now();
-    base + time.since(now)
 }
 
 #[cfg(test)]

@@ -1,12 +1,56 @@
 //! What operators took out: cells, or single backends, by name and until further notice. Drains survive reloads
 //! because they name things and do not point to them.
 
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
 use crate::pool::{Cell, Member, Pool};
 use crate::table::Table;
+
+/// Drains older than this are not taken up again: nobody remembers why.
+const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 3_600);
+/// Largest accepted state file in bytes.
+const STATE: u64 = 1 << 20;
+
+/// Writes the drains by rename, so that a reader sees the old file or the new one.
+///
+/// # Errors
+/// A sentence. Waits for the disk.
+pub fn write(path: &Path, drains: &Drains) -> Result<(), String> {
+    let fail = |error: io::Error| format!("{}: cannot be written: {error}", path.display());
+    let new = path.with_extension("new");
+    let mut file = File::create(&new).map_err(fail)?;
+    file.write_all(&serde_json::to_vec_pretty(drains).unwrap_or_default()).map_err(fail)?;
+    file.sync_all().map_err(fail)?;
+    std::fs::rename(&new, path).map_err(fail)
+}
+
+/// Reads what [`write`] wrote, without what has ended since; `None` when there is no such file.
+///
+/// # Errors
+/// A sentence when the file is no list of drains or older than 30 days. Waits for the disk.
+pub fn read(path: &Path, now: SystemTime) -> Result<Option<Drains>, String> {
+    let fail = |what: &dyn std::fmt::Display| format!("{}: {what}", path.display());
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(fail(&format!("cannot be read: {error}"))),
+    };
+    let written = file.metadata().and_then(|metadata| metadata.modified()).map_err(|error| fail(&error))?;
+    if now.duration_since(written).is_ok_and(|age| age > FORGOTTEN) {
+        return Err(fail(&"is older than 30 days"));
+    }
+    let mut bytes = Vec::new();
+    file.take(STATE).read_to_end(&mut bytes).map_err(|error| fail(&error))?;
+    let mut drains: Drains =
+        serde_json::from_slice(&bytes).map_err(|error| fail(&format!("is no list of drains: {error}")))?;
+    drains.expire(now);
+    Ok(Some(drains))
+}
 
 /// One drain.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

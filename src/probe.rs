@@ -63,12 +63,11 @@ pub struct Probers {
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
-/// How many probers a table needs.
-pub fn count(table: &Table) -> usize {
-    wanted(table).len()
-}
+/// The probers that a table needs, and whom each reports to.
+pub struct Wanted(HashMap<Key, Vec<Target>>);
 
-fn wanted(table: &Table) -> HashMap<Key, Vec<Target>> {
+/// Finds them; takes time in the order of the number of backends.
+pub fn wanted(table: &Table) -> Wanted {
     let mut wanted: HashMap<Key, Vec<Target>> = HashMap::new();
     for (config, pool) in table.config.pools.iter().zip(&table.pools) {
         let Some(probe) = &config.probe else { continue };
@@ -79,13 +78,12 @@ fn wanted(table: &Table) -> HashMap<Key, Vec<Target>> {
             wanted.entry(Key { address, probe: probe.clone() }).or_default().push(target);
         }
     }
-    wanted
+    Wanted(wanted)
 }
 
 impl Probers {
-    /// Makes the running probers those of `table`; returns how many were started and stopped.
-    pub fn apply(&mut self, table: &Table, host: &Arc<Host>) -> (usize, usize) {
-        let mut wanted = wanted(table);
+    /// Makes the running probers the wanted ones; returns how many were started and stopped.
+    pub fn apply(&mut self, Wanted(mut wanted): Wanted, host: &Arc<Host>) -> (usize, usize) {
         let mut stopped = 0;
         self.running.retain(|key, prober| {
             let keep = wanted.contains_key(key);
@@ -182,6 +180,9 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
         let interval =
             if doubted || failed { (key.probe.interval / DOUBT_FACTOR).max(DOUBT_LEAST) } else { key.probe.interval };
         let next = (due + interval.mul_f64(0.9 + 0.2 * rng.f64())).max(Instant::now());
+        for target in &report_to {
+            target.backend.next_probe_ms.store(clock::of(next).0 / 1_000, Relaxed);
+        }
         tokio::select! {
             () = sleep_until(next) => host.probe_late.record(next.elapsed()),
             // A doubt has come up: it is asked about at once, but not in a spin.

@@ -97,7 +97,7 @@ enum Broken {
     Sink,
 }
 
-/// Relays until the session ends, and says how.
+/// Relays until the session ends, and says how. `begin` is this moment.
 #[allow(clippy::too_many_arguments)] // One call site; a struct would only name them a second time.
 pub async fn relay(
     client: &mut TcpStream,
@@ -106,6 +106,7 @@ pub async fn relay(
     host: &Host,
     session: &Handle,
     mut timer: Pin<&mut Sleep>,
+    begin: Instant,
     carried: &mut Carried,
     mut notice: impl FnMut(Notice, &Carried),
 ) -> End {
@@ -117,7 +118,8 @@ pub async fn relay(
     let mut every = tick(bounds.idle);
     let mut quiet = Duration::ZERO;
     let mut seen = 0;
-    timer.as_mut().reset(Instant::now() + every);
+    timer.as_mut().reset(begin + every);
+    let mut first_poll = true;
 
     let end = poll_fn(|context| {
         if !registered {
@@ -141,7 +143,8 @@ pub async fn relay(
                 Poll::Pending => {}
             }
             if carried.spoke.is_none() && up.moved > 0 {
-                carried.spoke = Some(Instant::now());
+                // What was there from the start needs no look at the clock.
+                carried.spoke = Some(if first_poll { begin } else { Instant::now() });
             }
             carried.up = up.moved;
             carried.client_left_first |= up.finished && !down.finished;
@@ -170,6 +173,7 @@ pub async fn relay(
                 Poll::Pending => {}
             }
         }
+        first_poll = false;
         if up.done && down.done {
             return Poll::Ready(if carried.client_left_first { End::ClientClosed } else { End::BackendClosed });
         }

@@ -43,7 +43,6 @@ pub struct Report {
 }
 
 /// A table that is ready to go live.
-#[derive(Debug)]
 pub struct Prepared {
     /// The table.
     pub table: Arc<Table>,
@@ -51,6 +50,8 @@ pub struct Prepared {
     pub difference: Difference,
     /// What the process may hold with it.
     pub limits: DescriptorLimits,
+    /// Its probers.
+    pub probers: probe::Wanted,
     /// What deserves attention.
     pub warnings: Vec<String>,
 }
@@ -74,8 +75,8 @@ pub fn prepare(
     let at_most = backends.flat_map(|pool| &pool.cells).map(|cell| cell.backends.len()).sum();
     let limits = descriptor_limits(open_files, listening, at_most);
     let (table, difference) = table::build(config, loaded.hash, previous, limits.connections, clock::now());
-    debug_assert!(probe::count(&table) <= at_most);
-    Ok(Prepared { table: Arc::new(table), difference, limits, warnings })
+    let probers = probe::wanted(&table);
+    Ok(Prepared { table: Arc::new(table), difference, limits, probers, warnings })
 }
 
 fn place(file: &Path, problem: &config::Problem) -> String {

@@ -164,6 +164,10 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
     };
     let now = clock::now();
     let (hold, until) = health.hold();
+    let next_probe = match backend.next_probe_ms.load(Relaxed) {
+        0 => None,
+        at => Some(at.saturating_sub(now.0 / 1_000)),
+    };
     json!({
         "name": &*backend.name,
         "address": backend.address,
@@ -178,7 +182,7 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
         "handshake_ms": { "p50": quantile(|(p50, _)| p50), "p99": quantile(|(_, p99)| p99) },
         "learned_loss": round(health.loss()),
         "ramp": round(backend.ramp_share(&pool.policy.health, now)),
-        "next_probe_in_ms": Value::Null,
+        "next_probe_in_ms": next_probe,
         "prober": info.probers.get(&backend.id),
     })
 }

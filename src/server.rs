@@ -20,7 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use crate::admin::{self, Admin, DrainOrder, Order};
 use crate::clock;
 use crate::config;
-use crate::drain::Drain;
+use crate::drain::{self, Drain};
 use crate::host::Host;
 use crate::listen;
 use crate::log::Logger;
@@ -63,6 +63,9 @@ impl Fatal {
     }
 }
 
+/// Held by a helper while it writes the drains.
+static WRITING: Mutex<()> = Mutex::new(());
+
 struct Bound {
     stop: watch::Sender<bool>,
     address: SocketAddr,
@@ -93,6 +96,8 @@ struct Control {
     reloading: Reloading,
     admin: Admin,
     admin_http: Option<(SocketAddr, JoinHandle<()>)>,
+    /// Where drains are kept over a restart; `None` when the service manager gave no place.
+    state: Option<PathBuf>,
 }
 
 /// Runs the program until it is told to stop.
@@ -164,9 +169,11 @@ async fn serve(
         reloading: Reloading::default(),
         admin,
         admin_http: None,
+        state: state_directory().map(|directory| directory.join("drains.json")),
     };
+    control.restore_drains(&table);
     control.open_admin(&config.admin).map_err(other)?;
-    control.probers.apply(&table, &control.host);
+    control.probers.apply(prepared.probers, &control.host);
     for (bind, sockets) in sockets {
         control.listen(bind, sockets);
     }
@@ -346,7 +353,7 @@ impl Control {
             }
             keep
         });
-        report.probers = self.probers.apply(&table, &self.host);
+        report.probers = self.probers.apply(prepared.probers, &self.host);
         if table.config.log != before.config.log {
             self.logger.apply(&table.config.log);
         }
@@ -394,6 +401,7 @@ impl Control {
         let text = format!("drained {}", drain.cell);
         self.with_info(|info| info.drains.add(drain.clone(), &table, order.force))?;
         self.apply_drains(&table);
+        self.keep_drains();
         tracing::info!(
             cell = drain.cell,
             pool = drain.pool,
@@ -409,8 +417,37 @@ impl Control {
         let (pool, backend) = (order.pool.as_deref(), order.backend.as_deref());
         let ended = self.with_info(|info| info.drains.remove(&order.cell, pool, backend))?;
         self.apply_drains(&self.host.live.load_full());
+        self.keep_drains();
         tracing::info!(cell = order.cell, pool, backend, by_uid = order.by, "undrained");
         Ok(format!("undrained {} ({ended} drain{})", order.cell, if ended == 1 { "" } else { "s" }))
+    }
+
+    /// Takes up the drains of the process before; before there is anything to serve it may wait for the disk.
+    fn restore_drains(&mut self, table: &Table) {
+        let Some(path) = &self.state else { return };
+        match drain::read(path, SystemTime::now()) {
+            Ok(None) => {}
+            Ok(Some(drains)) => {
+                tracing::info!(drains = drains.list().len(), file = %path.display(), "drains taken up again");
+                self.with_info(|info| info.drains = drains);
+                self.apply_drains(table);
+            }
+            Err(error) => tracing::warn!("{error}; starting without drains"),
+        }
+    }
+
+    /// Writes the drains where the next process will look, on a helper thread.
+    fn keep_drains(&self) {
+        let Some(path) = self.state.clone() else { return };
+        let info = self.info.clone();
+        tokio::task::spawn_blocking(move || {
+            // One writer after the other, each with the newest drains: the file ends as the newest.
+            let _alone = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+            let drains = info.lock().unwrap_or_else(PoisonError::into_inner).drains.clone();
+            if let Err(error) = drain::write(&path, &drains) {
+                tracing::warn!("{error}; the drains will not survive a restart");
+            }
+        });
     }
 
     fn apply_drains(&self, table: &Table) {
@@ -436,6 +473,7 @@ impl Control {
         if self.with_info(|info| info.drains.expire(SystemTime::now())) {
             tracing::info!("a drain has reached its end");
             self.apply_drains(&table);
+            self.keep_drains();
         }
         if tick.is_multiple_of(LOCAL_TICKS) {
             for (bind, bound) in &mut self.bound {
@@ -523,6 +561,12 @@ impl Control {
         }
         left
     }
+}
+
+/// The directory that systemd's `StateDirectory=` made for us, or a person named.
+fn state_directory() -> Option<PathBuf> {
+    let directory = PathBuf::from(std::env::var_os("STATE_DIRECTORY")?);
+    directory.is_absolute().then_some(directory)
 }
 
 fn bind_for(bind: SocketAddr, workers: usize) -> Result<Vec<std::net::TcpListener>, String> {

@@ -17,10 +17,9 @@ use std::time::Duration;
 use fastrand::Rng;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::TcpStream;
-use tokio::time::Instant;
 
 use crate::backend::Backend;
-use crate::clock;
+use crate::clock::{self, Time};
 use crate::config::Affinity;
 use crate::dial::{self, Client, DialError, Network, Opening, Story};
 use crate::host::Host;
@@ -56,7 +55,7 @@ pub async fn serve(
     let mut record = AccessRecord::new(listener.name.clone(), peer, listener.pool.name.clone());
 
     let end = if let Some(_place) = listener.pool.shared.connections.take(listener.pool.policy.max_connections) {
-        connect_and_relay(&mut client, peer, listener, &host, &mut record).await
+        connect_and_relay(&mut client, peer, listener, &host, &mut record, began).await
     } else {
         listener.pool.shared.refused_full.add(1);
         End::Full
@@ -78,6 +77,7 @@ async fn connect_and_relay(
     listener: Arc<Listener>,
     host: &Host,
     record: &mut AccessRecord,
+    began: Time,
 ) -> End {
     let pool = listener.pool.clone();
     let idle = listener.idle;
@@ -86,7 +86,8 @@ async fn connect_and_relay(
     let pin = (pool.policy.affinity == Affinity::ClientIp).then(|| pool::pin(peer.ip()));
     let mut story = Story::default();
     let mut rng = RNG.with(|rng| rng.borrow_mut().fork());
-    let dialled = dial::dial(&Kernel, host, &pool, pin, &Waiting(client), timer.as_mut(), &mut rng, &mut story).await;
+    let dialled =
+        dial::dial(&Kernel, host, &pool, pin, &Waiting(client), timer.as_mut(), &mut rng, &mut story, began).await;
     record.attempts = story.attempts;
     record.raced = story.raced;
     record.failures = story.failures;
@@ -112,7 +113,7 @@ async fn connect_and_relay(
     let session = session::enter(backend.clone(), policy.clone(), client.as_raw_fd(), dialled.connection.as_raw_fd());
     let bounds = Bounds { idle, half_close: policy.half_close };
     let mut carried = Carried::default();
-    let connected = Instant::now();
+    let connected = dialled.connected.instant();
     let prefix = witness::prefix(peer.ip());
     let attempt_began = dialled.began;
     let end = relay::relay(
@@ -122,6 +123,7 @@ async fn connect_and_relay(
         host,
         &session,
         timer,
+        connected,
         &mut carried,
         |notice, carried| {
             let asked = carried.spoke.unwrap_or(connected);
@@ -129,7 +131,7 @@ async fn connect_and_relay(
                 Notice::Answered => {
                     let took = carried.answered.unwrap_or(asked).saturating_duration_since(asked);
                     times.first_byte.record(took);
-                    backend.answered(&policy.health, prefix, took, attempt_began, clock::now());
+                    backend.answered(&policy.health, prefix, took, attempt_began, clock::of(asked + took));
                 }
                 Notice::Unanswered if asked.elapsed() <= first_byte_time(&backend) => {
                     backend.unanswered(&policy.health, prefix, carried.spoke.is_some(), attempt_began, clock::now());

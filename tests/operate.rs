@@ -152,6 +152,36 @@ fn a_drain_moves_all_clients_and_the_last_cell_is_kept() {
 }
 
 #[test]
+fn a_drain_survives_a_restart_and_a_broken_state_file_is_said() {
+    let backends = [Backend::start("a"), Backend::start("b")];
+    let yaml = yaml(&[backends[0].address, backends[1].address], "", "");
+    let state = crate::support::proxy::Directory::new();
+    let start = || {
+        let proxy = Proxy::spawn(None, &yaml, |command| {
+            command.env("STATE_DIRECTORY", &state.0);
+        });
+        eventually("it answers", Duration::from_secs(5), || proxy.ask("GET", "/livez").ok());
+        backends
+            .iter()
+            .for_each(|backend| proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5)));
+        proxy
+    };
+    let file = state.0.join("drains.json");
+    let first = start();
+    assert!(first.command(&["drain", "c0"]).status.success());
+    eventually("it is written", Duration::from_secs(5), || file.exists().then_some(()));
+    // Killed, not stopped.
+    drop(first);
+    let second = start();
+    assert!((0..30).all(|_| get(second.address_cached()).unwrap() == "b"));
+    drop(second);
+    std::fs::write(&file, "{").unwrap();
+    let third = start();
+    assert!(third.log().contains("is no list of drains"), "{}", third.log());
+    eventually("both serve", Duration::from_secs(5), || (get(third.address_cached()).unwrap() == "a").then_some(()));
+}
+
+#[test]
 fn status_and_metrics_tell_what_is_up_and_why() {
     let (backends, proxy, _) = two();
     (0..10).for_each(|_| drop(get(proxy.address(0)).unwrap()));

@@ -28,7 +28,7 @@ fn reloads(count: u32, rate: f64, seconds: f64) {
         .map(|i| Backend::start_in(Some(rig.cell(i)), format!("10.99.{i}.2:80").parse().unwrap(), "x"))
         .collect();
     let file = |i: u32| {
-        let extra = if i % 2 == 0 { "" } else { ", '10.99.1.9:80'" };
+        let extra = if i.is_multiple_of(2) { "" } else { ", '10.99.1.9:80'" };
         format!(
             "pools: {{ p: {{ cells: {{ a: {{ weight: {}, backends: [ '10.99.1.2:80'{extra} ] }}, b: [ '10.99.2.2:80' ] }} }} }}\nlisteners: [ {{ bind: 10.99.1.1:8080, tcp: p }} ]",
             1 + i % 5

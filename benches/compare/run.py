@@ -10,6 +10,7 @@ import argparse, json, os, re, shutil, signal, socket, statistics, subprocess, s
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 TICK = os.sysconf("SC_CLK_TCK")
+SPLIT = os.environ.get("SPLIT", "")
 A, B = 18081, 18082
 PORTS = {"sailover": 18000, "nginx": 18001, "haproxy": 18002}
 
@@ -83,7 +84,7 @@ def cpu(pid):
         try:
             with open(f"/proc/{p}/stat") as f:
                 fields = f.read().rsplit(")", 1)[1].split()
-            total += int(fields[11]) + int(fields[12])
+            total += (int(fields[11]) if SPLIT != "sys" else 0) + (int(fields[12]) if SPLIT != "user" else 0)
         except OSError:
             pass
     return total / TICK

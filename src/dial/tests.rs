@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use tokio::time::Instant;
+
 use super::*;
 use crate::backend::{Counters, PoolShared};
 use crate::config::{Affinity, Balance, OnDown, WhenAllDown};
@@ -135,7 +137,8 @@ impl Rig {
     async fn dial(&self, story: &mut Story) -> Result<usize, DialError> {
         let timer = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
         let mut rng = Rng::with_seed(1);
-        let dialled = dial(&self.network, &self.host, &self.pool, None, &self.client, timer, &mut rng, story).await;
+        let dialled =
+            dial(&self.network, &self.host, &self.pool, None, &self.client, timer, &mut rng, story, clock::now()).await;
         dialled.map(|dialled| dialled.member)
     }
 
