@@ -231,7 +231,7 @@ impl Admin {
             return plain(StatusCode::SERVICE_UNAVAILABLE, "stopping\n");
         }
         let table = self.host.live.load();
-        if let Some(listener) = table.listeners.values().find(|listener| listener.shared.at_cap.load(Relaxed)) {
+        if let Some(listener) = table.listeners.values().find(|listener| listener.shared.at_cap.load(Relaxed) > 0) {
             return plain(StatusCode::SERVICE_UNAVAILABLE, &format!("listener {} is at its cap\n", listener.name));
         }
         self.livez()

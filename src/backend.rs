@@ -222,14 +222,23 @@ impl Backend {
 
     /// Share of its full weight that it gets now, 0 to 1, drains apart.
     pub fn ramp_share(&self, policy: &Policy, now: Time) -> f64 {
-        let view = self.view();
+        self.view().ramp_share(policy, now)
+    }
+}
+
+impl View {
+    /// Share of its full weight that a backend in this state gets, 0 to 1.
+    pub fn ramp_share(self, policy: &Policy, now: Time) -> f64 {
+        let view = self;
         match view.state {
             State::Up => 1.0,
             State::Returning => health::ramp_share(view.since, policy.ramp, now),
             _ => 0.0,
         }
     }
+}
 
+impl Backend {
     /// A copy of its health, for reports.
     pub fn health(&self) -> Health {
         self.lock().health.clone()
@@ -310,13 +319,23 @@ impl Backend {
         if due > now.0 / 1_000 || self.drained.load(Relaxed) {
             return false;
         }
-        if self.trial_ms.compare_exchange(due, u64::MAX, Relaxed, Relaxed).is_err() {
+        let soon = now.0 / 1_000 + 1_000;
+        if !self.shared.budget.trial(now) || self.trial_ms.compare_exchange(due, soon, Relaxed, Relaxed).is_err() {
             return false;
         }
         let mut locked = self.lock();
         locked.health.trial_begins(now);
         self.publish(&locked.health, policy);
         true
+    }
+
+    /// Takes over the policy of a new table.
+    pub fn adopt(&self, policy: &Policy, now: Time) {
+        let mut locked = self.lock();
+        locked.health.adopt(policy, now);
+        self.publish(&locked.health, policy);
+        drop(locked);
+        self.shared.epoch.fetch_add(1, Relaxed);
     }
 
     /// Whether a trial is or will be due.
@@ -327,7 +346,11 @@ impl Backend {
     fn publish(&self, health: &Health, policy: &Policy) {
         let view = View { state: health.state(), since: health.since(), open_run: health.open_run() };
         self.view.store(view.pack(), Relaxed);
-        self.trial_ms.store(health.trial_at(policy).map_or(u64::MAX, |at| at.0 / 1_000), Relaxed);
+        let trial = health.trial_at(policy).map_or(u64::MAX, |at| at.0 / 1_000);
+        // Whether it awaits one belongs to the plan.
+        if (self.trial_ms.swap(trial, Relaxed) == u64::MAX) != (trial == u64::MAX) {
+            self.shared.epoch.fetch_add(1, Relaxed);
+        }
     }
 
     fn report(&self, transition: &Transition) {

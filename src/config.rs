@@ -1,6 +1,6 @@
 //! The resolved configuration: what the program needs, with nothing optional left in it.
 //!
-//! [`load`] is the one way to get it. It reads a file in two passes ([`file`]), resolves it ([`resolve`]), and
+//! [`load`] is the one way to get it. It reads a file in two passes (`file`), resolves it (`resolve`), and
 //! reports every problem at once, each with line and path. Nothing here needs the network to be judged.
 
 pub mod file;

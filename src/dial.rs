@@ -5,7 +5,7 @@
 //! 3. It is silent: at its race time a second attempt begins beside it, in another cell when there is one. The
 //!    first is never given up: it stays open until it connects, fails, another wins, or the client's time ends.
 //! 4. An attempt that is still silent at its own judgement time is evidence. One that lost before is kept until
-//!    then by [`watch`], because losing says nothing; then it is closed by a reset.
+//!    then by `watch`, because losing says nothing; then it is closed by a reset.
 //!
 //! Learned times say when the next attempt begins. They never say when one is given up.
 
@@ -64,6 +64,8 @@ pub trait Opening: Send + Unpin + 'static {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(Self::Connection, Duration)>>;
     /// Asks the kernel once more whether the peer has answered.
     fn answered(&self) -> bool;
+    /// Closes a connection that nobody wants, by a reset.
+    fn discard(connection: Self::Connection);
 }
 
 /// The client on whose behalf we dial.
@@ -123,8 +125,8 @@ struct Attempt<O> {
     member: usize,
     opening: O,
     permit: Permit,
-    /// Of the process, for attempts beyond the first.
-    _extra: Option<Permit>,
+    /// Of the process, for all but one of a client's open attempts.
+    extra: Option<Permit>,
     began: Time,
     judge_at: Time,
     judged: bool,
@@ -196,7 +198,7 @@ pub async fn dial<N: Network>(
                                 member,
                                 opening,
                                 permit,
-                                _extra: extra,
+                                extra,
                                 began: now,
                                 judge_at: now + judge,
                                 judged: false,
@@ -214,13 +216,19 @@ pub async fn dial<N: Network>(
                 }
                 Chosen::NoBudget => {
                     // Ask again after a while: the budget renews itself, and the attempt may end before.
-                    next = Some((now + RACE_COLD, true));
+                    next = Some((now + RACE_COLD, race));
                 }
                 Chosen::Full if running == 0 => return Err(DialError::Full),
                 Chosen::Nothing if running == 0 && tried.is_empty() => return Err(DialError::Unreachable),
                 Chosen::Nothing if running == 0 => {
                     // Everything was tried once. What failed a moment ago may be back: try it again, slower.
                     tried.clear();
+                    next = Some((now + pause, false));
+                    pause *= 2;
+                }
+                Chosen::Nothing if !race => {
+                    // Only silent ones are left open. What failed a moment ago may be back.
+                    tried = open.iter().flatten().map(|attempt| attempt.member).collect();
                     next = Some((now + pause, false));
                     pause *= 2;
                 }
@@ -242,13 +250,17 @@ pub async fn dial<N: Network>(
         now = clock::now();
         match event {
             Event::Ended(place, Ok((connection, handshake))) => {
-                let Some(attempt) = open[place].take() else { continue };
+                let Some(mut attempt) = open[place].take() else { continue };
                 let member = &pool.members[attempt.member];
                 member.backend.connected(&policy.health, handshake, attempt.began, now);
                 pool.cells[member.cell].times.handshake.record(handshake);
                 if story.raced {
                     let later = open.iter().flatten().any(|other| other.began < attempt.began);
                     pool.shared.races[1].add(u64::from(later));
+                }
+                // One attempt of a client needs no descriptor beyond its connection's: now it is the winner.
+                if let Some(loser) = open.iter_mut().flatten().find(|loser| loser.extra.is_none()) {
+                    loser.extra = attempt.extra.take();
                 }
                 watch_losers(pool, &mut open);
                 return Ok(Dialled {
@@ -282,7 +294,7 @@ pub async fn dial<N: Network>(
                         let backend = pool.members[attempt.member].backend.name.clone();
                         story.failures.push(Failure { backend, cause: "silent".into() });
                     }
-                    abandon(pool, &open);
+                    watch_losers(pool, &mut open);
                     return Err(DialError::Unreachable);
                 }
             }
@@ -300,16 +312,19 @@ enum Chosen {
 /// A member with room, and what an attempt beside another one needs besides: a descriptor, and a token for a race.
 fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng: &mut Rng) -> Chosen {
     let mut passed = want.tried.to_vec();
+    let mut full = false;
     loop {
         let want = Want { tried: &passed, ..*want };
         let (member, doubtful) = match pool.pick(&want, now, rng) {
             Choice::Member(member) => (member, false),
             Choice::Doubtful(member) => (member, true),
             Choice::Full => return Chosen::Full,
+            Choice::Nothing if full => return Chosen::Full,
             Choice::Nothing => return Chosen::Nothing,
         };
         let Some(permit) = pool.members[member].backend.in_flight.take(pool.members[member].max_connections) else {
             // Another connection took the last place since the choice.
+            full = true;
             passed.push(member);
             continue;
         };
@@ -351,13 +366,15 @@ fn failed(
     story: &mut Story,
 ) {
     story.failures.push(Failure { backend: backend.name.clone(), cause: word(error) });
-    // ENETUNREACH is ours when connect(2) itself says so: there is no route. Later it is a router's word.
-    let routers_word = !at_once && error.raw_os_error() == Some(libc::ENETUNREACH);
-    if !routers_word && host.local_errors.count(error) {
+    // "No route" and "prohibited" are ours when connect(2) itself says so. Later they are a router's word.
+    let routers = [libc::ENETUNREACH, libc::EACCES, libc::EPERM];
+    let routers_word = !at_once && error.raw_os_error().is_some_and(|errno| routers.contains(&errno));
+    let ours = !routers_word && host.local_errors.count(error);
+    if ours || at_once && !is_refusal(error) {
         backend.counters.attempts[Outcome::Local as usize].add(1);
         return;
     }
-    if error.kind() == io::ErrorKind::ConnectionReset {
+    if is_reset(error) {
         // Linux says "refused" to a reset in answer to a SYN. This one came after the handshake, and before
         // any byte of the client.
         backend.counters.attempts[Outcome::Refused as usize].add(1);
@@ -427,9 +444,14 @@ async fn watch<O: Opening>(mut attempt: Attempt<O>, backend: Arc<Backend>, polic
     let (began, judge_at) = (attempt.began, attempt.judge_at);
     let mut outcome = Outcome::Lost;
     match ended {
-        Some(Ok((_connection, handshake))) => {
+        Some(Ok((connection, handshake))) => {
+            O::discard(connection);
             backend.handshake.record(handshake);
             backend.success(&policy.health, Source::Traffic, Depth::Connect, began, now);
+        }
+        Some(Err(error)) if is_reset(&error) => {
+            outcome = Outcome::Refused;
+            backend.unanswered(&policy.health, 0, false, began, now);
         }
         Some(Err(error)) if is_refusal(&error) => {
             outcome = Outcome::Refused;
@@ -445,7 +467,13 @@ async fn watch<O: Opening>(mut attempt: Attempt<O>, backend: Arc<Backend>, polic
     backend.counters.attempts[outcome as usize].add(1);
 }
 
-fn is_refusal(error: &io::Error) -> bool {
+/// Whether the peer ended a connection whose handshake it had finished.
+pub fn is_reset(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+}
+
+/// Whether the peer, or a router before it, said no to a handshake.
+pub fn is_refusal(error: &io::Error) -> bool {
     use io::ErrorKind::*;
     matches!(error.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable)
 }

@@ -29,7 +29,7 @@ pub fn write(path: &Path, drains: &Drains) -> Result<(), String> {
     std::fs::rename(&new, path).map_err(fail)
 }
 
-/// Reads what [`write`] wrote, without what has ended since; `None` when there is no such file.
+/// Reads what [`write()`] wrote, without what has ended since; `None` when there is no such file.
 ///
 /// # Errors
 /// A sentence when the file is no list of drains or older than 30 days. Waits for the disk.

@@ -1,7 +1,7 @@
 //! Learned times: a histogram of bounded relative error that forgets.
 //!
 //! Buckets grow by a fixed ratio as in DDSketch (Masson, Rim, Lee 2019): four to an octave, so a quantile is
-//! right within 19 %. Every [`WINDOW`] samples all counts are halved, so what was learned fades with the traffic
+//! right within 19 %. Every `WINDOW` samples all counts are halved, so what was learned fades with the traffic
 //! that would contradict it. Recording is one relaxed addition; readers take a cached quantile.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};

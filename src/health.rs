@@ -16,7 +16,7 @@
 //! is cheap and entered quickly, because a suspect backend is only last in its tier; `down` needs agreement.
 //!
 //! Silence is judged by a sequential test (Wald 1945, one-sided): `n` attempts in a row without an answer are
-//! the path's own loss with probability `loss^n`, and count when that is at most [`SUSPECT_ODDS`]. The loss is
+//! the path's own loss with probability `loss^n`, and count when that is at most `SUSPECT_ODDS`. The loss is
 //! learned by two exponentially weighted averages, a quick and a slow one, of which the greater holds.
 
 use std::time::Duration;
@@ -47,6 +47,8 @@ const RESET_SPREAD: Duration = Duration::from_millis(10);
 /// First and longest pause between trials of a backend that no probe can clear.
 const TRIAL_FIRST: Duration = Duration::from_secs(1);
 const TRIAL_LONGEST: Duration = Duration::from_secs(8);
+/// A doubt of traffic's that comes back this soon after a probe denied it is for traffic to settle.
+const DENIAL: Duration = Duration::from_secs(10);
 /// A return to `down` within this many holds of the last return is a relapse.
 const RELAPSE_HOLDS: u32 = 10;
 
@@ -199,6 +201,8 @@ pub struct Policy {
     pub ramp: Duration,
     /// How deep the probe looks; `None` without a probe.
     pub probe_depth: Option<Depth>,
+    /// Whether it looks at another port: then it cannot deny what traffic saw.
+    pub probe_elsewhere: bool,
 }
 
 /// Failures of one kind in a row.
@@ -281,6 +285,9 @@ pub struct Health {
     probe_failures: u32,
     /// How deep the last failed probe came.
     probe_failed: Depth,
+    /// When a probe last cleared what traffic had seen, and whether it has lost its say by doing so too often.
+    cleared_by_probe: Option<Time>,
+    probe_distrusted: bool,
     successes: u32,
     loss_quick: f64,
     loss_slow: f64,
@@ -307,6 +314,8 @@ impl Health {
             last_failure: Time(0),
             probe_failures: 0,
             probe_failed: Depth::Connect,
+            cleared_by_probe: None,
+            probe_distrusted: false,
             successes: 0,
             loss_quick: 0.0,
             loss_slow: 0.0,
@@ -360,7 +369,7 @@ impl Health {
 
     /// Deepest depth at which a run of failures is open: a success that deep must come through [`Health::step`].
     pub fn open_run(&self) -> Option<Depth> {
-        if self.resets.run.count > 0 {
+        if self.resets.run.count > 0 || self.probe_failures > 0 && self.probe_failed == Depth::FirstByte {
             Some(Depth::FirstByte)
         } else if self.refusals > 0 || self.silence.count > 0 || self.probe_failures > 0 {
             Some(Depth::Connect)
@@ -373,11 +382,26 @@ impl Health {
     /// or nothing is wrong.
     pub fn trial_at(&self, policy: &Policy) -> Option<Time> {
         let doubted = matches!(self.state, State::Suspect | State::Down);
-        let out_of_sight = policy.probe_depth.is_none_or(|depth| depth < self.blamed);
-        (doubted && out_of_sight).then(|| match self.state {
+        (doubted && self.out_of_sight(policy)).then(|| match self.state {
             State::Down => self.trial_at.max(self.hold_until),
             _ => self.trial_at,
         })
+    }
+
+    /// Whether no probe can clear what speaks against the backend.
+    fn out_of_sight(&self, policy: &Policy) -> bool {
+        policy.probe_depth.is_none_or(|depth| depth < self.blamed)
+            || self.seen_by_traffic && (policy.probe_elsewhere || self.probe_distrusted)
+    }
+
+    /// Takes over another policy: nothing may be blamed so deep that neither traffic nor the new probe can clear it.
+    pub fn adopt(&mut self, policy: &Policy, now: Time) {
+        self.blamed = self.blamed.min(policy.probe_depth.unwrap_or(Depth::FirstByte).max(Depth::FirstByte));
+        if policy.probe_depth.is_none() && self.state == State::Unknown {
+            self.state = State::Up;
+            self.since = now;
+        }
+        self.hold = self.hold.clamp(policy.hold_first, policy.hold_longest);
     }
 
     /// Notes that a trial is under way, so that the next waits for its pause.
@@ -397,7 +421,7 @@ impl Health {
         let settled = matches!(self.state, State::Unknown | State::Up | State::Returning);
         // Evidence older than a doubt does not settle it.
         let current = settled || evidence.began >= self.since;
-        if !current {
+        if !current || !settled && evidence.source == Source::Probe && self.out_of_sight(policy) {
             return None;
         }
         if settled {
@@ -422,6 +446,9 @@ impl Health {
             State::Returning => None,
             State::Suspect if evidence.depth >= self.blamed => {
                 let long = now.since(self.since) >= policy.hold_first;
+                if evidence.source == Source::Probe && self.seen_by_traffic {
+                    self.cleared_by_probe = Some(now);
+                }
                 self.enter(if long { State::Returning } else { State::Up }, cause(1), policy, now)
             }
             State::Down if evidence.depth >= self.blamed => {
@@ -480,13 +507,20 @@ impl Health {
                 }
                 self.blamed = evidence.depth;
                 self.seen_by_traffic = !probe;
+                // A probe that denied the same a moment ago does not see what clients see.
+                self.probe_distrusted = !probe && self.cleared_by_probe.is_some_and(|at| now.since(at) < DENIAL);
                 self.trial_pause = TRIAL_FIRST;
                 self.trial_at = now + TRIAL_FIRST;
                 self.enter(if fallen { State::Down } else { State::Suspect }, cause, policy, now)
             }
             State::Suspect => {
-                self.blamed = self.blamed.max(evidence.depth);
+                let isolated = matches!(evidence.seen, Seen::Reset(_)) && !probe && !self.resets.convincing();
+                if !isolated {
+                    self.blamed = self.blamed.max(evidence.depth);
+                }
                 self.seen_by_traffic |= !probe;
+                // A probe that agrees has its say again.
+                self.probe_distrusted &= !probe;
                 self.postpone_trial(evidence, now);
                 let fallen = probe && self.probe_failures >= policy.fall && self.beyond_loss(evidence, SUSPECT_ODDS);
                 let enough = self.silence.count >= DOWN_LEAST.max(needed(self.loss(), DOWN_ODDS));
@@ -550,6 +584,7 @@ impl Health {
             self.first_failure = None;
             self.blamed = Depth::Connect;
             self.seen_by_traffic = false;
+            self.probe_distrusted = false;
         }
         self.state = to;
         self.since = now;

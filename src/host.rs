@@ -49,8 +49,8 @@ pub struct Host {
     pub probe_late: Histogram,
     /// Whether the listeners are going to close.
     pub stopping: AtomicBool,
-    /// Per worker: the last beat in milliseconds, share of the last second spent busy (in 1/1000), last lag (in us).
-    pub beats: Vec<[AtomicU64; 3]>,
+    /// Per worker: the last beat in milliseconds, share of the last second spent busy (in 1/1000), last lag (in us), sessions.
+    pub beats: Vec<[AtomicU64; 4]>,
 }
 
 impl Host {

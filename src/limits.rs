@@ -23,11 +23,9 @@ pub struct Permit(Arc<Gauge>);
 impl Gauge {
     /// Takes one if fewer than `limit` are in use.
     pub fn take(self: &Arc<Self>, limit: u32) -> Option<Permit> {
-        if self.used.fetch_add(1, Relaxed) >= limit {
-            self.give_back();
-            return None;
-        }
-        Some(Permit(self.clone()))
+        // A refusal leaves the gauge alone: it must not look like a place that became free.
+        let taken = self.used.fetch_update(Relaxed, Relaxed, |used| (used < limit).then_some(used + 1));
+        taken.is_ok().then(|| Permit(self.clone()))
     }
 
     /// How many are in use.
@@ -106,6 +104,7 @@ impl Window {
 pub struct Budget {
     clients: Window,
     extras: Window,
+    trials: Window,
     refused: AtomicU64,
 }
 
@@ -123,6 +122,15 @@ impl Budget {
         }
         self.refused.fetch_add(1, Relaxed);
         false
+    }
+
+    /// Takes one token for a trial of a doubtful backend: one in a hundred clients, and at least one a second.
+    pub fn trial(&self, now: Time) -> bool {
+        let allowed = self.trials.sum(now) < (self.clients.sum(now) / 100).max(Window::SECONDS);
+        if allowed {
+            self.trials.add(now);
+        }
+        allowed
     }
 
     /// How many extra attempts were refused.

@@ -38,20 +38,14 @@ const QUIET: Duration = Duration::from_millis(50);
 /// But it is closed after this long at the latest.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// Binds `address` once for each worker.
+/// Binds `address` once for each worker. `shared` says that another of our own sockets covers it.
 ///
 /// # Errors
 /// What bind(2) and listen(2) say; "address in use" also when another process of ours has it.
-pub fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<StdListener>> {
+pub fn bind(address: SocketAddr, workers: usize, shared: bool) -> io::Result<Vec<StdListener>> {
     // SO_REUSEPORT would let a second instance in beside the first and take half of its connections. A bind
     // without it fails when anybody has the address, so it is tried first.
-    let probe = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), Some(Protocol::TCP))?;
-    options(&probe, address)?;
-    probe.bind(&address.into())?;
-    probe.listen(1)?;
-    // Port 0 stands for any free one; the workers share the one that was found.
-    let address = probe.local_addr()?.as_socket().unwrap_or(address);
-    drop(probe);
+    let address = if shared { address } else { try_alone(address)? };
     (0..workers)
         .map(|_| {
             let socket =
@@ -66,6 +60,15 @@ pub fn bind(address: SocketAddr, workers: usize) -> io::Result<Vec<StdListener>>
             Ok(socket.into())
         })
         .collect()
+}
+
+/// Binds alone for a moment. Port 0 stands for any free one, and becomes the one that was found.
+fn try_alone(address: SocketAddr) -> io::Result<SocketAddr> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), Some(Protocol::TCP))?;
+    options(&socket, address)?;
+    socket.bind(&address.into())?;
+    socket.listen(1)?;
+    Ok(socket.local_addr()?.as_socket().unwrap_or(address))
 }
 
 fn options(socket: &Socket, address: SocketAddr) -> io::Result<()> {
@@ -94,7 +97,13 @@ pub type Stop = watch::Receiver<bool>;
 /// `bind` is the address as configured, by which each table knows its listener.
 pub async fn accept(socket: TcpListener, bind: SocketAddr, host: Arc<Host>, mut stop: Stop) {
     let mut cache = arc_swap::Cache::new(host.live.clone());
-    let Some(mut listener) = cache.load().listeners.get(&bind).cloned() else { return };
+    let Some(mut listener) = cache.load().listeners.get(&bind).cloned() else {
+        // Bound and given up again before this worker came to it.
+        while let Some((client, _)) = accept_now(&socket).await {
+            tcp::reset(&client);
+        }
+        return;
+    };
     let mut generation = cache.load().generation;
     let mut pause = PAUSE_FIRST;
     let mut at_cap_since: Option<Instant> = None;
@@ -113,12 +122,15 @@ pub async fn accept(socket: TcpListener, bind: SocketAddr, host: Arc<Host>, mut 
             refresh(&mut listener, &mut generation, cache.load(), bind);
             continue;
         }
-        at_cap_since = None;
         let accepted = {
             let mut stopped = pin!(stopped(&mut stop));
             poll_fn(|context| match socket.poll_accept(context) {
                 Poll::Ready(accepted) => Poll::Ready(Some(accepted)),
-                Poll::Pending => stopped.as_mut().poll(context).map(|()| None),
+                Poll::Pending => {
+                    // Nobody waits any more; a place that was free for a moment would not prove that.
+                    at_cap_since = None;
+                    stopped.as_mut().poll(context).map(|()| None)
+                }
             })
             .await
         };
@@ -181,6 +193,8 @@ fn admit(client: TcpStream, peer: SocketAddr, listener: &Arc<Listener>, host: &A
                     tokio::select! {
                         () = freed => {}
                         () = freed_here => {}
+                        // A place freed between our try and our wait is found here.
+                        () = sleep(CAP_LOOK) => {}
                         () = sleep_until(deadline) => {
                             listener.shared.ends[End::Cap as usize].add(1);
                             return tcp::reset(&client);
@@ -193,8 +207,8 @@ fn admit(client: TcpStream, peer: SocketAddr, listener: &Arc<Listener>, host: &A
 }
 
 fn permits(listener: &Listener, host: &Host) -> Option<[Permit; 2]> {
-    let of_process = host.connections.take(host.max_connections.load(Relaxed))?;
     let of_listener = listener.shared.connections.take(listener.max_connections)?;
+    let of_process = host.connections.take(host.max_connections.load(Relaxed))?;
     Some([of_process, of_listener])
 }
 
@@ -247,14 +261,14 @@ struct AtCap<'a>(&'a Listener);
 
 impl<'a> AtCap<'a> {
     fn new(listener: &'a Listener) -> AtCap<'a> {
-        listener.shared.at_cap.store(true, Relaxed);
+        listener.shared.at_cap.fetch_add(1, Relaxed);
         AtCap(listener)
     }
 }
 
 impl Drop for AtCap<'_> {
     fn drop(&mut self) {
-        self.0.shared.at_cap.store(false, Relaxed);
+        self.0.shared.at_cap.fetch_sub(1, Relaxed);
     }
 }
 

@@ -228,6 +228,8 @@ pub struct AccessRecord {
     pub first_byte: Option<Duration>,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// Bytes were taken from one side that the other did not get; not a key of the line.
+    pub cut: bool,
 }
 
 /// The backend that served a connection.
@@ -253,6 +255,7 @@ impl AccessRecord {
             first_byte: None,
             bytes_in: 0,
             bytes_out: 0,
+            cut: false,
         }
     }
 }

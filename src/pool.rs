@@ -28,6 +28,9 @@ use crate::metrics::{Histogram, TIME_BOUNDS};
 const OVERPROVISION: f64 = 1.4;
 /// While a ramp is under way, or all are down, a plan is good for this long.
 const PLAN_MOVING: Duration = Duration::from_millis(100);
+/// A plan of more members than this is good for at least so long.
+const PLAN_SMALL: usize = 256;
+const PLAN_LEAST: Duration = Duration::from_millis(5);
 /// Draws before a cell is searched one by one; a search happens only when most of a cell was tried or is full.
 const DRAWS: usize = 4;
 /// `least_connections` looks at all backends of a cell up to this many, and at as many random ones beyond.
@@ -154,6 +157,8 @@ struct CellPlan {
     share: f64,
     /// How much of its own clients the cell keeps, 0 to 1.
     keeps: f64,
+    /// The same if nothing were drained; negative when everything is.
+    could_keep: f64,
     /// Mean ramp share of the fit members, 0 to 1.
     ramp: f64,
     fit: Vec<usize>,
@@ -290,11 +295,7 @@ impl Pool {
 
     /// Whether some backend other than `id` is fit; used before sessions are reset.
     pub fn has_other_fit(&self, id: u64) -> bool {
-        let plan = self.plan.load();
-        plan.cells
-            .iter()
-            .flat_map(|cell| &cell.fit)
-            .any(|&m| self.members[m].backend.id != id && self.members[m].backend.fit())
+        self.members.iter().any(|member| member.backend.id != id && member.backend.fit())
     }
 
     /// Shares of all cells as configured and as they are now, each 0 to 1.
@@ -314,7 +315,9 @@ impl Pool {
     fn plan(&self, now: Time) -> arc_swap::Guard<Arc<Plan>> {
         let plan = self.plan.load();
         let epoch = self.shared.epoch.load(Relaxed);
-        let stale = plan.epoch != epoch || plan.moving && now.since(plan.built) >= PLAN_MOVING;
+        // In a large pool many transitions of one moment share a plan; every candidate is checked again anyway.
+        let settled = self.members.len() <= PLAN_SMALL || now.since(plan.built) >= PLAN_LEAST || plan.epoch == 0;
+        let stale = plan.epoch != epoch && settled || plan.moving && now.since(plan.built) >= PLAN_MOVING;
         if !stale {
             return plan;
         }
@@ -354,9 +357,10 @@ impl Pool {
                 if member.backend.awaits_trial() {
                     plan.trials.push(index);
                 }
-                match member.backend.view().state {
+                let view = member.backend.view();
+                match view.state {
                     State::Up | State::Returning => {
-                        let ramp = member.backend.ramp_share(policy, now);
+                        let ramp = view.ramp_share(policy, now);
                         plan.moving |= ramp < 1.0;
                         part.fit.push(index);
                         weights.push(weight * ramp);
@@ -374,7 +378,9 @@ impl Pool {
                 part.turns = turns(&part.fit, &weights);
             }
             part.draw = Alias::new(&weights);
-            ready_weights.push((ready, if ready > 0.0 { (OVERPROVISION * fit / ready).min(1.0) } else { 0.0 }));
+            let could_keep = if ready > 0.0 { (OVERPROVISION * fit / ready).min(1.0) } else { 0.0 };
+            part.could_keep = if ready > 0.0 { could_keep } else { -1.0 };
+            ready_weights.push((ready, could_keep));
             plan.cells.push(part);
         }
         self.share_out(&mut plan, &ready_weights);
@@ -450,7 +456,7 @@ impl Pool {
                 }
             }
             Balance::RoundRobin => {
-                for _ in 0..DRAWS {
+                for _ in 0..DRAWS.min(part.turns.len()) {
                     let turn = self.cells[cell].turn.fetch_add(1, Relaxed);
                     let member = part.turns[turn % part.turns.len()];
                     if self.open(member, want, states, full) {
@@ -533,7 +539,7 @@ impl Pool {
     fn pinned(&self, plan: &Plan, pin: u64, now: Time) -> Option<Choice> {
         for (position, &tier) in plan.tiers.iter().enumerate() {
             let mut ranked: Vec<(f64, usize)> = (0..self.cells.len())
-                .filter(|&i| self.cells[i].tier == tier && self.cell_ready(i))
+                .filter(|&i| self.cells[i].tier == tier && plan.cells[i].could_keep >= 0.0)
                 .map(|i| (f64::from(self.cells[i].weight) / -unit(pin, self.cells[i].hash).ln(), i))
                 .collect();
             ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
@@ -542,12 +548,13 @@ impl Pool {
             });
             for (place, &(_, cell)) in ranked.iter().enumerate() {
                 let part = &plan.cells[cell];
-                let kept = unit(pin, self.cells[cell].hash ^ 1) < part.keeps;
+                let place_of_pin = unit(pin, self.cells[cell].hash ^ 1);
+                let kept = place_of_pin < part.keeps;
                 if let Some(choice) = self.pinned_in(part, cell, pin, kept, now) {
                     return Some(choice);
                 }
-                // What this cell cannot carry is the next tier's, when there is one.
-                if later_fit && place == 0 {
+                // What this cell cannot carry is the next tier's, when there is one; what is drained is its siblings'.
+                if later_fit && place == 0 && place_of_pin >= part.could_keep {
                     break;
                 }
             }
@@ -578,14 +585,13 @@ impl Pool {
                 _ => {}
             }
         }
-        let fit = part.fit.first().filter(|_| kept)?;
-        Some(Choice::Member(*fit)).filter(|_| self.has_room(*fit) && self.members[*fit].backend.fit())
-    }
-
-    fn cell_ready(&self, cell: usize) -> bool {
-        // A drained cell is looked at through its first members only: a drain of a cell takes all of them.
-        self.cells[cell].members.clone().take(8).any(|m| !self.members[m].backend.drained.load(Relaxed))
-            || self.cells[cell].members.len() > 8
+        // Most of the cell is gone: the rest share its clients, each client always with the same one.
+        if !kept || part.fit.is_empty() {
+            return None;
+        }
+        let start = (xxh3_64_with_seed(&pin.to_le_bytes(), u64::MAX) % part.fit.len() as u64) as usize;
+        let near = (0..part.fit.len().min(DRAWS)).map(|i| part.fit[(start + i) % part.fit.len()]);
+        near.into_iter().find(|&m| self.has_room(m) && self.members[m].backend.fit()).map(Choice::Member)
     }
 
     /// Whether a member may be taken now.

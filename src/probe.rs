@@ -21,6 +21,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::backend::Backend;
 use crate::clock;
 use crate::config::{Probe, ProbeKind};
+use crate::dial;
 use crate::health::{Blame, Depth, Evidence, Seen, Source, State};
 use crate::host::Host;
 use crate::pool::Policy;
@@ -89,6 +90,10 @@ impl Probers {
             let keep = wanted.contains_key(key);
             if !keep {
                 prober.task.abort();
+                for target in prober.targets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                    *target.backend.prober.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    target.backend.next_probe_ms.store(0, Relaxed);
+                }
                 stopped += 1;
             }
             keep
@@ -138,13 +143,12 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
         let now = clock::now();
         let verdict = match result {
             Ok(Ok(())) => Some(None),
-            Ok(Err(Failed::Error(error))) if reached == Depth::Connect && host.local_errors.count(&error) => None,
+            Ok(Err(Failed::AtOnce(error))) if !dial::is_refusal(&error) || host.local_errors.count(&error) => None,
+            Ok(Err(Failed::AtOnce(_))) => Some(Some(Seen::Refused)),
             Ok(Err(Failed::Error(error))) if reached == Depth::Connect && error.kind() == io::ErrorKind::TimedOut => {
                 Some(Some(Seen::Silent))
             }
-            Ok(Err(Failed::Error(error)))
-                if reached == Depth::Connect && error.kind() != io::ErrorKind::ConnectionReset =>
-            {
+            Ok(Err(Failed::Error(error))) if reached == Depth::Connect && !dial::is_reset(&error) => {
                 Some(Some(Seen::Refused))
             }
             Ok(Err(Failed::Error(_))) => Some(Some(Seen::Reset(Blame { prefix: 0, others: false, elsewhere: 0.0 }))),
@@ -192,6 +196,8 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
 }
 
 enum Failed {
+    /// Before any packet had an answer: by this machine, unless it says that the backend refused.
+    AtOnce(io::Error),
     Error(io::Error),
     Wrong,
 }
@@ -209,7 +215,9 @@ async fn ask(
     reached: &mut Depth,
     handshake: &mut Option<Duration>,
 ) -> Result<(), Failed> {
-    let mut stream = TcpStream::from_std(tcp::connect(key.address, source)?.into())?;
+    let mut stream = tcp::connect(key.address, source)
+        .and_then(|socket| TcpStream::from_std(socket.into()))
+        .map_err(Failed::AtOnce)?;
     // Whenever it is dropped from here on, it is closed by a reset.
     tcp::reset(&stream);
     stream.writable().await?;

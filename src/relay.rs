@@ -62,6 +62,8 @@ pub struct Carried {
     pub answered: Option<Instant>,
     /// Whether the client finished or reset before the backend did.
     pub client_left_first: bool,
+    /// Whether bytes were taken from one side that the other did not get: then a clean close would be a lie.
+    pub cut: bool,
 }
 
 /// What is worth knowing at the moment it happens.
@@ -91,10 +93,10 @@ struct Direction {
     done: bool,
 }
 
-/// Which of the two sockets of a direction failed.
+/// Which of the two sockets of a direction failed; of the sink, how.
 enum Broken {
     Source,
-    Sink,
+    Sink(io::ErrorKind),
 }
 
 /// Relays until the session ends, and says how. `begin` is this moment.
@@ -120,6 +122,7 @@ pub async fn relay(
     let mut seen = 0;
     timer.as_mut().reset(begin + every);
     let mut first_poll = true;
+    let mut server_reset = false;
 
     let end = poll_fn(|context| {
         if !registered {
@@ -137,7 +140,9 @@ pub async fn relay(
                     return Poll::Ready(End::ClientReset);
                 }
                 // The backend takes no more, but may have answered.
-                Poll::Ready(Err(Broken::Sink)) => {
+                Poll::Ready(Err(Broken::Sink(how))) => {
+                    // This write has taken the socket's error away: its reads would end as if all were well.
+                    server_reset = how != io::ErrorKind::BrokenPipe;
                     up = Direction { moved: up.moved, done: true, ..Direction::default() };
                 }
                 Poll::Pending => {}
@@ -162,6 +167,9 @@ pub async fn relay(
                     if down.moved == 0 && !carried.client_left_first {
                         notice(Notice::Unanswered, carried);
                     }
+                    if server_reset {
+                        return Poll::Ready(End::BackendReset);
+                    }
                 }
                 Poll::Ready(Err(Broken::Source)) => {
                     if down.moved == 0 && !carried.client_left_first {
@@ -169,7 +177,7 @@ pub async fn relay(
                     }
                     return Poll::Ready(End::BackendReset);
                 }
-                Poll::Ready(Err(Broken::Sink)) => return Poll::Ready(End::ClientReset),
+                Poll::Ready(Err(Broken::Sink(_))) => return Poll::Ready(End::ClientReset),
                 Poll::Pending => {}
             }
         }
@@ -182,7 +190,8 @@ pub async fn relay(
             waits = waits_now;
             session.set_waits(waits);
         }
-        let half = up.done || down.done || up.finished || down.finished;
+        // Who has something to write waits for its peer, not for the other side's last words.
+        let half = (up.done || down.done || up.finished || down.finished) && waits == 0;
         let bound = if half { bounds.half_close.min(bounds.idle) } else { bounds.idle };
         let piped = up.pipe.is_some() || down.pipe.is_some();
         let wanted = if piped { tick(bound).min(Duration::from_secs(1)) } else { tick(bound) };
@@ -192,14 +201,14 @@ pub async fn relay(
             timer.as_mut().reset(Instant::now() + every);
         }
         while timer.as_mut().poll(context).is_ready() {
-            if up.moved + down.moved == seen {
+            if up.delivered() + down.delivered() == seen {
                 quiet += every;
                 up.release_pipe();
                 down.release_pipe();
             } else {
                 quiet = Duration::ZERO;
             }
-            seen = up.moved + down.moved;
+            seen = up.delivered() + down.delivered();
             if quiet >= bound {
                 return Poll::Ready(if half { End::HalfClosed } else { End::Idle });
             }
@@ -210,6 +219,7 @@ pub async fn relay(
     })
     .await;
     (carried.up, carried.down) = (up.moved, down.moved);
+    carried.cut = up.held() + down.held() > 0;
     end
 }
 
@@ -230,8 +240,8 @@ impl Direction {
     ) -> Poll<Result<(), Broken>> {
         for _ in 0..TURN {
             self.waits = true;
-            ready!(self.poll_aside(context, sink)).map_err(|_| Broken::Sink)?;
-            ready!(self.poll_pipe(context, sink, host)).map_err(|_| Broken::Sink)?;
+            ready!(self.poll_aside(context, sink)).map_err(|error| Broken::Sink(error.kind()))?;
+            ready!(self.poll_pipe(context, sink, host)).map_err(|error| Broken::Sink(error.kind()))?;
             self.waits = false;
             if self.finished {
                 self.release_pipe();
@@ -284,7 +294,7 @@ impl Direction {
             self.cautious = false;
             let taken = match Pin::new(sink).poll_write(context, bytes) {
                 Poll::Ready(Ok(taken)) => taken,
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Broken::Sink)),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::Sink(error.kind()))),
                 Poll::Pending => 0,
             };
             if taken < bytes.len() {
@@ -335,7 +345,7 @@ impl Direction {
                 }
                 Ok(n) => {
                     self.moved += n as u64;
-                    self.small_fills = if n < SMALL_FILL { self.small_fills + 1 } else { 0 };
+                    self.small_fills = if n < SMALL_FILL { self.small_fills.saturating_add(1) } else { 0 };
                     if self.small_fills >= SMALL_FILLS {
                         self.full_reads = 0;
                     }
@@ -352,6 +362,16 @@ impl Direction {
                 Err(_) => return Poll::Ready(Err(Broken::Source)),
             }
         }
+    }
+
+    /// Bytes taken from the source and not yet by the sink.
+    fn held(&self) -> u64 {
+        (self.aside.len() - self.written + self.pipe.as_ref().map_or(0, Pipe::held)) as u64
+    }
+
+    /// Bytes that the sink has taken.
+    fn delivered(&self) -> u64 {
+        self.moved - self.held()
     }
 
     /// Gives an empty pipe back.

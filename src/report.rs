@@ -56,6 +56,7 @@ pub fn status(host: &Host, info: &Info) -> Value {
         .map(|beat| {
             json!({
                 "busy": beat[1].load(Relaxed) as f64 / 1e3,
+                "connections": beat[3].load(Relaxed),
                 "lag_ms": beat[2].load(Relaxed) as f64 / 1e3,
                 "beat_ms_ago": (clock::now().0 / 1_000).saturating_sub(beat[0].load(Relaxed)),
             })
@@ -199,7 +200,7 @@ fn listeners_status(table: &Table, info: &Info) -> Vec<Value> {
                 "local": local,
                 "pool": &*listener.pool.name,
                 "connections": listener.shared.connections.used(),
-                "at_cap": listener.shared.at_cap.load(Relaxed),
+                "at_cap": listener.shared.at_cap.load(Relaxed) > 0,
             }))
         })
         .collect()

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -65,6 +65,8 @@ impl Fatal {
 
 /// Held by a helper while it writes the drains.
 static WRITING: Mutex<()> = Mutex::new(());
+/// Whether a writer waits for its turn.
+static UNWRITTEN: AtomicBool = AtomicBool::new(false);
 
 struct Bound {
     stop: watch::Sender<bool>,
@@ -98,6 +100,8 @@ struct Control {
     admin_http: Option<(SocketAddr, JoinHandle<()>)>,
     /// Where drains are kept over a restart; `None` when the service manager gave no place.
     state: Option<PathBuf>,
+    /// The admin socket that is open, which is not the file's when that has changed since.
+    socket: Option<PathBuf>,
 }
 
 /// Runs the program until it is told to stop.
@@ -143,9 +147,10 @@ async fn serve(
     let table = prepared.table.clone();
     let host = Arc::new(Host::new(table.clone(), workers, logger.access()));
     host.set_limits(prepared.limits);
-    let mut sockets = Vec::new();
+    let mut sockets: Vec<(SocketAddr, Vec<std::net::TcpListener>)> = Vec::new();
     for bind in table.listeners.keys() {
-        sockets.push((*bind, bind_for(*bind, workers).map_err(other)?));
+        let shared = shares_port(*bind, sockets.iter().map(|(bind, _)| bind));
+        sockets.push((*bind, bind_for(*bind, workers, shared).map_err(other)?));
     }
     let (ended, mut worker_ended) = mpsc::unbounded_channel();
     let workers = (0..workers)
@@ -169,6 +174,7 @@ async fn serve(
         reloading: Reloading::default(),
         admin,
         admin_http: None,
+        socket: None,
         state: state_directory().map(|directory| directory.join("drains.json")),
     };
     control.restore_drains(&table);
@@ -328,9 +334,11 @@ impl Control {
             return Err(errors);
         }
         let table = prepared.table;
-        let mut sockets = Vec::new();
+        let mut sockets: Vec<(SocketAddr, Vec<std::net::TcpListener>)> = Vec::new();
         for bind in table.listeners.keys().filter(|bind| !self.bound.contains_key(bind)) {
-            sockets.push((*bind, bind_for(*bind, self.workers.len()).map_err(|error| vec![error])?));
+            let ours = self.bound.keys().chain(sockets.iter().map(|(bind, _)| bind));
+            let shared = shares_port(*bind, ours);
+            sockets.push((*bind, bind_for(*bind, self.workers.len(), shared).map_err(|error| vec![error])?));
         }
         let before = self.host.live.load_full();
         if table.config.admin.http != before.config.admin.http {
@@ -340,6 +348,12 @@ impl Control {
         self.apply_drains(&table);
         self.host.set_limits(prepared.limits);
         self.host.live.store(table.clone());
+        for pool in &table.pools {
+            let before = before.pools.iter().find(|old| old.name == pool.name);
+            if before.is_some_and(|old| old.policy.health != pool.policy.health) {
+                pool.members.iter().for_each(|member| member.backend.adopt(&pool.policy.health, clock::now()));
+            }
+        }
 
         for (bind, sockets) in sockets {
             tracing::info!(%bind, "listening");
@@ -398,7 +412,8 @@ impl Control {
             since: humantime::format_rfc3339_seconds(wall).to_string(),
             until: until.and_then(|until| Some(until.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs())),
         };
-        let text = format!("drained {}", drain.cell);
+        let kept = if self.state.is_some() { "" } else { " (until the process ends: there is no state directory)" };
+        let text = format!("drained {}{kept}", drain.cell);
         self.with_info(|info| info.drains.add(drain.clone(), &table, order.force))?;
         self.apply_drains(&table);
         self.keep_drains();
@@ -439,10 +454,15 @@ impl Control {
     /// Writes the drains where the next process will look, on a helper thread.
     fn keep_drains(&self) {
         let Some(path) = self.state.clone() else { return };
+        // A writer that has not begun yet will write this too: a stalled disk holds two helpers at most.
+        if UNWRITTEN.swap(true, Relaxed) {
+            return;
+        }
         let info = self.info.clone();
         tokio::task::spawn_blocking(move || {
             // One writer after the other, each with the newest drains: the file ends as the newest.
             let _alone = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+            UNWRITTEN.store(false, Relaxed);
             let drains = info.lock().unwrap_or_else(PoisonError::into_inner).drains.clone();
             if let Err(error) = drain::write(&path, &drains) {
                 tracing::warn!("{error}; the drains will not survive a restart");
@@ -517,6 +537,7 @@ impl Control {
                 let listener =
                     tokio::net::UnixListener::from_std(listener).map_err(|error| format!("admin socket: {error}"))?;
                 tokio::spawn(self.admin.clone().serve_unix(listener));
+                self.socket = Some(admin.socket.clone());
             }
             Err(error) if admin.socket_given => return Err(error),
             Err(error) => tracing::warn!("{error}; serving without it (name another with admin.socket)"),
@@ -556,7 +577,7 @@ impl Control {
             quiet = if self.host.connections.used() == 0 { quiet + 1 } else { 0 };
         }
         let left = self.host.connections.used();
-        if let Some(path) = self.host.live.load().config.admin.socket.to_str() {
+        if let Some(path) = &self.socket {
             let _ = std::fs::remove_file(path);
         }
         left
@@ -569,8 +590,13 @@ fn state_directory() -> Option<PathBuf> {
     directory.is_absolute().then_some(directory)
 }
 
-fn bind_for(bind: SocketAddr, workers: usize) -> Result<Vec<std::net::TcpListener>, String> {
-    listen::bind(bind, workers).map_err(|error| format!("listener {bind}: cannot be bound: {error}"))
+/// Whether one of our own addresses covers this one, or the other way round: 0.0.0.0:443 and 10.0.0.1:443.
+fn shares_port<'a>(bind: SocketAddr, mut ours: impl Iterator<Item = &'a SocketAddr>) -> bool {
+    ours.any(|other| other.port() == bind.port() && other.is_ipv4() == bind.is_ipv4() && bind.port() != 0)
+}
+
+fn bind_for(bind: SocketAddr, workers: usize, shared: bool) -> Result<Vec<std::net::TcpListener>, String> {
+    listen::bind(bind, workers, shared).map_err(|error| format!("listener {bind}: cannot be bound: {error}"))
 }
 
 /// Tells the service manager; without one it does nothing.

@@ -46,7 +46,10 @@ struct Entry {
     client: RawFd,
     server: RawFd,
     waits: u8,
+    /// Since when a look finds bytes unacknowledged, and no acknowledgement since: towards client and backend.
+    unacked: [Option<Time>; 2],
     kept_alive: bool,
+    doomed: bool,
     ended: Option<End>,
     waker: Option<Waker>,
 }
@@ -63,7 +66,18 @@ pub struct Handle(usize);
 
 /// Enters a session; both descriptors must stay open while the handle lives.
 pub fn enter(backend: Arc<Backend>, policy: Arc<Policy>, client: RawFd, server: RawFd) -> Handle {
-    let entry = Entry { backend, policy, client, server, waits: 0, kept_alive: false, ended: None, waker: None };
+    let entry = Entry {
+        backend,
+        policy,
+        client,
+        server,
+        waits: 0,
+        unacked: [None; 2],
+        kept_alive: false,
+        doomed: false,
+        ended: None,
+        waker: None,
+    };
     Handle(SESSIONS.with(|sessions| sessions.borrow_mut().insert(entry)))
 }
 
@@ -103,10 +117,12 @@ pub fn count() -> usize {
 /// The look at all sessions, once a second.
 ///
 /// A session that waits to write is asked about each time. The others may have bytes on the way too, in the
-/// kernel's buffer; each is asked about once in [`ROUNDS`] looks.
+/// kernel's buffer; each is asked about once in `ROUNDS` looks.
 pub fn inspect(table: &Table, now: Time) {
     let round = now.seconds() as usize % ROUNDS;
     let mut another_is_fit: HashMap<u64, bool> = HashMap::new();
+    // Each look finds all of them anew.
+    DOOMED.with(|doomed| doomed.borrow_mut().clear());
     SESSIONS.with(|sessions| {
         let mut sessions = sessions.borrow_mut();
         for (key, entry) in sessions.iter_mut().filter(|(_, entry)| entry.ended.is_none()) {
@@ -118,16 +134,27 @@ pub fn inspect(table: &Table, now: Time) {
                 }
             }
             let turn = key % ROUNDS == round;
-            if (turn || entry.waits & WAITS_CLIENT != 0) && silent(entry.client, entry.policy.unacked) {
+            let down = entry.policy.on_down != OnDown::Keep && entry.backend.view().state == State::Down;
+            let fds = [entry.client, entry.server];
+            let mut silent = [Duration::ZERO; 2];
+            for (side, wait) in [WAITS_CLIENT, WAITS_BACKEND].into_iter().enumerate() {
+                let due = turn || entry.waits & wait != 0 || entry.unacked[side].is_some() || down && side == 1;
+                if due {
+                    silent[side] = silence(fds[side], &mut entry.unacked[side], now);
+                }
+            }
+            entry.doomed = false;
+            if silent[0] >= entry.policy.unacked {
                 end(entry, End::ClientStuck);
-            } else if (turn || entry.waits & WAITS_BACKEND != 0) && silent(entry.server, entry.policy.unacked) {
+            } else if silent[1] >= entry.policy.unacked {
                 end(entry, End::BackendStuck);
-            } else if entry.policy.on_down != OnDown::Keep && entry.backend.view().state == State::Down {
+            } else if down {
                 let fit = another_is_fit.entry(entry.backend.id).or_insert_with(|| {
                     let pool = table.pools.iter().find(|pool| pool.name == entry.backend.shared.name);
                     pool.is_some_and(|pool| pool.has_other_fit(entry.backend.id))
                 });
-                if *fit && doomed(entry, now) {
+                if *fit && doomed(entry, silent[1], now) {
+                    entry.doomed = true;
                     DOOMED.with(|doomed| doomed.borrow_mut().push_back(key));
                 }
             }
@@ -144,9 +171,9 @@ pub fn reset_doomed(most: usize) -> usize {
             let mut doomed = doomed.borrow_mut();
             while done < most {
                 let Some(key) = doomed.pop_front() else { break };
-                // The place may have been given to another session since; that one is judged by its own backend.
+                // The place may have been given to another session since, and the backend may be back.
                 let Some(entry) = sessions.get_mut(key) else { continue };
-                if entry.ended.is_none() && entry.backend.view().state == State::Down {
+                if entry.doomed && entry.ended.is_none() && entry.backend.view().state == State::Down {
                     end(entry, End::BackendDown);
                     done += 1;
                 }
@@ -163,7 +190,7 @@ pub fn any_doomed() -> bool {
 
 /// Whether the session of a down backend has to end. What probes alone said never resets a session that does
 /// not show the failure itself; what a probe said about content never resets any.
-fn doomed(entry: &Entry, now: Time) -> bool {
+fn doomed(entry: &Entry, silent: Duration, now: Time) -> bool {
     let health = entry.backend.health();
     let by_traffic = health.seen_by_traffic();
     if !by_traffic && health.blamed() == Depth::Answer {
@@ -171,15 +198,28 @@ fn doomed(entry: &Entry, now: Time) -> bool {
     }
     match entry.policy.on_down {
         OnDown::Reset if by_traffic => true,
-        OnDown::Reset | OnDown::Stuck => silent(entry.server, STUCK),
+        OnDown::Reset | OnDown::Stuck => silent >= STUCK,
         OnDown::Drain => now.since(health.since()) >= entry.policy.drain,
         OnDown::Keep => false,
     }
 }
 
-/// Whether bytes were sent that the peer's kernel has not acknowledged, and nothing was for `long`.
-fn silent(fd: RawFd, long: Duration) -> bool {
-    borrow(fd).and_then(|fd| sys::tcp_info(fd).ok()).is_some_and(|info| info.unacked > 0 && info.last_ack >= long)
+/// For how long looks have found bytes that the peer's kernel has not acknowledged, and no acknowledgement since.
+///
+/// The age of the last acknowledgement alone would not do: after a quiet hour the first byte sent finds it an hour
+/// old.
+fn silence(fd: RawFd, since: &mut Option<Time>, now: Time) -> Duration {
+    let info = borrow(fd).and_then(|fd| sys::tcp_info(fd).ok()).filter(|info| info.unacked > 0);
+    let Some(info) = info else {
+        *since = None;
+        return Duration::ZERO;
+    };
+    let first = *since.get_or_insert(now);
+    if info.last_ack < now.since(first) {
+        *since = Some(now);
+        return Duration::ZERO;
+    }
+    now.since(first)
 }
 
 fn end(entry: &mut Entry, how: End) {

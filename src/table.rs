@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -143,8 +143,8 @@ pub struct ListenerShared {
     pub ends: [Counter; End::ALL.len()],
     /// Bytes from clients, and to clients.
     pub bytes: [Counter; 2],
-    /// Whether new connections are waiting at a cap.
-    pub at_cap: AtomicBool,
+    /// Accept loops in which new connections wait at a cap.
+    pub at_cap: AtomicU32,
 }
 
 impl Listener {
@@ -232,6 +232,9 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
         ProbeKind::Tcp => Depth::Connect,
         ProbeKind::Http { .. } | ProbeKind::Exchange { .. } => Depth::Answer,
     });
+    let port = pool.probe.as_ref().and_then(|probe| probe.port);
+    let backends = || pool.cells.iter().flat_map(|cell| &cell.backends);
+    let elsewhere = port.is_some_and(|port| backends().any(|backend| backend.address.port() != port));
     let (fall, rise) = pool.probe.as_ref().map_or((2, 2), |probe| (probe.fall, probe.rise));
     let half = if config.pools.len() > 1 { process_limit / 2 } else { process_limit };
     Policy {
@@ -242,6 +245,7 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
             hold_longest: pool.hold.longest,
             ramp: pool.ramp,
             probe_depth,
+            probe_elsewhere: elsewhere,
         },
         balance: pool.balance,
         affinity: pool.affinity,

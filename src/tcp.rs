@@ -64,7 +64,7 @@ pub async fn serve(
     shared.ends[end as usize].add(1);
     shared.bytes[0].add(record.bytes_in);
     shared.bytes[1].add(record.bytes_out);
-    if !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
+    if record.cut || !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
         reset(&client);
     }
     drop(client);
@@ -142,7 +142,8 @@ async fn connect_and_relay(
     )
     .await;
     drop(session);
-    if !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
+    record.cut = carried.cut;
+    if carried.cut || !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
         reset(&dialled.connection);
     }
     record.bytes_in = carried.up;
@@ -243,6 +244,10 @@ impl Opening for Connecting {
             Some(stream) => Poll::Ready(Ok((stream, info.rtt))),
             None => Poll::Pending,
         }
+    }
+
+    fn discard(connection: TcpStream) {
+        reset(&connection);
     }
 
     fn answered(&self) -> bool {

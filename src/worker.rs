@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use crate::clock;
@@ -79,15 +80,18 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
     let mut next = Instant::now() + TICK;
     let mut ticks = 0;
     let (mut cpu, mut wall) = (sys::thread_cpu(), Instant::now());
+    let mut accepting = JoinSet::new();
     loop {
         tokio::select! {
             command = commands.recv() => match command {
                 None => return,
                 Some(Command::Listen { bind, socket, stop }) => match TcpListener::from_std(socket) {
-                    Ok(socket) => drop(tokio::spawn(listen::accept(socket, bind, host.clone(), stop))),
+                    Ok(socket) => drop(accepting.spawn(listen::accept(socket, bind, host.clone(), stop))),
                     Err(error) => tracing::error!(%bind, %error, "cannot accept on this address"),
                 },
             },
+            // An accept loop ends when its address is given up. By a panic it must not: then the process ends.
+            Some(Err(_)) = accepting.join_next() => return,
             () = sleep_until(next) => {
                 let lag = next.elapsed();
                 host.lag.record(lag);
@@ -105,6 +109,7 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
                     beat[0].store(clock::now().0 / 1_000, Relaxed);
                     beat[1].store((busy * 1_000.0) as u64, Relaxed);
                     beat[2].store(lag.as_micros() as u64, Relaxed);
+                    beat[3].store(session::count() as u64, Relaxed);
                 }
             }
         }

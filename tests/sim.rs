@@ -24,6 +24,7 @@ fn policy(probe_depth: Depth) -> Policy {
             hold_longest: LONGEST,
             ramp: Duration::from_secs(10),
             probe_depth: Some(probe_depth),
+            probe_elsewhere: false,
         },
         balance: Balance::TwoChoices,
         affinity: Affinity::None,

@@ -50,7 +50,7 @@ fn the_import_table_holds() {
         ("host", &["limits", "log", "metrics", "table"]),
         ("log", &["clock", "config", "dial", "metrics", "table"]),
         ("drain", &["pool", "table"]),
-        ("probe", &["backend", "clock", "config", "health", "host", "pool", "sys", "table", "tcp"]),
+        ("probe", &["backend", "clock", "config", "dial", "health", "host", "pool", "sys", "table", "tcp"]),
         ("reload", &["clock", "config", "host", "probe", "table"]),
         ("report", &["backend", "clock", "drain", "health", "host", "log", "metrics", "pool", "reload", "table"]),
         ("admin", &["clock", "host", "reload", "report"]),

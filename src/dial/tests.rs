@@ -55,6 +55,7 @@ impl Opening for ScriptedOpening {
             _ => Err(io::Error::from_raw_os_error(libc::ECONNREFUSED)),
         })
     }
+    fn discard((): ()) {}
     fn answered(&self) -> bool {
         self.at.is_some_and(|at| at <= Instant::now())
     }
@@ -86,6 +87,7 @@ impl Rig {
                 hold_longest: Duration::from_secs(60),
                 ramp: Duration::from_secs(10),
                 probe_depth: Some(Depth::Connect),
+                probe_elsewhere: false,
             },
             balance: Balance::TwoChoices,
             affinity: Affinity::None,

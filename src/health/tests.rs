@@ -9,6 +9,7 @@ const POLICY: Policy = Policy {
     hold_longest: Duration::from_secs(60),
     ramp: Duration::from_secs(10),
     probe_depth: Some(Depth::Connect),
+    probe_elsewhere: false,
 };
 
 struct Bench {
@@ -263,4 +264,63 @@ fn detection_is_measured_from_the_first_failure() {
     let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: bench.now };
     let transition = bench.health.step(&bench.policy, &evidence, bench.now).expect("suspect");
     assert_eq!(transition.detected, Some(Duration::from_millis(40)));
+}
+
+#[test]
+fn a_probe_of_another_port_does_not_deny_what_traffic_saw() {
+    let mut bench = Bench::new(Policy { probe_elsewhere: true, ..POLICY });
+    bench.refused();
+    assert_eq!(bench.refused(), Some(State::Suspect));
+    assert_eq!(bench.after(100).ok(Source::Probe, Depth::Connect), None);
+    assert!(bench.health.trial_at(&bench.policy).is_some());
+    assert_eq!(bench.after(100).ok(Source::Traffic, Depth::Connect), Some(State::Up));
+}
+
+#[test]
+fn a_probe_that_denies_what_comes_back_loses_its_say_until_it_agrees() {
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..POLICY });
+    let doubt = |bench: &mut Bench| {
+        bench.after(100).reset(1, false, 0.0);
+        bench.after(10).reset(1, false, 0.0)
+    };
+    assert_eq!(doubt(&mut bench), Some(State::Suspect));
+    assert_eq!(bench.after(10).ok(Source::Probe, Depth::Answer), Some(State::Up));
+    assert_eq!(doubt(&mut bench), Some(State::Suspect));
+    assert_eq!(bench.after(10).ok(Source::Probe, Depth::Answer), None);
+    assert!(bench.health.trial_at(&bench.policy).is_some());
+    assert_eq!(bench.after(10).see(Source::Probe, Depth::Answer, Seen::Wrong), Some(State::Down));
+    assert!(bench.health.trial_at(&bench.policy).is_none(), "a probe that agreed may bring it back");
+}
+
+#[test]
+fn another_policy_leaves_nothing_that_cannot_be_cleared() {
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..POLICY });
+    bench.see(Source::Probe, Depth::Answer, Seen::Wrong);
+    assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), Some(State::Down));
+    bench.policy.probe_depth = None;
+    let now = bench.now;
+    bench.health.adopt(&bench.policy, now);
+    bench.now = bench.health.trial_at(&bench.policy).expect("trials are the way back");
+    bench.ok(Source::Traffic, Depth::FirstByte);
+    assert_eq!(bench.ok(Source::Traffic, Depth::FirstByte), Some(State::Returning));
+}
+
+#[test]
+fn answers_to_clients_clear_probes_that_hang_before_the_first_byte() {
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..POLICY });
+    for _ in 0..10 {
+        assert_eq!(bench.after(1_000).see(Source::Probe, Depth::FirstByte, Seen::Silent), None);
+        assert_eq!(bench.health.open_run(), Some(Depth::FirstByte));
+        bench.ok(Source::Traffic, Depth::FirstByte);
+    }
+}
+
+#[test]
+fn one_stray_reset_does_not_deepen_a_doubt() {
+    let mut bench = Bench::new(POLICY);
+    bench.refused();
+    bench.refused();
+    bench.reset(1, true, 0.0);
+    assert_eq!(bench.health.blamed(), Depth::Connect);
+    assert_eq!(bench.after(10).ok(Source::Probe, Depth::Connect), Some(State::Up));
 }

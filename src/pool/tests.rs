@@ -17,6 +17,7 @@ fn policy() -> Policy {
             hold_longest: Duration::from_secs(60),
             ramp: Duration::from_secs(10),
             probe_depth: Some(Depth::Connect),
+            probe_elsewhere: false,
         },
         balance: Balance::TwoChoices,
         affinity: Affinity::None,
@@ -299,4 +300,49 @@ fn the_alias_table_draws_by_weight() {
     let mut counts = [0u32; 3];
     (0..40_000).for_each(|_| counts[alias.draw(&mut rng)] += 1);
     assert!(counts[1] == 0 && (counts[2] as f64 / 40_000.0 - 0.75).abs() < 0.01, "{counts:?}");
+}
+
+#[test]
+fn with_affinity_a_drain_opens_no_later_tier_either() {
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 12), (0, 1, 12), (1, 1, 1)]);
+    for m in 0..12 {
+        pool.members[m].backend.drained.store(true, Relaxed);
+    }
+    pool.shared.epoch.fetch_add(1, Relaxed);
+    let counts = picks(&pool, true);
+    assert!(!counts.contains_key(&24) && counts.keys().all(|m| *m >= 12), "{counts:?}");
+    for m in 0..6 {
+        pool.members[m].backend.drained.store(false, Relaxed);
+    }
+    pool.shared.epoch.fetch_add(1, Relaxed);
+    assert!(!picks(&pool, true).contains_key(&24));
+}
+
+#[test]
+fn with_affinity_the_rest_of_a_cell_shares_its_clients() {
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 50), (0, 1, 50)]);
+    (5..50).for_each(|m| down(&pool, m));
+    let counts = picks(&pool, true);
+    let of_rest: Vec<f64> = (0..5).map(|m| counts[&m]).collect();
+    let fair = of_rest.iter().sum::<f64>() / 5.0;
+    assert!(of_rest.iter().all(|share| *share < 1.5 * fair), "{of_rest:?}");
+}
+
+#[test]
+fn trials_of_a_whole_pool_are_bounded() {
+    let pool = pool(policy(), &[(0, 1, 100), (0, 1, 1)]);
+    let blame = health::Blame { prefix: 1, others: false, elsewhere: 0.0 };
+    for m in 0..100 {
+        for ms in [0, 20] {
+            let at = NOW + Duration::from_millis(ms);
+            let evidence =
+                Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Reset(blame), began: at };
+            pool.members[m].backend.observe(&pool.policy.health, &evidence, at);
+        }
+        assert_eq!(pool.members[m].backend.view().state, State::Suspect);
+    }
+    let mut rng = Rng::with_seed(1);
+    let at = NOW + Duration::from_secs(2);
+    let trials = (0..2_000).filter(|_| pool.pick(&Want::default(), at, &mut rng) != Choice::Member(100)).count();
+    assert_eq!(trials, 10);
 }
