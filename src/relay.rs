@@ -155,7 +155,8 @@ pub async fn relay(
             carried.client_left_first |= up.finished && !down.finished;
         }
         if !down.done {
-            let result = down.poll(context, server, client, host, up.done);
+            // After a reset of the backend's no FIN may tell the client that this was all.
+            let result = down.poll(context, server, client, host, up.done || server_reset);
             if carried.answered.is_none() && down.moved > 0 {
                 carried.answered = Some(Instant::now());
                 notice(Notice::Answered, carried);

@@ -198,3 +198,66 @@ fn garbage_from_one_client_moves_no_backend() {
         assert_eq!(proxy.metric("sailover_transitions_total", &[&format!("to=\"{to}\"")]), 0.0, "{to}");
     }
 }
+
+#[test]
+fn a_backend_that_resets_while_the_client_speaks_is_not_a_clean_end() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = Proxy::start(&yaml(&[listener.local_addr().unwrap()], "probe: off", ""));
+    for _ in 0..20 {
+        let mut client = TcpStream::connect(proxy.address_cached()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        // One write, and none after it: a later one would take the reset away from the read below.
+        let mut speaking = client.try_clone().unwrap();
+        let speaker = std::thread::spawn(move || speaking.write(&[7; 2_000_000]));
+        server.read_exact(&mut [0; 10_000]).unwrap();
+        server.write_all(b"half an ans").unwrap();
+        // Unread bytes make the close a reset.
+        drop(server);
+        let end = read_all(&mut client);
+        let end = end.and_then(|bytes| client.take_error()?.map_or(Ok(bytes), Err));
+        assert!(end.is_err(), "the client took a cut answer for a whole one: {end:?}");
+        drop(client);
+        let _ = speaker.join().unwrap();
+    }
+}
+
+#[test]
+fn a_client_that_has_finished_sending_may_read_at_leisure() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let pool = "probe: off\n    timeouts: { half_close: 200ms }";
+    let proxy = Proxy::start(&yaml(&[listener.local_addr().unwrap()], pool, ""));
+    let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+    client.write_all(b"all of it").unwrap();
+    finish(&client);
+    let (mut server, _) = listener.accept().unwrap();
+    assert_eq!(read_all(&mut server).unwrap(), b"all of it");
+    let size = 24 << 20;
+    let writer = std::thread::spawn(move || {
+        server.write_all(&vec![1; size]).unwrap();
+    });
+    let resume = Instant::now() + Duration::from_secs(2);
+    eventually("the pause is over", Duration::from_secs(4), || (Instant::now() > resume).then_some(()));
+    assert_eq!(read_all(&mut client).unwrap().len(), size);
+    writer.join().unwrap();
+}
+
+#[test]
+fn a_message_after_a_long_silence_is_no_sign_of_death() {
+    let backend = Backend::start("e");
+    backend.set(Mode::Echo);
+    let proxy = Proxy::start(&yaml(&[backend.address], "timeouts: { unacked: 1s }", ""));
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    // Many sessions, so that some are looked at in the moment between a message and its acknowledgement.
+    let mut open: Vec<TcpStream> = (0..500).map(|_| TcpStream::connect(proxy.address_cached()).unwrap()).collect();
+    for round in 0..3 {
+        let resume = Instant::now() + Duration::from_millis(2_500);
+        eventually("they are quiet", Duration::from_secs(5), || (Instant::now() > resume || round == 0).then_some(()));
+        for stream in &mut open {
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            stream.write_all(b"x").unwrap();
+        }
+        for stream in &mut open {
+            stream.read_exact(&mut [0; 1]).expect("still open");
+        }
+    }
+}
