@@ -34,6 +34,7 @@ fuzz:
 
 bench: build packages-bench
 	python3 benches/compare/run.py --out benches/runs/latest
+	python3 benches/compare/idle.py
 
 # The measurements of the drills' kind that take too long for every test run: see scripts/show.sh.
 show: build packages-test

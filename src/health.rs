@@ -205,6 +205,21 @@ pub struct Policy {
     pub probe_elsewhere: bool,
 }
 
+/// The configuration's defaults.
+impl Default for Policy {
+    fn default() -> Self {
+        Policy {
+            fall: 2,
+            rise: 2,
+            hold_first: Duration::from_secs(1),
+            hold_longest: Duration::from_secs(60),
+            ramp: Duration::from_secs(10),
+            probe_depth: Some(Depth::Connect),
+            probe_elsewhere: false,
+        }
+    }
+}
+
 /// Failures of one kind in a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Run {

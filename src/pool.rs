@@ -59,6 +59,28 @@ pub struct Policy {
     pub max_connections: u32,
 }
 
+/// The configuration's defaults, without a bound on connections.
+impl Default for Policy {
+    fn default() -> Self {
+        Policy {
+            health: health::Policy::default(),
+            balance: Balance::TwoChoices,
+            affinity: Affinity::None,
+            connect_timeout: Duration::from_secs(3),
+            attempts: 5,
+            race: true,
+            source: Vec::new(),
+            idle: Duration::from_secs(3_600),
+            half_close: Duration::from_secs(30),
+            unacked: Duration::from_secs(15),
+            on_down: OnDown::Stuck,
+            drain: Duration::from_secs(30),
+            when_all_down: WhenAllDown::TryAll,
+            max_connections: u32::MAX,
+        }
+    }
+}
+
 /// Times by cell, kept over reloads.
 #[derive(Debug)]
 pub struct CellTimes {

@@ -9,37 +9,14 @@ use std::time::Duration;
 use fastrand::Rng;
 use sailover::backend::{Backend, Counters, PoolShared};
 use sailover::clock::Time;
-use sailover::config::{Affinity, Balance, OnDown, WhenAllDown};
 use sailover::health::{self, Blame, Depth, Evidence, Seen, Source, State};
 use sailover::pool::{Choice, Member, NewCell, Policy, Pool, Want};
 
 const LONGEST: Duration = Duration::from_secs(30);
 
 fn policy(probe_depth: Depth) -> Policy {
-    Policy {
-        health: health::Policy {
-            fall: 2,
-            rise: 2,
-            hold_first: Duration::from_secs(1),
-            hold_longest: LONGEST,
-            ramp: Duration::from_secs(10),
-            probe_depth: Some(probe_depth),
-            probe_elsewhere: false,
-        },
-        balance: Balance::TwoChoices,
-        affinity: Affinity::None,
-        connect_timeout: Duration::from_secs(3),
-        attempts: 5,
-        race: true,
-        source: Vec::new(),
-        idle: Duration::from_secs(60),
-        half_close: Duration::from_secs(30),
-        unacked: Duration::from_secs(15),
-        on_down: OnDown::Stuck,
-        drain: Duration::from_secs(30),
-        when_all_down: WhenAllDown::TryAll,
-        max_connections: u32::MAX,
-    }
+    let health = health::Policy { hold_longest: LONGEST, probe_depth: Some(probe_depth), ..health::Policy::default() };
+    Policy { health, ..Policy::default() }
 }
 
 fn pool(probe_depth: Depth, cells: usize, each: usize, now: Time) -> Pool {

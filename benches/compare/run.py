@@ -216,14 +216,18 @@ class Bench:
         return figures
 
 
-def main():
+def parse(argv):
     p = argparse.ArgumentParser()
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=int, default=3)
     p.add_argument("--binary", default=os.path.join(ROOT, "target/release/sailover"))
     p.add_argument("--only", default="")
     p.add_argument("--out", default="")
-    args = p.parse_args()
+    return p.parse_args(argv)
+
+
+def main():
+    args = parse(None)
     results = {}
     works = [("keepalive", 64), ("keepalive", 512), ("close", 64), ("bulk", 1), ("bulk", 64), ("bulk", 600)]
     works = [w for w in works if not args.only or args.only in f"{w[0]}-{w[1]}"]
@@ -258,4 +262,5 @@ def main():
             json.dump(results, f, indent=1)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,6 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::backend::{Counters, PoolShared};
-use crate::config::{Affinity, Balance, OnDown, WhenAllDown};
-use crate::health;
 use crate::log::AccessLog;
 use crate::pool::{Member, NewCell};
 use crate::table::Table;
@@ -79,30 +77,7 @@ struct Rig {
 impl Rig {
     /// One backend in each cell, all up, all with a learned handshake of a millisecond.
     fn new(scripts: &[Script]) -> Rig {
-        let policy = Arc::new(Policy {
-            health: health::Policy {
-                fall: 2,
-                rise: 2,
-                hold_first: Duration::from_secs(1),
-                hold_longest: Duration::from_secs(60),
-                ramp: Duration::from_secs(10),
-                probe_depth: Some(Depth::Connect),
-                probe_elsewhere: false,
-            },
-            balance: Balance::TwoChoices,
-            affinity: Affinity::None,
-            connect_timeout: Duration::from_secs(3),
-            attempts: 5,
-            race: true,
-            source: Vec::new(),
-            idle: Duration::from_secs(1),
-            half_close: Duration::from_secs(1),
-            unacked: Duration::from_secs(15),
-            on_down: OnDown::Stuck,
-            drain: Duration::from_secs(30),
-            when_all_down: WhenAllDown::TryAll,
-            max_connections: 1_000,
-        });
+        let policy = Arc::new(Policy::default());
         let shared = Arc::new(PoolShared::new("p"));
         let now = clock::now();
         let mut members = Vec::new();
@@ -266,7 +241,7 @@ async fn with_race_off_a_slow_backend_is_waited_for() {
     let mut rig = Rig::new(&[Script::ConnectAfter(500), Script::ConnectAfter(1)]);
     let pool = Arc::get_mut(&mut rig.pool);
     assert!(pool.is_none(), "the table holds it too");
-    let policy = Policy { race: false, ..copy(&rig.pool.policy) };
+    let policy = Policy { race: false, ..Policy::default() };
     let members = rig.pool.members.iter().map(|m| Member {
         backend: m.backend.clone(),
         cell: m.cell,
@@ -308,8 +283,4 @@ async fn a_timer_that_runs_late_proves_no_silence() {
 /// Tiers put the cells into a fixed order.
 fn cell(i: usize) -> NewCell {
     NewCell { name: Arc::from(format!("c{i}")), tier: i as u8, weight: 1, count: 1, times: Arc::default() }
-}
-
-fn copy(policy: &Policy) -> Policy {
-    Policy { source: policy.source.clone(), ..*policy }
 }

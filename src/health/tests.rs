@@ -2,16 +2,6 @@
 
 use super::*;
 
-const POLICY: Policy = Policy {
-    fall: 2,
-    rise: 2,
-    hold_first: Duration::from_secs(1),
-    hold_longest: Duration::from_secs(60),
-    ramp: Duration::from_secs(10),
-    probe_depth: Some(Depth::Connect),
-    probe_elsewhere: false,
-};
-
 struct Bench {
     health: Health,
     policy: Policy,
@@ -73,7 +63,7 @@ impl Bench {
 
 #[test]
 fn two_refusals_in_a_row_make_it_suspect_and_an_agreeing_probe_down() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     assert_eq!(bench.refused(), None);
     bench.ok(Source::Traffic, Depth::Connect);
     assert_eq!(bench.refused(), None);
@@ -84,7 +74,7 @@ fn two_refusals_in_a_row_make_it_suspect_and_an_agreeing_probe_down() {
 
 #[test]
 fn a_suspicion_that_a_probe_denies_is_over() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     bench.refused();
     bench.refused();
     assert_eq!(bench.after(100).ok(Source::Probe, Depth::Connect), Some(State::Up));
@@ -92,10 +82,10 @@ fn a_suspicion_that_a_probe_denies_is_over() {
 
 #[test]
 fn silence_needs_three_in_a_row_spread_over_fifty_milliseconds() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     assert_eq!((bench.silent(), bench.silent(), bench.silent(), bench.silent()), (None, None, None, None));
     assert_eq!(bench.after(50).silent(), Some(State::Suspect));
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     bench.silent();
     bench.after(60).silent();
     bench.ok(Source::Traffic, Depth::Connect);
@@ -104,7 +94,7 @@ fn silence_needs_three_in_a_row_spread_over_fifty_milliseconds() {
 
 #[test]
 fn on_a_path_that_loses_a_fifth_more_silence_is_needed() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     for i in 0..5_000 {
         bench.after(20);
         if i % 5 == 0 {
@@ -124,7 +114,7 @@ fn on_a_path_that_loses_a_fifth_more_silence_is_needed() {
 
 #[test]
 fn a_tcp_probe_never_clears_a_reset_after_accept() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     bench.reset(1, false, 0.0);
     assert_eq!(bench.after(10).reset(1, false, 0.0), Some(State::Suspect));
     for _ in 0..100 {
@@ -137,7 +127,7 @@ fn a_tcp_probe_never_clears_a_reset_after_accept() {
 
 #[test]
 fn a_probe_that_goes_deep_enough_clears_it_and_no_trial_is_due() {
-    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..POLICY });
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..Policy::default() });
     bench.reset(1, false, 0.0);
     assert_eq!(bench.after(10).reset(1, false, 0.0), Some(State::Suspect));
     assert_eq!(bench.health.trial_at(&bench.policy), None);
@@ -146,7 +136,7 @@ fn a_probe_that_goes_deep_enough_clears_it_and_no_trial_is_due() {
 
 #[test]
 fn one_prefix_gives_half_of_what_is_needed_while_there_are_others() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     for _ in 0..100 {
         assert_eq!(bench.after(20).reset(7, true, 0.0), None);
     }
@@ -155,7 +145,7 @@ fn one_prefix_gives_half_of_what_is_needed_while_there_are_others() {
 
 #[test]
 fn what_a_prefix_meets_elsewhere_too_needs_many_more() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     for n in 1..14 {
         assert_eq!(bench.after(20).reset(7, false, 0.5), None, "{n}");
     }
@@ -164,7 +154,7 @@ fn what_a_prefix_meets_elsewhere_too_needs_many_more() {
 
 #[test]
 fn trials_wait_longer_after_each_failure_and_at_most_eight_seconds() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     bench.reset(1, false, 0.0);
     bench.after(10).reset(1, false, 0.0);
     let mut pauses = Vec::new();
@@ -180,7 +170,7 @@ fn trials_wait_longer_after_each_failure_and_at_most_eight_seconds() {
 
 #[test]
 fn failed_probes_alone_take_it_down_after_fall_and_blame_no_traffic() {
-    let mut bench = Bench::new(Policy { fall: 3, probe_depth: Some(Depth::Answer), ..POLICY });
+    let mut bench = Bench::new(Policy { fall: 3, probe_depth: Some(Depth::Answer), ..Policy::default() });
     assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), None);
     assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), None);
     assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), Some(State::Down));
@@ -191,19 +181,19 @@ fn failed_probes_alone_take_it_down_after_fall_and_blame_no_traffic() {
 
 #[test]
 fn a_return_waits_for_hold_and_rise_and_goes_by_a_ramp() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     bench.down();
     assert_eq!(bench.after(500).ok(Source::Probe, Depth::Connect), None);
     assert_eq!(bench.after(400).ok(Source::Probe, Depth::Connect), None);
     assert_eq!(bench.after(200).ok(Source::Probe, Depth::Connect), Some(State::Returning));
     assert_eq!(bench.after(9_000).ok(Source::Traffic, Depth::Connect), None);
     assert_eq!(bench.after(1_000).ok(Source::Traffic, Depth::Connect), Some(State::Up));
-    assert!((ramp_share(Time(0), POLICY.ramp, Time(5_000_000)) - 0.55).abs() < 1e-9);
+    assert!((ramp_share(Time(0), Policy::default().ramp, Time(5_000_000)) - 0.55).abs() < 1e-9);
 }
 
 #[test]
 fn a_relapse_doubles_the_hold_up_to_the_longest_and_calm_halves_it() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     let mut holds = Vec::new();
     for _ in 0..8 {
         bench.down();
@@ -224,7 +214,7 @@ fn a_relapse_doubles_the_hold_up_to_the_longest_and_calm_halves_it() {
 
 #[test]
 fn evidence_from_before_the_present_state_changes_nothing() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     let before = bench.now;
     bench.after(100).down();
     bench.back();
@@ -232,7 +222,7 @@ fn evidence_from_before_the_present_state_changes_nothing() {
         let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: before };
         assert_eq!(bench.health.step(&bench.policy, &evidence, bench.now), None);
     }
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     let before = bench.now;
     bench.after(100).refused();
     bench.refused();
@@ -244,7 +234,7 @@ fn evidence_from_before_the_present_state_changes_nothing() {
 
 #[test]
 fn without_a_probe_a_backend_begins_up_and_comes_back_by_trials() {
-    let mut bench = Bench::new(Policy { probe_depth: None, ..POLICY });
+    let mut bench = Bench::new(Policy { probe_depth: None, ..Policy::default() });
     for _ in 0..4 {
         bench.after(10).refused();
     }
@@ -258,7 +248,7 @@ fn without_a_probe_a_backend_begins_up_and_comes_back_by_trials() {
 
 #[test]
 fn detection_is_measured_from_the_first_failure() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     bench.refused();
     bench.after(40);
     let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began: bench.now };
@@ -268,7 +258,7 @@ fn detection_is_measured_from_the_first_failure() {
 
 #[test]
 fn a_probe_of_another_port_does_not_deny_what_traffic_saw() {
-    let mut bench = Bench::new(Policy { probe_elsewhere: true, ..POLICY });
+    let mut bench = Bench::new(Policy { probe_elsewhere: true, ..Policy::default() });
     bench.refused();
     assert_eq!(bench.refused(), Some(State::Suspect));
     assert_eq!(bench.after(100).ok(Source::Probe, Depth::Connect), None);
@@ -278,7 +268,7 @@ fn a_probe_of_another_port_does_not_deny_what_traffic_saw() {
 
 #[test]
 fn a_probe_that_denies_what_comes_back_loses_its_say_until_it_agrees() {
-    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..POLICY });
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..Policy::default() });
     let doubt = |bench: &mut Bench| {
         bench.after(100).reset(1, false, 0.0);
         bench.after(10).reset(1, false, 0.0)
@@ -294,7 +284,7 @@ fn a_probe_that_denies_what_comes_back_loses_its_say_until_it_agrees() {
 
 #[test]
 fn another_policy_leaves_nothing_that_cannot_be_cleared() {
-    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..POLICY });
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..Policy::default() });
     bench.see(Source::Probe, Depth::Answer, Seen::Wrong);
     assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), Some(State::Down));
     bench.policy.probe_depth = None;
@@ -307,7 +297,7 @@ fn another_policy_leaves_nothing_that_cannot_be_cleared() {
 
 #[test]
 fn answers_to_clients_clear_probes_that_hang_before_the_first_byte() {
-    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..POLICY });
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..Policy::default() });
     for _ in 0..10 {
         assert_eq!(bench.after(1_000).see(Source::Probe, Depth::FirstByte, Seen::Silent), None);
         assert_eq!(bench.health.open_run(), Some(Depth::FirstByte));
@@ -317,7 +307,7 @@ fn answers_to_clients_clear_probes_that_hang_before_the_first_byte() {
 
 #[test]
 fn one_stray_reset_does_not_deepen_a_doubt() {
-    let mut bench = Bench::new(POLICY);
+    let mut bench = Bench::new(Policy::default());
     bench.refused();
     bench.refused();
     bench.reset(1, true, 0.0);

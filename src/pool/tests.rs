@@ -8,33 +8,6 @@ use crate::health::{Depth, Evidence, Seen, Source};
 
 const NOW: Time = Time(100_000_000);
 
-fn policy() -> Policy {
-    Policy {
-        health: health::Policy {
-            fall: 2,
-            rise: 2,
-            hold_first: Duration::from_secs(1),
-            hold_longest: Duration::from_secs(60),
-            ramp: Duration::from_secs(10),
-            probe_depth: Some(Depth::Connect),
-            probe_elsewhere: false,
-        },
-        balance: Balance::TwoChoices,
-        affinity: Affinity::None,
-        connect_timeout: Duration::from_secs(3),
-        attempts: 5,
-        race: true,
-        source: Vec::new(),
-        idle: Duration::from_secs(1),
-        half_close: Duration::from_secs(1),
-        unacked: Duration::from_secs(15),
-        on_down: OnDown::Stuck,
-        drain: Duration::from_secs(30),
-        when_all_down: WhenAllDown::TryAll,
-        max_connections: 1_000,
-    }
-}
-
 /// Cells of (tier, weight, backends); all backends are up.
 fn pool(policy: Policy, cells: &[(u8, u32, usize)]) -> Pool {
     let shared = Arc::new(PoolShared::new("p"));
@@ -99,7 +72,7 @@ fn picks(pool: &Pool, pins: bool) -> HashMap<usize, f64> {
 #[test]
 fn equal_cells_get_equal_shares_however_many_backends_they_have() {
     for balance in [Balance::TwoChoices, Balance::RoundRobin, Balance::LeastConnections] {
-        let pool = pool(Policy { balance, ..policy() }, &[(0, 1, 1), (0, 1, 9)]);
+        let pool = pool(Policy { balance, ..Policy::default() }, &[(0, 1, 1), (0, 1, 9)]);
         assert_eq!(shares(&pool), [0.5, 0.5]);
         let picks = picks(&pool, false);
         assert!((picks[&0] - 0.5).abs() < 0.02, "{balance:?} {picks:?}");
@@ -110,7 +83,7 @@ fn equal_cells_get_equal_shares_however_many_backends_they_have() {
 #[test]
 fn weights_of_cells_and_backends_hold() {
     for balance in [Balance::TwoChoices, Balance::RoundRobin] {
-        let mut pool = pool(Policy { balance, ..policy() }, &[(0, 3, 2), (0, 1, 1)]);
+        let mut pool = pool(Policy { balance, ..Policy::default() }, &[(0, 3, 2), (0, 1, 1)]);
         pool.members[0].weight = 4;
         assert_eq!(shares(&pool), [0.75, 0.25]);
         let picks = picks(&pool, false);
@@ -132,7 +105,7 @@ fn round_robin_turns_are_smooth() {
 
 #[test]
 fn a_cell_with_a_tenth_of_its_backends_gets_its_share_as_the_design_says() {
-    let pool = pool(policy(), &[(0, 1, 10), (0, 1, 10)]);
+    let pool = pool(Policy::default(), &[(0, 1, 10), (0, 1, 10)]);
     (1..10).for_each(|m| down(&pool, m));
     assert_eq!(shares(&pool), [0.123, 0.877]);
     let picks = picks(&pool, false);
@@ -142,7 +115,7 @@ fn a_cell_with_a_tenth_of_its_backends_gets_its_share_as_the_design_says() {
 
 #[test]
 fn the_next_tier_takes_what_a_tier_cannot() {
-    let pool = pool(policy(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
+    let pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
     assert_eq!(shares(&pool), [0.5, 0.5, 0.0]);
     down(&pool, 0);
     assert_eq!(shares(&pool), [0.0, 0.5, 0.5]);
@@ -152,7 +125,7 @@ fn the_next_tier_takes_what_a_tier_cannot() {
 
 #[test]
 fn a_drain_moves_share_inside_the_tier_and_opens_the_next_only_when_nothing_is_left() {
-    let pool = pool(policy(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
+    let pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
     let drain = |m: usize| {
         pool.members[m].backend.drained.store(true, Relaxed);
         pool.shared.epoch.fetch_add(1, Relaxed);
@@ -166,7 +139,7 @@ fn a_drain_moves_share_inside_the_tier_and_opens_the_next_only_when_nothing_is_l
 
 #[test]
 fn suspects_come_last_in_their_tier_and_before_the_next() {
-    let pool = pool(policy(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
+    let pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
     suspect(&pool, 0);
     let mut rng = Rng::with_seed(1);
     let pick = |tried: &[usize], rng: &mut Rng| pool.pick(&Want { tried, ..Want::default() }, NOW, rng);
@@ -179,7 +152,7 @@ fn suspects_come_last_in_their_tier_and_before_the_next() {
 
 #[test]
 fn a_race_goes_to_another_cell_first() {
-    let pool = pool(policy(), &[(0, 1, 4), (0, 1, 1)]);
+    let pool = pool(Policy::default(), &[(0, 1, 4), (0, 1, 1)]);
     let mut rng = Rng::with_seed(1);
     for _ in 0..100 {
         let want = Want { tried: &[0], racing: Some(0), ..Want::default() };
@@ -191,8 +164,8 @@ fn a_race_goes_to_another_cell_first() {
 
 #[test]
 fn when_all_are_down_all_are_tried_or_none() {
-    let all = pool(policy(), &[(0, 1, 1), (0, 1, 1)]);
-    let none = pool(Policy { when_all_down: WhenAllDown::Refuse, ..policy() }, &[(0, 1, 1), (0, 1, 1)]);
+    let all = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1)]);
+    let none = pool(Policy { when_all_down: WhenAllDown::Refuse, ..Policy::default() }, &[(0, 1, 1), (0, 1, 1)]);
     for pool in [&all, &none] {
         down(pool, 0);
         down(pool, 1);
@@ -206,7 +179,7 @@ fn when_all_are_down_all_are_tried_or_none() {
 
 #[test]
 fn a_full_backend_is_skipped_and_all_full_is_said() {
-    let mut pool = pool(policy(), &[(0, 1, 1), (0, 1, 1)]);
+    let mut pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1)]);
     pool.members[0].max_connections = 0;
     let counts = picks(&pool, false);
     assert!(!counts.contains_key(&0) && (counts[&1] - 1.0).abs() < 1e-6, "{counts:?}");
@@ -217,7 +190,7 @@ fn a_full_backend_is_skipped_and_all_full_is_said() {
 
 #[test]
 fn pinned_clients_stay_and_only_those_of_a_failed_cell_move() {
-    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 3), (0, 1, 3), (0, 1, 3)]);
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 3), (0, 1, 3), (0, 1, 3)]);
     let mut rng = Rng::with_seed(3);
     let mut place = |pool: &Pool, i: u64| match pool.pick(
         &Want { pin: Some(xxh3_64(&i.to_le_bytes())), ..Want::default() },
@@ -242,7 +215,7 @@ fn pinned_clients_stay_and_only_those_of_a_failed_cell_move() {
 
 #[test]
 fn a_suspect_backend_keeps_its_pinned_clients_with_a_race_beside() {
-    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 1), (0, 1, 1)]);
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 1), (0, 1, 1)]);
     let of_a: Vec<u64> = (0..200u64)
         .map(|i| xxh3_64(&i.to_le_bytes()))
         .filter(|pin| {
@@ -259,7 +232,7 @@ fn a_suspect_backend_keeps_its_pinned_clients_with_a_race_beside() {
 
 #[test]
 fn a_returning_backend_gets_its_share_of_its_pinned_clients() {
-    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 1), (0, 1, 1)]);
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 1), (0, 1, 1)]);
     let before = picks(&pool, true)[&0];
     down(&pool, 0);
     let later = NOW + Duration::from_secs(2);
@@ -284,8 +257,8 @@ fn a_returning_backend_gets_its_share_of_its_pinned_clients() {
 
 #[test]
 fn maglev_moves_few_clients_when_a_member_comes() {
-    let nine = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 9)]);
-    let ten = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 10)]);
+    let nine = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 9)]);
+    let ten = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 10)]);
     let tables = [&nine, &ten].map(|pool| Maglev::new(&pool.members));
     let moved = (0..10_000u64)
         .filter(|i| tables[0].lookup(xxh3_64(&i.to_le_bytes())) != tables[1].lookup(xxh3_64(&i.to_le_bytes())));
@@ -304,7 +277,7 @@ fn the_alias_table_draws_by_weight() {
 
 #[test]
 fn with_affinity_a_drain_opens_no_later_tier_either() {
-    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 12), (0, 1, 12), (1, 1, 1)]);
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 12), (0, 1, 12), (1, 1, 1)]);
     for m in 0..12 {
         pool.members[m].backend.drained.store(true, Relaxed);
     }
@@ -320,7 +293,7 @@ fn with_affinity_a_drain_opens_no_later_tier_either() {
 
 #[test]
 fn with_affinity_the_rest_of_a_cell_shares_its_clients() {
-    let pool = pool(Policy { affinity: Affinity::ClientIp, ..policy() }, &[(0, 1, 50), (0, 1, 50)]);
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 50), (0, 1, 50)]);
     (5..50).for_each(|m| down(&pool, m));
     let counts = picks(&pool, true);
     let of_rest: Vec<f64> = (0..5).map(|m| counts[&m]).collect();
@@ -330,7 +303,7 @@ fn with_affinity_the_rest_of_a_cell_shares_its_clients() {
 
 #[test]
 fn trials_of_a_whole_pool_are_bounded() {
-    let pool = pool(policy(), &[(0, 1, 100), (0, 1, 1)]);
+    let pool = pool(Policy::default(), &[(0, 1, 100), (0, 1, 1)]);
     let blame = health::Blame { prefix: 1, others: false, elsewhere: 0.0 };
     for m in 0..100 {
         for ms in [0, 20] {

@@ -43,6 +43,7 @@ enum Fault {
     Refuse,
     Swallow,
     Reset,
+    ResetLate,
     Flap,
     Pause,
 }
@@ -148,6 +149,7 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
     match drill.fault {
         Fault::Refuse => a.set(Mode::Refuse),
         Fault::Reset => a.set(Mode::Reset),
+        Fault::ResetLate => a.set(Mode::ResetLate),
         Fault::Swallow => rig.swallow(1),
         Fault::Flap => {
             let mut at = drill.fault_at;

@@ -18,6 +18,8 @@ pub enum Mode {
     Refuse,
     /// Accepts, then resets at once.
     Reset,
+    /// Accepts, reads a request, then resets.
+    ResetLate,
     /// Accepts, then says nothing.
     Silent,
     /// Answers 503 to requests for /healthz and serves the rest.
@@ -153,6 +155,10 @@ async fn connection(mut stream: tokio::net::TcpStream, mode: Mode, name: String)
                     return;
                 }
                 request.extend_from_slice(&buffer[..n]);
+                if mode == Mode::ResetLate {
+                    let _ = stream.set_zero_linger();
+                    return;
+                }
                 if mode == Mode::Strict && !request.starts_with(b"G") {
                     return;
                 }
