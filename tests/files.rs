@@ -104,6 +104,15 @@ listeners:
 }
 
 #[test]
+fn a_misspelt_key_is_one_mistake_and_not_two() {
+    for (right, wrong) in [("cells:", "cels:"), ("pools:", "pool:"), ("bind:", "bnd:"), ("listeners:", "listener:")] {
+        let good = "pools: { p: { cells: { a: [ 10.0.0.1:1 ] } } }\nlisteners: [ { bind: 10.0.0.2:1, tcp: p } ]\n";
+        let found = errors(&good.replace(right, wrong));
+        assert!(found.len() == 1 && found[0].contains("did you mean"), "{wrong} {found:?}");
+    }
+}
+
+#[test]
 fn what_belongs_to_later_versions_is_refused_by_name() {
     let pool = |extra: &str| {
         format!(

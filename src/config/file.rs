@@ -176,6 +176,8 @@ struct Node<'v> {
 struct Fields<'v> {
     map: &'v Mapping,
     path: String,
+    /// Known keys that an unknown one was taken for: their absence has been told of.
+    misspelt: Vec<String>,
 }
 
 impl<'v> Fields<'v> {
@@ -209,7 +211,7 @@ impl Reader<'_> {
         }
         match fields.get("pools") {
             Some(node) => file.pools = self.entries(&node, Self::pool),
-            None => self.error("", "`pools` is missing; name at least one pool with its cells"),
+            None => self.missing(&fields, "pools", "name at least one pool with its cells"),
         }
         match fields.get("listeners") {
             Some(node) => {
@@ -224,8 +226,9 @@ impl Reader<'_> {
                     );
                 }
             }
-            None => self
-                .error("", "`listeners` is missing; write at least one, such as `- { bind: 0.0.0.0:443, tcp: POOL }`"),
+            None => {
+                self.missing(&fields, "listeners", "write at least one, such as `- { bind: 0.0.0.0:443, tcp: POOL }`")
+            }
         }
         if let Some(node) = fields.get("admin") {
             file.admin = self.admin(&node);
@@ -266,7 +269,7 @@ impl Reader<'_> {
         let Some(fields) = self.fields(node, &known, &["tls", "send_proxy", "http", "replay"]) else { return pool };
         match fields.get("cells") {
             Some(node) => pool.cells = self.entries(&node, Self::cell),
-            None => self.error(&node.path, "`cells` is missing; a pool is served by at least one cell"),
+            None => self.missing(&fields, "cells", "a pool is served by at least one cell"),
         }
         pool.balance = fields.get("balance").and_then(|node| {
             use super::Balance::*;
@@ -334,7 +337,7 @@ impl Reader<'_> {
     fn affinity(&mut self, node: &Node<'_>) -> Option<super::Affinity> {
         let fields = self.fields(node, &["by"], &[])?;
         let Some(node) = fields.get("by") else {
-            self.error(&node.path, "`by` is missing; expected none or client_ip");
+            self.missing(&fields, "by", "expected none or client_ip");
             return None;
         };
         let later = match node.value {
@@ -423,7 +426,7 @@ impl Reader<'_> {
         let fields = self.fields(node, &["send", "expect"], &[])?;
         let send = fields.get("send").and_then(|node| self.fragment(&node));
         let Some(expect) = fields.get("expect") else {
-            self.error(&node.path, "`expect` is missing; it names the bytes the backend must answer with");
+            self.missing(&fields, "expect", "it names the bytes the backend must answer with");
             return None;
         };
         let expect = self.fragment(&expect)?;
@@ -475,7 +478,7 @@ impl Reader<'_> {
         cell.tier = fields.get("tier").and_then(|node| self.number(&node, 0, 15));
         match fields.get("backends") {
             Some(node) => cell.backends = self.backends(&node),
-            None => self.error(&node.path, "`backends` is missing; expected a list of addresses"),
+            None => self.missing(&fields, "backends", "expected a list of addresses"),
         }
         cell
     }
@@ -503,7 +506,7 @@ impl Reader<'_> {
         let weight = fields.get("weight").and_then(|node| self.number(&node, 1, MAX_WEIGHT));
         let max_connections = fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
         let Some(address) = fields.get("address") else {
-            self.error(&node.path, "`address` is missing; expected IP:PORT");
+            self.missing(&fields, "address", "expected IP:PORT");
             return None;
         };
         let address = self.address(&address, false)?;
@@ -531,14 +534,13 @@ impl Reader<'_> {
                 let address = self.address(&node, true);
                 listener.bind.extend(address.map(|address| (node.path.clone(), address)));
             }
-            None => self.error(&node.path, "`bind` is missing; expected IP:PORT or a list of them"),
+            None => self.missing(&fields, "bind", "expected IP:PORT or a list of them"),
         }
         let faces = ["sni", "http"].into_iter().any(|key| fields.get(key).is_some());
         match fields.get("tcp") {
             Some(node) => listener.tcp = self.name(&node),
             None if faces => {}
-            None => self
-                .error(&node.path, "`tcp` is missing; it names the pool that this listener carries its connections to"),
+            None => self.missing(&fields, "tcp", "it names the pool that this listener carries its connections to"),
         }
         listener.allow = fields.get("allow").map(|node| self.networks(&node));
         listener.deny = fields.get("deny").map(|node| self.networks(&node));
@@ -631,6 +633,13 @@ impl Reader<'_> {
         }
     }
 
+    /// Reports a key that must be there and is not.
+    fn missing(&mut self, fields: &Fields<'_>, key: &str, what: &str) {
+        if !fields.misspelt.iter().any(|misspelt| misspelt == key) {
+            self.error(&fields.path, format!("`{key}` is missing; {what}"));
+        }
+    }
+
     /// Reports what was found and what is allowed.
     fn refuse<T>(&mut self, node: &Node<'_>, wanted: &str) -> Option<T> {
         let message = format!("found {}; expected {wanted}", describe(node.value));
@@ -645,6 +654,7 @@ impl Reader<'_> {
                 if known.is_empty() { "a map, here {}".to_owned() } else { format!("a map with {}", listed(known)) };
             return self.refuse(node, &wanted);
         };
+        let mut misspelt = Vec::new();
         for key in map.keys() {
             let Some(key) = key.as_str() else {
                 self.error(&node.path, format!("the key {} is not text; expected {}", describe(key), listed(known)));
@@ -659,13 +669,16 @@ impl Reader<'_> {
                 continue;
             }
             let message = match nearest(key, known) {
-                Some(similar) => format!("unknown key `{key}`; did you mean `{similar}`?"),
+                Some(similar) => {
+                    misspelt.push(similar.to_owned());
+                    format!("unknown key `{key}`; did you mean `{similar}`?")
+                }
                 None if known.is_empty() => format!("unknown key `{key}`; expected an empty map, {{}}"),
                 None => format!("unknown key `{key}`; expected {}", listed(known)),
             };
             self.error(&path, message);
         }
-        Some(Fields { map, path: node.path.clone() })
+        Some(Fields { map, path: node.path.clone(), misspelt })
     }
 
     /// A map of names to things, in the order of the file.

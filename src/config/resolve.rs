@@ -204,12 +204,12 @@ fn resolve_listener(
 ) -> Listener {
     let bind = listener.bind.into_iter().map(|(_, address)| address).collect::<Vec<_>>();
     let tcp = listener.tcp.unwrap_or_default();
-    if !tcp.is_empty() && !pools.iter().any(|pool| pool.name == tcp) {
+    // Without any pool the mistake lies elsewhere, and has been told of.
+    if !tcp.is_empty() && !pools.is_empty() && !pools.iter().any(|pool| pool.name == tcp) {
         let names = pools.iter().map(|pool| pool.name.as_str()).collect::<Vec<_>>();
         let nearest = names.iter().map(|name| (strsim::damerau_levenshtein(&tcp, name), *name)).min();
         let hint = match nearest {
             Some((edits, name)) if edits <= 2 => format!("did you mean {name:?}?"),
-            _ if names.is_empty() => "no pool stands in the file".to_owned(),
             _ if names.len() > 8 => format!("the file has {} pools, such as {}", names.len(), names[0]),
             _ => format!("expected {}", names.join(" | ")),
         };
