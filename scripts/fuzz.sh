@@ -15,12 +15,13 @@ for name in config; do
     seeds="$(find "seeds/$name" -type f | wc -l)"
     [ "$seeds" -ge 50 ] || { echo "only $seeds seeds for $name; 50 are wanted" >&2; exit 1; }
     mkdir -p "$work/$name" "$work/plant"
-    printf 'pools: {y' > "$work/plant/seed"
-    if SAILOVER_FUZZ_PLANT=1 "$binary" -seed=1 -max_total_time=30 -artifact_prefix="$work/" "$work/plant" >"$work/log" 2>&1; then
+    printf 'pools: {}' > "$work/plant/seed"
+    if SAILOVER_FUZZ_PLANT=1 "$binary" -max_total_time=60 -max_len=64 -artifact_prefix="$work/" "$work/plant" >"$work/log" 2>&1; then
         echo "the planted panic in $name was not found" >&2
+        tail -5 "$work/log" >&2
         exit 1
     fi
-    grep -q 'planted: the fuzzer works' "$work/log"
+    grep -q 'planted: the fuzzer works' "$work/log" || { tail -40 "$work/log"; exit 1; }
     "$binary" -max_total_time="$seconds" -max_len=4096 -timeout=5 -rss_limit_mb=1024 -print_final_stats=1 \
         -artifact_prefix="$work/" "$work/$name" "seeds/$name" >"$work/log" 2>&1 || { tail -40 "$work/log"; exit 1; }
     grep -E 'stat::number_of_executed_units|stat::peak_rss_mb' "$work/log"

@@ -78,10 +78,16 @@ pub fn scan(text: &str) -> (Index, Vec<Problem>) {
     let mut nodes = 0usize;
     let mut documents = 0usize;
 
-    // Control characters end some parsers' lines silently; YAML allows none of them but tab and line ends.
-    if let Some(at) = text.char_indices().find(|(_, c)| c.is_control() && !matches!(c, '\t' | '\n' | '\r' | '\u{85}')) {
-        let line = 1 + text[..at.0].matches('\n').count();
-        let message = format!("control character U+{:04X}; YAML text may hold none but tab and line ends", at.1 as u32);
+    // What one parser takes for the end of a line and another for a letter could hide a key from one of the two
+    // passes: NEL and the Unicode separators, and a byte order mark in the middle. YAML allows no other control
+    // characters than tab and line ends.
+    let odd = |c: &char| {
+        c.is_control() && !matches!(c, '\t' | '\n' | '\r') || matches!(c, '\u{2028}' | '\u{2029}' | '\u{feff}')
+    };
+    if let Some((at, c)) = text.char_indices().find(|(_, c)| odd(c)) {
+        let line = 1 + text[..at].matches('\n').count();
+        let message =
+            format!("control character U+{:04X}; a configuration may hold none but tab and line ends", c as u32);
         return (index, vec![Problem { line, column: 1, path: String::new(), message }]);
     }
 
