@@ -1,7 +1,10 @@
 #!/bin/sh
 # Runs each fuzz target for some seconds from its kept seeds, after proving that a planted panic is found.
+#     fuzz.sh [SECONDS [SEED]]
+# The gate uses one seed, so that a failure can be had again; hunts use others.
 set -eu
 seconds="${1:-60}"
+seed="${2:-1}"
 cd "$(dirname "$0")/../fuzz"
 ../scripts/packages.sh fuzz
 # What `cargo fuzz` passes with no sanitizer; all of it is accepted by a stable compiler.
@@ -22,7 +25,7 @@ for name in config; do
         exit 1
     fi
     grep -q 'planted: the fuzzer works' "$work/log" || { tail -40 "$work/log"; exit 1; }
-    "$binary" -max_total_time="$seconds" -max_len=4096 -timeout=5 -rss_limit_mb=1024 -print_final_stats=1 \
+    "$binary" -seed="$seed" -max_total_time="$seconds" -max_len=4096 -timeout=5 -rss_limit_mb=1024 -print_final_stats=1 \
         -artifact_prefix="$work/" "$work/$name" "seeds/$name" >"$work/log" 2>&1 || { tail -40 "$work/log"; exit 1; }
     grep -E 'stat::number_of_executed_units|stat::peak_rss_mb' "$work/log"
     echo "fuzz target $name: ${seconds}s from $seeds seeds, no finding; the planted panic was found"
