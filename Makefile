@@ -1,10 +1,14 @@
 # Everything a person types. Each target does its own set-up: what Debian packages it needs are installed when run as
 # root, and named otherwise.
-.PHONY: run build test unit integration check format lint licences fuzz bench micro show clean
+.PHONY: demo run build test unit integration check format lint licences fuzz bench micro show clean
 
 CONFIG ?= configs/minimal.yaml
 CARGO ?= cargo
 FUZZ_SECONDS ?= 60
+
+# Two toy cells, live traffic, one fails: half a minute, with no set-up.
+demo: build
+	./target/release/sailover demo
 
 run: build
 	./target/release/sailover run --config $(CONFIG)

@@ -1,11 +1,11 @@
 //! Interfaces for operators: a unix socket with full control, and read-only HTTP.
 //!
-//! Both speak HTTP/1.1. Every connection has one deadline for everything, and there are never more than a few of
-//! them, so a reader that takes its time costs one place and nothing else. Answers are rendered on helper threads.
+//! Both speak HTTP/1.1, one request on each connection. A connection has one deadline for everything, and there are
+//! never more than a few of them, so a reader that takes its time costs one place and nothing else. Answers are rendered on helper threads.
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
@@ -27,6 +27,8 @@ use crate::clock;
 use crate::host::Host;
 use crate::reload::Report;
 use crate::report::{self, Info};
+use crate::session::Filter;
+use crate::worker::Sessions;
 
 /// One connection to an admin interface, from its first byte to its last.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -34,6 +36,10 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const MOST: usize = 32;
 /// Renderings at once.
 const RENDERINGS: usize = 2;
+/// Most sessions that one answer tells of.
+const MOST_SESSIONS: usize = 1_000;
+/// How long a worker may take to tell of its sessions.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Largest accepted body of a request.
 const BODY: usize = 64 << 10;
 /// A worker that has not beaten for this long is stuck.
@@ -52,6 +58,21 @@ pub enum Order {
     Drain(DrainOrder, oneshot::Sender<Result<String, String>>),
     /// Put it back.
     Undrain(DrainOrder, oneshot::Sender<Result<String, String>>),
+    /// Change a cell's weight.
+    Weigh(WeightOrder, oneshot::Sender<Result<String, String>>),
+    /// Tell of sessions, or end them.
+    Sessions {
+        /// Which.
+        filter: Arc<Filter>,
+        /// Whether they are to end.
+        kick: bool,
+        /// Most that each worker tells of.
+        most: usize,
+        /// User id of the operator.
+        by: Option<u32>,
+        /// Takes the answer of each worker.
+        reply: mpsc::UnboundedSender<Sessions>,
+    },
 }
 
 /// What is to be drained or undrained.
@@ -72,6 +93,53 @@ pub struct DrainOrder {
     #[serde(skip)]
     pub by: Option<u32>,
 }
+
+/// A cell and how much of its weight it is to keep.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)] // The fields are the flags of `sailover weight`.
+pub struct WeightOrder {
+    pub pool: String,
+    pub cell: String,
+    pub percent: u32,
+    pub reason: Option<String>,
+    /// Seconds.
+    #[serde(rename = "for")]
+    pub seconds: Option<u64>,
+    /// User id of the operator, set by the socket and not by the request.
+    #[serde(skip)]
+    pub by: Option<u32>,
+}
+
+/// Which sessions to tell of, or to end.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionsOrder {
+    /// Which.
+    pub filter: Filter,
+    /// Most that are told of.
+    pub limit: usize,
+}
+
+/// A client whose way is to be explained.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExplainOrder {
+    /// The client.
+    pub client: IpAddr,
+    /// Only at this listener.
+    pub listener: Option<String>,
+}
+
+/// What a connection may do: read, or give orders as a user of this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    ReadOnly,
+    Control(Option<u32>),
+}
+
+/// An answer; as an error it cuts the way to it short.
+type Answer = Result<Response<Full<Bytes>>, Response<Full<Bytes>>>;
 
 /// What the interfaces know and whom they ask.
 #[derive(Clone)]
@@ -98,7 +166,7 @@ impl Admin {
                     let by = stream.peer_cred().ok().map(|peer| peer.uid());
                     let admin = self.clone();
                     tokio::spawn(async move {
-                        admin.connection(stream, Some(by)).await;
+                        admin.connection(stream, Access::Control(by)).await;
                         drop(place);
                     });
                 }
@@ -116,7 +184,7 @@ impl Admin {
                 Ok((stream, _)) => {
                     let admin = self.clone();
                     tokio::spawn(async move {
-                        admin.connection(stream, None).await;
+                        admin.connection(stream, Access::ReadOnly).await;
                         drop(place);
                     });
                 }
@@ -130,38 +198,48 @@ impl Admin {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 
-    /// `control` is the operator's user id on the unix socket, and `None` on read-only HTTP.
-    async fn connection(self, stream: impl AsyncRead + AsyncWrite + Unpin, control: Option<Option<u32>>) {
+    /// One connection carries one request: a reader that comes again finds no deadline that ran meanwhile.
+    async fn connection(self, stream: impl AsyncRead + AsyncWrite + Unpin, access: Access) {
         let service = service_fn(|request| {
             let admin = self.clone();
-            async move { Ok::<_, Infallible>(admin.answer(request, control).await) }
+            async move { Ok::<_, Infallible>(admin.answer(request, access).await) }
         });
         let serving = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(Duration::from_secs(5))
             .max_buf_size(64 << 10)
+            .keep_alive(false)
             .serve_connection(TokioIo::new(stream), service);
         // Whatever the reader does, it is over then.
         let _ = timeout(DEADLINE, serving).await;
     }
 
-    async fn answer(self, request: Request<Incoming>, control: Option<Option<u32>>) -> Response<Full<Bytes>> {
+    async fn answer(self, request: Request<Incoming>, access: Access) -> Response<Full<Bytes>> {
+        if access == Access::ReadOnly {
+            if request.method() != Method::GET {
+                let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n");
+                response.headers_mut().insert(hyper::header::ALLOW, hyper::header::HeaderValue::from_static("GET"));
+                return response;
+            }
+            if let Err(text) = self.judge_host(&request) {
+                return plain(StatusCode::MISDIRECTED_REQUEST, &text);
+            }
+        }
         let path = request.uri().path().to_owned();
-        let force = request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "force=true"));
-        match (request.method().clone(), path.as_str()) {
-            (Method::GET, "/livez") => self.livez(),
-            (Method::GET, "/readyz") => self.readyz(),
-            (Method::GET, "/status") => {
+        match (request.method().clone(), path.as_str(), access) {
+            (Method::GET, "/livez", _) => self.livez(),
+            (Method::GET, "/readyz", _) => self.readyz(),
+            (Method::GET, "/status", _) => {
                 let body = self
                     .render(|host, info| serde_json::to_vec_pretty(&report::status(host, info)).unwrap_or_default())
                     .await;
                 respond(StatusCode::OK, "application/json", body)
             }
-            (Method::GET, "/metrics") => {
+            (Method::GET, "/metrics", _) => {
                 let body = self.render(|host, info| report::metrics(host, info).into_bytes()).await;
                 respond(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", body)
             }
-            (Method::GET, "/config") if control.is_some() => {
+            (Method::GET, "/config", Access::Control(_)) => {
                 let body = self
                     .render(|host, _| {
                         let table = host.live.load_full();
@@ -171,39 +249,100 @@ impl Admin {
                     .await;
                 respond(StatusCode::OK, "application/json", body)
             }
-            (Method::POST, "/reload") if control.is_some() => {
+            (Method::POST, _, Access::Control(by)) => match self.obey(request, &path, by).await {
+                Ok(response) | Err(response) => response,
+            },
+            (Method::GET, _, _) => plain(StatusCode::NOT_FOUND, "expected /status, /metrics, /livez or /readyz\n"),
+            _ => plain(StatusCode::METHOD_NOT_ALLOWED, "expected GET or POST\n"),
+        }
+    }
+
+    /// Refuses a request that names a host which is none of ours: a page of somebody else's, whose name was made to
+    /// point here, could otherwise read what is served (DNS rebinding). An address is no name, so it needs no proof.
+    fn judge_host(&self, request: &Request<Incoming>) -> Result<(), String> {
+        let named = request.headers().get(hyper::header::HOST).map(|host| host.to_str().unwrap_or_default());
+        let Some(named) = named.or_else(|| request.uri().authority().map(|authority| authority.as_str())) else {
+            // Browsers always name one; a simple health check of HTTP/1.0 does not.
+            let old = request.version() == hyper::Version::HTTP_10;
+            return if old { Ok(()) } else { Err("the request names no host\n".into()) };
+        };
+        let name = match named.rsplit_once(':') {
+            Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !name.ends_with(':') => name,
+            _ => named,
+        };
+        let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+        let config = self.host.live.load().config.clone();
+        let ours = |known: &String| known.eq_ignore_ascii_case(name);
+        if address.parse::<IpAddr>().is_ok()
+            || name.eq_ignore_ascii_case("localhost")
+            || config.admin.hosts.iter().any(ours)
+        {
+            return Ok(());
+        }
+        Err(format!("the host {name:?} is not served here; name it in admin.hosts if it is yours\n"))
+    }
+
+    /// The orders of an operator.
+    async fn obey(&self, request: Request<Incoming>, path: &str, by: Option<u32>) -> Answer {
+        let force = request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "force=true"));
+        match path {
+            "/reload" => {
                 let (reply, verdict) = oneshot::channel();
-                let sent = self.orders.send(Order::Reload { force, reply }).await.is_ok();
-                match verdict.await {
-                    Ok(report) if sent => {
-                        let status = if report.ok { StatusCode::OK } else { StatusCode::UNPROCESSABLE_ENTITY };
-                        respond(status, "application/json", serde_json::to_vec_pretty(&report).unwrap_or_default())
-                    }
-                    _ => plain(StatusCode::SERVICE_UNAVAILABLE, "the process is stopping\n"),
-                }
+                let report = self.order(Order::Reload { force, reply }, verdict).await?;
+                let status = if report.ok { StatusCode::OK } else { StatusCode::UNPROCESSABLE_ENTITY };
+                Ok(respond(status, "application/json", serde_json::to_vec_pretty(&report).unwrap_or_default()))
             }
-            (Method::POST, "/drain" | "/undrain") if control.is_some() => {
-                let body = match Limited::new(request.into_body(), BODY).collect().await {
-                    Ok(body) => body.to_bytes(),
-                    Err(_) => return plain(StatusCode::BAD_REQUEST, "the body cannot be read or is too large\n"),
-                };
-                let mut order: DrainOrder = match serde_json::from_slice(&body) {
-                    Ok(order) => order,
-                    Err(error) => return plain(StatusCode::BAD_REQUEST, &format!("the body is no order: {error}\n")),
-                };
-                order.by = control.flatten();
+            "/drain" | "/undrain" => {
+                let order = DrainOrder { by, ..read(request).await? };
                 let (reply, verdict) = oneshot::channel();
                 let order = if path == "/drain" { Order::Drain(order, reply) } else { Order::Undrain(order, reply) };
-                let sent = self.orders.send(order).await.is_ok();
-                match verdict.await {
-                    Ok(Ok(text)) if sent => plain(StatusCode::OK, &format!("{text}\n")),
-                    Ok(Err(text)) => plain(StatusCode::CONFLICT, &format!("{text}\n")),
-                    _ => plain(StatusCode::SERVICE_UNAVAILABLE, "the process is stopping\n"),
-                }
+                Ok(told(self.order(order, verdict).await?))
             }
-            (Method::GET, _) => plain(StatusCode::NOT_FOUND, "expected /status, /metrics, /livez or /readyz\n"),
-            _ => plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is served here\n"),
+            "/weight" => {
+                let order = WeightOrder { by, ..read(request).await? };
+                let (reply, verdict) = oneshot::channel();
+                Ok(told(self.order(Order::Weigh(order, reply), verdict).await?))
+            }
+            "/sessions" | "/kick" => {
+                let order: SessionsOrder = read(request).await?;
+                let kick = path == "/kick";
+                if kick && !order.filter.names_something() {
+                    let text = "name what to end: identities of sessions, a backend, a pool or a client\n";
+                    return Err(plain(StatusCode::CONFLICT, text));
+                }
+                let most = order.limit.clamp(1, MOST_SESSIONS);
+                let (reply, mut answers) = mpsc::unbounded_channel();
+                let order = Order::Sessions { filter: Arc::new(order.filter), kick, most, by, reply };
+                self.orders.send(order).await.map_err(|_| stopping())?;
+                let mut found = Sessions::default();
+                // The channel ends when the last worker has answered.
+                while let Some(part) = timeout(PATIENCE, answers.recv()).await.unwrap_or_default() {
+                    found.rows.extend(part.rows);
+                    found.count += part.count;
+                }
+                found.rows.sort_by_key(|row| std::cmp::Reverse(row.age_ms));
+                found.rows.truncate(most);
+                let table = self.host.live.load_full();
+                let body =
+                    serde_json::json!({ "count": found.count, "sessions": report::sessions(&table, &found.rows) });
+                Ok(respond(StatusCode::OK, "application/json", serde_json::to_vec_pretty(&body).unwrap_or_default()))
+            }
+            "/explain" => {
+                let order: ExplainOrder = read(request).await?;
+                let body = self.render(move |host, _| {
+                    let explained = report::explain(host, order.client, order.listener.as_deref());
+                    serde_json::to_vec_pretty(&explained).unwrap_or_default()
+                });
+                Ok(respond(StatusCode::OK, "application/json", body.await))
+            }
+            _ => Err(plain(StatusCode::NOT_FOUND, "there is no such order\n")),
         }
+    }
+
+    /// Gives control an order and waits for its answer.
+    async fn order<T>(&self, order: Order, answer: oneshot::Receiver<T>) -> Result<T, Response<Full<Bytes>>> {
+        self.orders.send(order).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())
     }
 
     /// Renders on a helper thread, at most two at a time.
@@ -245,6 +384,26 @@ pub fn stale_worker(host: &Host) -> Option<usize> {
         let last = beat[0].load(Relaxed);
         last > 0 && now.saturating_sub(last) > BEAT_STALE.as_millis() as u64
     })
+}
+
+/// Reads the JSON body of an order.
+async fn read<T: serde::de::DeserializeOwned>(request: Request<Incoming>) -> Result<T, Response<Full<Bytes>>> {
+    let body = Limited::new(request.into_body(), BODY).collect().await;
+    let body = body.map_err(|_| plain(StatusCode::BAD_REQUEST, "the body cannot be read or is too large\n"))?;
+    serde_json::from_slice(&body.to_bytes())
+        .map_err(|error| plain(StatusCode::BAD_REQUEST, &format!("the body is no order: {error}\n")))
+}
+
+/// The verdict on an order, in words.
+fn told(verdict: Result<String, String>) -> Response<Full<Bytes>> {
+    match verdict {
+        Ok(text) => plain(StatusCode::OK, &format!("{text}\n")),
+        Err(text) => plain(StatusCode::CONFLICT, &format!("{text}\n")),
+    }
+}
+
+fn stopping() -> Response<Full<Bytes>> {
+    plain(StatusCode::SERVICE_UNAVAILABLE, "the process is stopping\n")
 }
 
 fn plain(status: StatusCode, text: &str) -> Response<Full<Bytes>> {

@@ -268,6 +268,8 @@ pub struct Admin {
     pub socket_given: bool,
     /// Read-only HTTP; `None`: off.
     pub http: Option<SocketAddr>,
+    /// Names by which the read-only HTTP may be asked, besides addresses and localhost.
+    pub hosts: Vec<String>,
 }
 
 /// Log.

@@ -253,7 +253,7 @@ pub async fn dial<N: Network>(
                 let Some(mut attempt) = open[place].take() else { continue };
                 let member = &pool.members[attempt.member];
                 member.backend.connected(&policy.health, handshake, attempt.began, now);
-                pool.cells[member.cell].times.handshake.record(handshake);
+                pool.cells[member.cell].shared.handshake.record(handshake);
                 if story.raced {
                     let later = open.iter().flatten().any(|other| other.began < attempt.began);
                     pool.shared.races[1].add(u64::from(later));

@@ -9,7 +9,7 @@
 //!
 //! **The life of a configuration.** `config` reads and judges the file, `table` builds a generation that takes over
 //! every unchanged backend, `reload` reports the difference, and `server` swaps one pointer. `probe` asks the
-//! backends, `drain` takes some out, `admin` and `report` tell people, `cli` asks for them.
+//! backends, `drain` takes some out, `admin` and `report` tell people, `cli` asks for them, `demo` shows it all.
 
 pub mod cli;
 pub mod server;
@@ -37,6 +37,7 @@ pub mod reload;
 pub mod drain;
 pub mod admin;
 pub mod report;
+pub mod demo;
 
 pub mod metrics;
 pub mod log;

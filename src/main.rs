@@ -3,10 +3,11 @@
 //! Exit codes: 0, 64 for wrong usage, 78 for a wrong configuration, 1 for anything else.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use sailover::cli::{self, Cli, Command};
-use sailover::server;
+use sailover::{demo, server};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -23,6 +24,11 @@ fn main() -> ExitCode {
             Err(fatal) => fatal.report(),
         },
         Command::Check(check) => cli::check(&check),
+        Command::Demo(flags) => demo::run(demo::Show {
+            length: Duration::from_secs(flags.seconds),
+            rate: flags.rate,
+            failover: !flags.no_failover,
+        }),
         command => cli::ask(command),
     }
 }

@@ -10,7 +10,7 @@
 
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -81,18 +81,24 @@ impl Default for Policy {
     }
 }
 
-/// Times by cell, kept over reloads.
+/// What is kept of a cell's place in a pool over reloads.
 #[derive(Debug)]
-pub struct CellTimes {
+pub struct CellShared {
     /// Handshakes, in seconds.
     pub handshake: Histogram,
     /// From the client's bytes to the first byte of an answer, in seconds.
     pub first_byte: Histogram,
+    /// How much of its configured weight an operator left it, 0 to 100.
+    pub percent: AtomicU32,
 }
 
-impl Default for CellTimes {
+impl Default for CellShared {
     fn default() -> Self {
-        CellTimes { handshake: Histogram::new(&TIME_BOUNDS), first_byte: Histogram::new(&TIME_BOUNDS) }
+        CellShared {
+            handshake: Histogram::new(&TIME_BOUNDS),
+            first_byte: Histogram::new(&TIME_BOUNDS),
+            percent: AtomicU32::new(100),
+        }
     }
 }
 
@@ -120,11 +126,18 @@ pub struct Cell {
     pub weight: u32,
     /// Its members.
     pub members: Range<usize>,
-    /// Its times.
-    pub times: Arc<CellTimes>,
+    /// What survives it.
+    pub shared: Arc<CellShared>,
     hash: u64,
     maglev: Option<Maglev>,
     turn: AtomicUsize,
+}
+
+impl Cell {
+    /// Its weight as it counts now: what was configured, and what an operator left of it.
+    pub fn weight_now(&self) -> f64 {
+        f64::from(self.weight) * f64::from(self.shared.percent.load(Relaxed)) / 100.0
+    }
 }
 
 /// A cell before its pool is put together.
@@ -138,8 +151,8 @@ pub struct NewCell {
     pub weight: u32,
     /// Number of its members.
     pub count: usize,
-    /// Its times.
-    pub times: Arc<CellTimes>,
+    /// What survives it.
+    pub shared: Arc<CellShared>,
 }
 
 /// The same thing served from several cells.
@@ -227,12 +240,12 @@ impl Pool {
         let mut first = 0;
         let cells = cells
             .into_iter()
-            .map(|NewCell { name, tier, weight, count, times }| {
+            .map(|NewCell { name, tier, weight, count, shared }| {
                 let range = first..first + count;
                 first += count;
                 let maglev = (policy.affinity == Affinity::ClientIp).then(|| Maglev::new(&members[range.clone()]));
                 let hash = xxh3_64(name.as_bytes());
-                Cell { name, tier, weight, members: range, times, hash, maglev, turn: AtomicUsize::new(0) }
+                Cell { name, tier, weight, members: range, shared, hash, maglev, turn: AtomicUsize::new(0) }
             })
             .collect();
         Pool {
@@ -244,6 +257,24 @@ impl Pool {
             plan: ArcSwap::from_pointee(Plan::default()),
             planning: Mutex::new(()),
         }
+    }
+
+    /// Where a client would go now, without going: the choice that its pin makes, and for each member the chance that a
+    /// client without one (or whose own place has nothing) comes to it, loads apart.
+    pub fn explain(&self, pin: Option<u64>, now: Time) -> (Option<Choice>, Vec<f64>) {
+        let plan = self.plan(now);
+        let mut chances = vec![0.0; self.members.len()];
+        for part in &plan.cells {
+            let weight = |m: usize| {
+                let member = &self.members[m];
+                f64::from(member.weight) * member.backend.ramp_share(&self.policy.health, now)
+            };
+            let all: f64 = part.fit.iter().map(|&m| weight(m)).sum();
+            for &m in &part.fit {
+                chances[m] = if all > 0.0 { part.share * weight(m) / all } else { 0.0 };
+            }
+        }
+        (pin.and_then(|pin| self.pinned(&plan, pin, now)), chances)
     }
 
     /// Chooses a member for one client.
@@ -422,7 +453,7 @@ impl Pool {
         for position in 0..plan.tiers.len() {
             let tier = plan.tiers[position];
             let of_tier = (0..self.cells.len()).filter(|&i| self.cells[i].tier == tier).collect::<Vec<_>>();
-            let weight = |i: usize| f64::from(self.cells[i].weight);
+            let weight = |i: usize| self.cells[i].weight_now();
             let all: f64 = of_tier.iter().filter(|&&i| ready[i].0 > 0.0).map(|&i| weight(i)).sum();
             let can: f64 = of_tier.iter().filter(|&&i| ready[i].0 > 0.0).map(|&i| weight(i) * ready[i].1).sum();
             let parts: f64 = of_tier.iter().map(|&i| weight(i) * plan.cells[i].keeps).sum();
@@ -553,7 +584,7 @@ impl Pool {
     fn cell_weight_each(&self, member: usize, list: &[usize]) -> u32 {
         let cell = self.members[member].cell;
         let siblings = list.iter().filter(|&&m| self.members[m].cell == cell).count() as u32;
-        (self.cells[cell].weight * 1_000 / siblings.max(1)).max(1)
+        ((self.cells[cell].weight_now() * 1_000.0) as u32 / siblings.max(1)).max(1)
     }
 
     /// Weighted rendezvous over cells (Thaler, Ravishankar 1998; weights by Schindelhauer, Schomaker 2005), and
@@ -562,7 +593,7 @@ impl Pool {
         for (position, &tier) in plan.tiers.iter().enumerate() {
             let mut ranked: Vec<(f64, usize)> = (0..self.cells.len())
                 .filter(|&i| self.cells[i].tier == tier && plan.cells[i].could_keep >= 0.0)
-                .map(|i| (f64::from(self.cells[i].weight) / -unit(pin, self.cells[i].hash).ln(), i))
+                .map(|i| (self.cells[i].weight_now() / -unit(pin, self.cells[i].hash).ln(), i))
                 .collect();
             ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
             let later_fit = plan.tiers[position + 1..].iter().any(|later| {

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt::{Display, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
@@ -11,14 +11,16 @@ use serde_json::{Value, json};
 
 use crate::backend::{Backend, Outcome};
 use crate::clock;
+use crate::config::Affinity;
 use crate::drain::Drains;
 use crate::health::{Source, State};
 use crate::host::Host;
 use crate::log;
 use crate::metrics::Histogram;
-use crate::pool::Pool;
+use crate::pool::{self, Choice, Member, Pool};
 use crate::reload::Report;
-use crate::table::{End, Table};
+use crate::session::Row;
+use crate::table::{End, Listener, Table};
 
 /// What control knows besides the table, copied for the renderers.
 #[derive(Clone, Debug, Default)]
@@ -27,6 +29,8 @@ pub struct Info {
     pub last_reload: Option<Report>,
     /// When the live table was loaded, RFC 3339.
     pub loaded_at: String,
+    /// When the process began to serve, RFC 3339.
+    pub started_at: String,
     /// Bound addresses: as configured, as bound, and whether this machine owns the address now.
     pub bound: Vec<(SocketAddr, SocketAddr, bool)>,
     /// What is drained.
@@ -66,6 +70,7 @@ pub fn status(host: &Host, info: &Info) -> Value {
         host.local_errors.all().filter(|(_, n)| *n > 0).map(|(name, n)| (name.to_owned(), json!(n))).collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
+        "started_at": info.started_at,
         "generation": table.generation,
         "stopping": host.stopping.load(Relaxed),
         "config": {
@@ -80,6 +85,7 @@ pub fn status(host: &Host, info: &Info) -> Value {
         "listeners": listeners_status(&table, info),
         "workers": workers,
         "drains": info.drains.list(),
+        "weights": info.drains.weights(),
         "local_errors": local_errors,
         "panics": host.panics.get(),
         "log_dropped": log::DROPPED.get(),
@@ -128,6 +134,7 @@ fn pool_status(pool: &Pool, info: &Info) -> Value {
                 "name": &*cell.name,
                 "tier": cell.tier,
                 "share": { "configured": round(configured), "now": round(now) },
+                "weight_percent": cell.shared.percent.load(Relaxed),
                 "backends": members.iter().map(|member| backend_status(pool, &member.backend, info)).collect::<Vec<_>>(),
             })
         })
@@ -204,6 +211,121 @@ fn listeners_status(table: &Table, info: &Info) -> Vec<Value> {
             }))
         })
         .collect()
+}
+
+/// `sailover sessions`: the rows of the workers, with the cell in which the live table has each backend.
+pub fn sessions(table: &Table, rows: &[Row]) -> Vec<Value> {
+    let cell = |row: &Row| {
+        let pool = table.pools.iter().find(|pool| *pool.name == *row.pool)?;
+        let member = pool.members.iter().find(|member| *member.backend.name == *row.backend)?;
+        Some(pool.cells[member.cell].name.to_string())
+    };
+    rows.iter()
+        .map(|row| {
+            let mut shown = json!(row);
+            shown["cell"] = json!(cell(row));
+            shown
+        })
+        .collect()
+}
+
+/// `sailover explain`: where this client would go now, at each listener or at one, and why.
+pub fn explain(host: &Host, client: IpAddr, listener: Option<&str>) -> Value {
+    let table = host.live.load_full();
+    let mut listeners: Vec<_> = table.listeners.values().collect();
+    listeners.sort_by(|a, b| a.name.cmp(&b.name));
+    listeners.dedup_by(|a, b| a.name == b.name);
+    let names: Vec<String> = listeners.iter().map(|listener| listener.name.to_string()).collect();
+    listeners.retain(|found| listener.is_none_or(|wanted| wanted == &*found.name));
+    let ways: Vec<Value> = listeners.iter().map(|listener| explain_at(host, listener, client)).collect();
+    json!({ "client": client, "listeners": names, "ways": ways })
+}
+
+fn explain_at(host: &Host, listener: &Listener, client: IpAddr) -> Value {
+    let (pool, now) = (&listener.pool, clock::now());
+    let pinned = pool.policy.affinity == Affinity::ClientIp;
+    let (choice, chances) = pool.explain(pinned.then(|| pool::pin(client)), now);
+    let refused = if !listener.admits(client) {
+        Some("allow and deny of the listener refuse this client")
+    } else if host.connections.used() >= host.max_connections.load(Relaxed) {
+        Some("the process has all the connections it may have")
+    } else if listener.shared.connections.used() >= listener.max_connections {
+        Some("the listener has all the connections it may have")
+    } else if pool.shared.connections.used() >= pool.policy.max_connections {
+        Some("the pool has all the connections it may have")
+    } else {
+        None
+    };
+    let chosen = match choice {
+        Some(Choice::Member(member) | Choice::Doubtful(member)) => Some(member),
+        _ => None,
+    };
+    let name = |member: usize| {
+        let member = &pool.members[member];
+        json!({ "cell": &*pool.cells[member.cell].name, "backend": &*member.backend.name })
+    };
+    let backends: Vec<Value> = pool
+        .members
+        .iter()
+        .enumerate()
+        .map(|(i, member)| {
+            let chance = if refused.is_some() {
+                0.0
+            } else {
+                match chosen {
+                    Some(chosen) => f64::from(u8::from(chosen == i)),
+                    None => chances[i],
+                }
+            };
+            json!({
+                "cell": &*pool.cells[member.cell].name,
+                "tier": pool.cells[member.cell].tier,
+                "backend": &*member.backend.name,
+                "chance": round(chance),
+                "why": why(pool, member, chosen == Some(i), chances[i], now),
+            })
+        })
+        .collect();
+    json!({
+        "listener": &*listener.name,
+        "pool": &*pool.name,
+        "refused": refused,
+        "affinity": if pinned { "client_ip" } else { "none" },
+        "goes_to": chosen.filter(|_| refused.is_none()).map(name),
+        "backends": backends,
+    })
+}
+
+/// Why a backend gets of one client what it gets.
+fn why(pool: &Pool, member: &Member, chosen: bool, chance: f64, now: clock::Time) -> String {
+    let (backend, cell) = (&member.backend, &pool.cells[member.cell]);
+    let state = backend.view().state;
+    let percent = cell.shared.percent.load(Relaxed);
+    if backend.drained.load(Relaxed) {
+        return "drained by an operator".into();
+    }
+    if backend.in_flight.used() >= member.max_connections {
+        return format!("it has all the {} connections it may have", member.max_connections);
+    }
+    let mut reasons = match state {
+        State::Up => vec!["up".to_owned()],
+        State::Returning => {
+            let share = backend.ramp_share(&pool.policy.health, now) * 100.0;
+            vec![format!("returning, at {share:.0}% of its share")]
+        }
+        State::Suspect => vec!["suspect: after the fit ones of its tier".to_owned()],
+        State::Unknown => vec!["nothing is known about it yet: after all that are known to be fit".to_owned()],
+        State::Down => vec!["down: tried only when nothing else is left".to_owned()],
+    };
+    if percent < 100 {
+        reasons.push(format!("its cell has {percent}% of its weight by an order"));
+    }
+    if chosen {
+        reasons.push("the client's address is pinned to it".into());
+    } else if matches!(state, State::Up | State::Returning) && chance == 0.0 {
+        reasons.push(format!("tier {}: the tiers before it carry all", cell.tier));
+    }
+    reasons.join("; ")
 }
 
 fn round(value: f64) -> f64 {
@@ -365,7 +487,7 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
             t.histogram(
                 "sailover_handshake_seconds",
                 &[("pool", &pool.name), ("cell", &cell.name)],
-                &cell.times.handshake,
+                &cell.shared.handshake,
             );
         }
     }
@@ -375,7 +497,7 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
             t.histogram(
                 "sailover_first_byte_seconds",
                 &[("pool", &pool.name), ("cell", &cell.name)],
-                &cell.times.first_byte,
+                &cell.shared.first_byte,
             );
         }
     }

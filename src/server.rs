@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -17,10 +17,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-use crate::admin::{self, Admin, DrainOrder, Order};
+use crate::admin::{self, Admin, DrainOrder, Order, WeightOrder};
 use crate::clock;
 use crate::config;
-use crate::drain::{self, Drain};
+use crate::drain::{self, Drain, Keeper, Weight};
 use crate::host::Host;
 use crate::listen;
 use crate::log::Logger;
@@ -63,11 +63,6 @@ impl Fatal {
     }
 }
 
-/// Held by a helper while it writes the drains.
-static WRITING: Mutex<()> = Mutex::new(());
-/// Whether a writer waits for its turn.
-static UNWRITTEN: AtomicBool = AtomicBool::new(false);
-
 struct Bound {
     stop: watch::Sender<bool>,
     address: SocketAddr,
@@ -98,8 +93,8 @@ struct Control {
     reloading: Reloading,
     admin: Admin,
     admin_http: Option<(SocketAddr, JoinHandle<()>)>,
-    /// Where drains are kept over a restart; `None` when the service manager gave no place.
-    state: Option<PathBuf>,
+    /// Keeps drains over a restart; `None` when the service manager gave no place.
+    keeper: Option<Keeper>,
     /// The admin socket that is open, which is not the file's when that has changed since.
     socket: Option<PathBuf>,
 }
@@ -158,7 +153,11 @@ async fn serve(
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| other(format!("worker: {error}")))?;
 
-    let info = Arc::new(Mutex::new(Info { loaded_at: clock::now().rfc3339(), ..Info::default() }));
+    let info = Arc::new(Mutex::new(Info {
+        loaded_at: clock::now().rfc3339(),
+        started_at: clock::now().rfc3339(),
+        ..Info::default()
+    }));
     let (orders, mut orders_in) = mpsc::channel(64);
     let admin = Admin::new(host.clone(), info.clone(), orders);
     let config = table.config.clone();
@@ -175,7 +174,7 @@ async fn serve(
         admin,
         admin_http: None,
         socket: None,
-        state: state_directory().map(|directory| directory.join("drains.json")),
+        keeper: state_directory().map(|directory| Keeper::new(directory.join("drains.json"))),
     };
     control.restore_drains(&table);
     control.open_admin(&config.admin).map_err(other)?;
@@ -345,7 +344,7 @@ impl Control {
             self.open_admin_http(table.config.admin.http).map_err(|error| vec![error])?;
         }
 
-        self.apply_drains(&table);
+        self.apply_orders(&table);
         self.host.set_limits(prepared.limits);
         self.host.live.store(table.clone());
         for pool in &table.pools {
@@ -391,32 +390,44 @@ impl Control {
         match order {
             Order::Reload { force, reply } => self.reload(force, Some(reply)),
             Order::Drain(order, reply) => {
-                let _ = reply.send(self.drain(order));
+                let done = self.drain(order);
+                self.keep(done, reply);
             }
             Order::Undrain(order, reply) => {
-                let _ = reply.send(self.undrain(&order));
+                let done = self.undrain(&order);
+                self.keep(done, reply);
+            }
+            Order::Weigh(order, reply) => {
+                let done = self.weigh(order);
+                self.keep(done, reply);
+            }
+            Order::Sessions { filter, kick, most, by, reply } => {
+                for worker in &self.workers {
+                    worker.tell(Command::Sessions { filter: filter.clone(), kick, most, reply: reply.clone() });
+                }
+                if kick {
+                    let shown = serde_json::to_string(&*filter).unwrap_or_default();
+                    tracing::info!(filter = shown, by_uid = by, "sessions kicked");
+                }
             }
         }
     }
 
     fn drain(&mut self, order: DrainOrder) -> Result<String, String> {
         let table = self.host.live.load_full();
-        let wall = SystemTime::now();
-        let until = order.seconds.and_then(|seconds| wall.checked_add(Duration::from_secs(seconds)));
+        let (since, until) = term(order.seconds);
         let drain = Drain {
             cell: order.cell,
             pool: order.pool,
             backend: order.backend,
             reason: order.reason,
             by: order.by,
-            since: humantime::format_rfc3339_seconds(wall).to_string(),
-            until: until.and_then(|until| Some(until.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs())),
+            since,
+            until,
         };
-        let kept = if self.state.is_some() { "" } else { " (until the process ends: there is no state directory)" };
-        let text = format!("drained {}{kept}", drain.cell);
+        let text = format!("drained {}", drain.cell);
         self.with_info(|info| info.drains.add(drain.clone(), &table, order.force))?;
-        self.apply_drains(&table);
-        self.keep_drains();
+        self.apply_orders(&table);
         tracing::info!(
             cell = drain.cell,
             pool = drain.pool,
@@ -431,48 +442,76 @@ impl Control {
     fn undrain(&mut self, order: &DrainOrder) -> Result<String, String> {
         let (pool, backend) = (order.pool.as_deref(), order.backend.as_deref());
         let ended = self.with_info(|info| info.drains.remove(&order.cell, pool, backend))?;
-        self.apply_drains(&self.host.live.load_full());
-        self.keep_drains();
-        tracing::info!(cell = order.cell, pool, backend, by_uid = order.by, "undrained");
+        self.apply_orders(&self.host.live.load_full());
+        tracing::info!(cell = order.cell, pool, backend, reason = order.reason, by_uid = order.by, "undrained");
         Ok(format!("undrained {} ({ended} drain{})", order.cell, if ended == 1 { "" } else { "s" }))
+    }
+
+    fn weigh(&mut self, order: WeightOrder) -> Result<String, String> {
+        let table = self.host.live.load_full();
+        let (since, until) = term(order.seconds);
+        let WeightOrder { pool, cell, percent, reason, by, .. } = order;
+        let weight = Weight { pool, cell, percent, reason, by, since, until };
+        let text = format!("cell {} of pool {} has {percent} % of its configured weight", weight.cell, weight.pool);
+        self.with_info(|info| info.drains.weigh(weight.clone(), &table))?;
+        self.apply_orders(&table);
+        tracing::info!(
+            pool = weight.pool,
+            cell = weight.cell,
+            percent,
+            reason = weight.reason,
+            by_uid = weight.by,
+            "weighted"
+        );
+        Ok(text)
+    }
+
+    /// Answers an operator when the order stands on the disk; it is in effect already.
+    fn keep(&self, done: Result<String, String>, reply: oneshot::Sender<Result<String, String>>) {
+        let text = match done {
+            Ok(text) => text,
+            refused => {
+                let _ = reply.send(refused);
+                return;
+            }
+        };
+        let Some(kept) = self.write_down() else {
+            let _ = reply.send(Ok(format!("{text} (until the process ends: there is no state directory)")));
+            return;
+        };
+        tokio::spawn(async move {
+            let note = kept.await.err().map(|error| format!(" (until the process ends: {error})"));
+            let _ = reply.send(Ok(text + &note.unwrap_or_default()));
+        });
+    }
+
+    fn write_down(&self) -> Option<impl Future<Output = Result<(), String>> + use<>> {
+        let info = self.info.clone();
+        let now = move || info.lock().unwrap_or_else(PoisonError::into_inner).drains.clone();
+        self.keeper.as_ref().map(|keeper| keeper.keep(now))
     }
 
     /// Takes up the drains of the process before; before there is anything to serve it may wait for the disk.
     fn restore_drains(&mut self, table: &Table) {
-        let Some(path) = &self.state else { return };
-        match drain::read(path, SystemTime::now()) {
+        let Some(path) = self.keeper.as_ref().map(|keeper| keeper.path().to_owned()) else { return };
+        match drain::read(&path, SystemTime::now()) {
             Ok(None) => {}
             Ok(Some(drains)) => {
                 tracing::info!(drains = drains.list().len(), file = %path.display(), "drains taken up again");
                 self.with_info(|info| info.drains = drains);
-                self.apply_drains(table);
+                self.apply_orders(table);
             }
             Err(error) => tracing::warn!("{error}; starting without drains"),
         }
     }
 
-    /// Writes the drains where the next process will look, on a helper thread.
-    fn keep_drains(&self) {
-        let Some(path) = self.state.clone() else { return };
-        // A writer that has not begun yet will write this too: a stalled disk holds two helpers at most.
-        if UNWRITTEN.swap(true, Relaxed) {
-            return;
-        }
-        let info = self.info.clone();
-        tokio::task::spawn_blocking(move || {
-            // One writer after the other, each with the newest drains: the file ends as the newest.
-            let _alone = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
-            UNWRITTEN.store(false, Relaxed);
-            let drains = info.lock().unwrap_or_else(PoisonError::into_inner).drains.clone();
-            if let Err(error) = drain::write(&path, &drains) {
-                tracing::warn!("{error}; the drains will not survive a restart");
-            }
-        });
-    }
-
-    fn apply_drains(&self, table: &Table) {
+    fn apply_orders(&self, table: &Table) {
         let drains = self.with_info(|info| info.drains.clone());
-        table::apply_drains(table, |pool, cell, member| drains.covers(pool, cell, member));
+        table::apply_orders(
+            table,
+            |pool, cell, member| drains.covers(pool, cell, member),
+            |pool, cell| drains.percent(pool, cell),
+        );
     }
 
     fn with_info<T>(&self, f: impl FnOnce(&mut Info) -> T) -> T {
@@ -491,9 +530,9 @@ impl Control {
             pool.shared.failing.sweep(now);
         }
         if self.with_info(|info| info.drains.expire(SystemTime::now())) {
-            tracing::info!("a drain has reached its end");
-            self.apply_drains(&table);
-            self.keep_drains();
+            tracing::info!("a drain or a weight has reached its end");
+            self.apply_orders(&table);
+            drop(self.write_down());
         }
         if tick.is_multiple_of(LOCAL_TICKS) {
             for (bind, bound) in &mut self.bound {
@@ -588,6 +627,14 @@ impl Control {
 fn state_directory() -> Option<PathBuf> {
     let directory = PathBuf::from(std::env::var_os("STATE_DIRECTORY")?);
     directory.is_absolute().then_some(directory)
+}
+
+/// When an order begins, RFC 3339, and at which second since 1970 it ends by itself.
+fn term(seconds: Option<u64>) -> (String, Option<u64>) {
+    let now = SystemTime::now();
+    let until = seconds.and_then(|seconds| now.checked_add(Duration::from_secs(seconds)));
+    let until = until.and_then(|until| Some(until.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs()));
+    (humantime::format_rfc3339_seconds(now).to_string(), until)
 }
 
 /// Whether one of our own addresses covers this one, or the other way round: 0.0.0.0:443 and 10.0.0.1:443.

@@ -3,13 +3,15 @@
 //! Once a second the worker asks TCP about sessions that wait to write, now and then about the others, and looks
 //! after those whose backend is down. There is no `TCP_USER_TIMEOUT`, because Linux takes a closed window for death.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use slab::Slab;
 use socket2::{SockRef, TcpKeepalive};
 
@@ -41,6 +43,9 @@ pub const WAITS_BACKEND: u8 = 2;
 
 #[derive(Debug)]
 struct Entry {
+    id: u64,
+    listener: Arc<str>,
+    began: Time,
     backend: Arc<Backend>,
     policy: Arc<Policy>,
     client: RawFd,
@@ -50,6 +55,7 @@ struct Entry {
     unacked: [Option<Time>; 2],
     kept_alive: bool,
     doomed: bool,
+    kicked: bool,
     ended: Option<End>,
     waker: Option<Waker>,
 }
@@ -57,6 +63,7 @@ struct Entry {
 thread_local! {
     static SESSIONS: RefCell<Slab<Entry>> = const { RefCell::new(Slab::new()) };
     static DOOMED: RefCell<VecDeque<usize>> = const { RefCell::new(VecDeque::new()) };
+    static NEXT_ID: Cell<u64> = const { Cell::new(1) };
 }
 
 /// A session's place in its worker's list; dropping it takes it out. Stays on the worker's thread, as every
@@ -65,8 +72,18 @@ thread_local! {
 pub struct Handle(usize);
 
 /// Enters a session; both descriptors must stay open while the handle lives.
-pub fn enter(backend: Arc<Backend>, policy: Arc<Policy>, client: RawFd, server: RawFd) -> Handle {
+pub fn enter(
+    listener: Arc<str>,
+    backend: Arc<Backend>,
+    policy: Arc<Policy>,
+    client: RawFd,
+    server: RawFd,
+    began: Time,
+) -> Handle {
     let entry = Entry {
+        id: NEXT_ID.with(|next| next.replace(next.get() + 1)),
+        listener,
+        began,
         backend,
         policy,
         client,
@@ -75,6 +92,7 @@ pub fn enter(backend: Arc<Backend>, policy: Arc<Policy>, client: RawFd, server: 
         unacked: [None; 2],
         kept_alive: false,
         doomed: false,
+        kicked: false,
         ended: None,
         waker: None,
     };
@@ -153,16 +171,16 @@ pub fn inspect(table: &Table, now: Time) {
                     let pool = table.pools.iter().find(|pool| pool.name == entry.backend.shared.name);
                     pool.is_some_and(|pool| pool.has_other_fit(entry.backend.id))
                 });
-                if *fit && doomed(entry, silent[1], now) {
-                    entry.doomed = true;
-                    DOOMED.with(|doomed| doomed.borrow_mut().push_back(key));
-                }
+                entry.doomed = *fit && doomed(entry, silent[1], now);
+            }
+            if entry.ended.is_none() && (entry.doomed || entry.kicked) {
+                DOOMED.with(|doomed| doomed.borrow_mut().push_back(key));
             }
         }
     });
 }
 
-/// Ends at most `most` of the sessions that [`inspect`] found, and returns how many.
+/// Ends at most `most` of the sessions that [`inspect`] found or [`kick`] marked, and returns how many.
 pub fn reset_doomed(most: usize) -> usize {
     let mut done = 0;
     SESSIONS.with(|sessions| {
@@ -173,7 +191,13 @@ pub fn reset_doomed(most: usize) -> usize {
                 let Some(key) = doomed.pop_front() else { break };
                 // The place may have been given to another session since, and the backend may be back.
                 let Some(entry) = sessions.get_mut(key) else { continue };
-                if entry.doomed && entry.ended.is_none() && entry.backend.view().state == State::Down {
+                if entry.ended.is_some() {
+                    continue;
+                }
+                if entry.kicked {
+                    end(entry, End::Kicked);
+                    done += 1;
+                } else if entry.doomed && entry.backend.view().state == State::Down {
                     end(entry, End::BackendDown);
                     done += 1;
                 }
@@ -181,6 +205,118 @@ pub fn reset_doomed(most: usize) -> usize {
         });
     });
     done
+}
+
+/// Which sessions an operator means; every condition that is there must hold.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Filter {
+    /// Of this pool.
+    pub pool: Option<String>,
+    /// At the backend of this name.
+    pub backend: Option<String>,
+    /// Of this client.
+    pub client: Option<IpAddr>,
+    /// By their identities, `WORKER-NUMBER`.
+    pub ids: Vec<String>,
+}
+
+impl Filter {
+    /// Whether it names anything at all.
+    pub fn names_something(&self) -> bool {
+        self.pool.is_some() || self.backend.is_some() || self.client.is_some() || !self.ids.is_empty()
+    }
+
+    fn covers(&self, entry: &Entry, worker: usize) -> bool {
+        self.pool.as_ref().is_none_or(|pool| *entry.backend.shared.name == **pool)
+            && self.backend.as_ref().is_none_or(|backend| *entry.backend.name == **backend)
+            && (self.ids.is_empty() || self.ids.contains(&format!("{worker}-{}", entry.id)))
+            && self.client.is_none_or(|client| {
+                peer(entry.client).is_some_and(|peer| peer.ip().to_canonical() == client.to_canonical())
+            })
+    }
+}
+
+/// One session, as an operator sees it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// `WORKER-NUMBER`, unique in the process.
+    pub id: String,
+    /// The listener that accepted it.
+    pub listener: String,
+    /// The client.
+    pub client: Option<SocketAddr>,
+    /// Its pool.
+    pub pool: String,
+    /// Its backend.
+    pub backend: String,
+    /// Since its acceptance.
+    pub age_ms: u64,
+    /// Bytes that the client's kernel has acknowledged.
+    pub bytes_out: u64,
+    /// Bytes received from the client.
+    pub bytes_in: u64,
+    /// Since the last byte from the client.
+    pub client_silent_ms: u64,
+    /// Since the last byte from the backend.
+    pub backend_silent_ms: u64,
+    /// Whether the backend is down.
+    pub backend_down: bool,
+}
+
+/// The sessions of this worker that `filter` covers: at most `most` of them, oldest first, and the number of all.
+pub fn list(filter: &Filter, worker: usize, most: usize, now: Time) -> (Vec<Row>, usize) {
+    SESSIONS.with(|sessions| {
+        let sessions = sessions.borrow();
+        let mut found: Vec<&Entry> =
+            sessions.iter().map(|(_, entry)| entry).filter(|entry| filter.covers(entry, worker)).collect();
+        let all = found.len();
+        if all > most {
+            found.select_nth_unstable_by_key(most, |entry| entry.id);
+            found.truncate(most);
+        }
+        found.sort_unstable_by_key(|entry| entry.id);
+        (found.into_iter().map(|entry| row(entry, worker, now)).collect(), all)
+    })
+}
+
+fn row(entry: &Entry, worker: usize, now: Time) -> Row {
+    let traffic = |fd| borrow(fd).and_then(|fd| sys::tcp_traffic(fd).ok()).unwrap_or_default();
+    let (client, server) = (traffic(entry.client), traffic(entry.server));
+    Row {
+        id: format!("{worker}-{}", entry.id),
+        listener: entry.listener.to_string(),
+        client: peer(entry.client),
+        pool: entry.backend.shared.name.to_string(),
+        backend: entry.backend.name.to_string(),
+        age_ms: now.since(entry.began).as_millis() as u64,
+        bytes_out: client.acknowledged,
+        bytes_in: client.received,
+        client_silent_ms: client.silent.as_millis() as u64,
+        backend_silent_ms: server.silent.as_millis() as u64,
+        backend_down: entry.backend.view().state == State::Down,
+    }
+}
+
+/// Marks the sessions of this worker that `filter` covers for their end, which comes at a bounded pace, and returns
+/// how many they are.
+pub fn kick(filter: &Filter, worker: usize) -> usize {
+    SESSIONS.with(|sessions| {
+        let mut sessions = sessions.borrow_mut();
+        let mut marked = 0;
+        for (key, entry) in sessions.iter_mut() {
+            if entry.ended.is_none() && filter.covers(entry, worker) {
+                entry.kicked = true;
+                marked += 1;
+                DOOMED.with(|doomed| doomed.borrow_mut().push_back(key));
+            }
+        }
+        marked
+    })
+}
+
+fn peer(fd: RawFd) -> Option<SocketAddr> {
+    SockRef::from(&borrow(fd)?).peer_addr().ok()?.as_socket()
 }
 
 /// Whether any session waits for its reset.

@@ -72,6 +72,51 @@ pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
     })
 }
 
+/// What went over a TCP connection, by the kernel's count.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Traffic {
+    /// Bytes that the peer's kernel has acknowledged.
+    pub acknowledged: u64,
+    /// Bytes received.
+    pub received: u64,
+    /// Since bytes were received last.
+    pub silent: Duration,
+}
+
+/// Asks the kernel what went over the TCP connection of `socket`. The struct of the C library ends before these
+/// fields, so they are taken from where Linux puts them (include/uapi/linux/tcp.h).
+///
+/// # Errors
+/// What getsockopt(2) says, for instance that `socket` is none.
+pub fn tcp_traffic(socket: BorrowedFd<'_>) -> io::Result<Traffic> {
+    const LAST_DATA_RECV: usize = 52;
+    const BYTES_ACKED: usize = 120;
+    const BYTES_RECEIVED: usize = 128;
+    let mut info = [0u8; 136];
+    let mut length = info.len() as libc::socklen_t;
+    // SAFETY: `info` is valid for `length` bytes of writing, the kernel writes no more than `length`, and every
+    // byte is a valid value. The descriptor is borrowed, so it is open for the duration of the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let wide = |at: usize| u64::from_ne_bytes(std::array::from_fn(|i| info[at + i]));
+    let narrow = |at: usize| u32::from_ne_bytes(std::array::from_fn(|i| info[at + i]));
+    Ok(Traffic {
+        acknowledged: wide(BYTES_ACKED),
+        received: wide(BYTES_RECEIVED),
+        silent: Duration::from_millis(u64::from(narrow(LAST_DATA_RECV))),
+    })
+}
+
 /// Sets `IP_BIND_ADDRESS_NO_PORT`: a bind to port 0 chooses the address only, and connect(2) the port.
 ///
 /// # Errors

@@ -17,7 +17,7 @@ use crate::config::{self, Config, Network, ProbeKind};
 use crate::health::{self, Depth};
 use crate::limits::Gauge;
 use crate::metrics::Counter;
-use crate::pool::{Cell, CellTimes, Member, NewCell, Policy, Pool};
+use crate::pool::{Cell, Member, NewCell, Policy, Pool};
 
 /// One generation.
 #[derive(Debug)]
@@ -87,11 +87,13 @@ pub enum End {
     Denied,
     /// The client went away while a backend was dialled.
     ClientGone,
+    /// An operator ended it.
+    Kicked,
 }
 
 impl End {
     /// All, in the order of the counters.
-    pub const ALL: [End; 14] = [
+    pub const ALL: [End; 15] = [
         End::ClientClosed,
         End::BackendClosed,
         End::ClientReset,
@@ -106,6 +108,7 @@ impl End {
         End::Cap,
         End::Denied,
         End::ClientGone,
+        End::Kicked,
     ];
 
     /// The word for logs and metrics.
@@ -125,6 +128,7 @@ impl End {
             End::Cap => "cap",
             End::Denied => "denied",
             End::ClientGone => "client_gone",
+            End::Kicked => "kicked",
         }
     }
 
@@ -276,9 +280,15 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, now:
     let mut members = Vec::new();
     for cell in &wanted.cells {
         let old = before.and_then(|pool| pool.cells.iter().find(|old| *old.name == *cell.name));
-        let times = old.map_or_else(|| Arc::new(CellTimes::default()), |old: &Cell| old.times.clone());
+        let kept = old.map_or_else(Arc::default, |old: &Cell| old.shared.clone());
         let count = cell.backends.len();
-        cells.push(NewCell { name: cell.name.as_str().into(), tier: cell.tier, weight: cell.weight, count, times });
+        cells.push(NewCell {
+            name: cell.name.as_str().into(),
+            tier: cell.tier,
+            weight: cell.weight,
+            count,
+            shared: kept,
+        });
         for backend in &cell.backends {
             let old = known.get(backend.name.as_str());
             let backend_now = match old {
@@ -374,10 +384,18 @@ fn difference(before: &Config, after: &Config) -> Difference {
     difference
 }
 
-/// Marks drained backends; the only thing that drains are to routing.
-pub fn apply_drains(table: &Table, drained: impl Fn(&Pool, &Cell, &Member) -> bool) {
+/// Marks drained backends and weighted cells; the only thing that an operator's orders are to routing.
+pub fn apply_orders(
+    table: &Table,
+    drained: impl Fn(&Pool, &Cell, &Member) -> bool,
+    percent: impl Fn(&Pool, &Cell) -> u32,
+) {
     for pool in &table.pools {
         let mut changed = false;
+        for cell in &pool.cells {
+            let now = percent(pool, cell);
+            changed |= cell.shared.percent.swap(now, Relaxed) != now;
+        }
         for member in &pool.members {
             let now = drained(pool, &pool.cells[member.cell], member);
             changed |= member.backend.drained.swap(now, Relaxed) != now;

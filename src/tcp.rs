@@ -107,10 +107,17 @@ async fn connect_and_relay(
     let cell = &pool.cells[member.cell];
     record.served =
         Some(Served { cell: cell.name.clone(), backend: member.backend.name.clone(), handshake: dialled.handshake });
-    let (backend, times, policy) = (member.backend.clone(), cell.times.clone(), pool.policy.clone());
+    let (backend, of_cell, policy) = (member.backend.clone(), cell.shared.clone(), pool.policy.clone());
     drop(pool);
 
-    let session = session::enter(backend.clone(), policy.clone(), client.as_raw_fd(), dialled.connection.as_raw_fd());
+    let session = session::enter(
+        record.listener.clone(),
+        backend.clone(),
+        policy.clone(),
+        client.as_raw_fd(),
+        dialled.connection.as_raw_fd(),
+        began,
+    );
     let bounds = Bounds { idle, half_close: policy.half_close };
     let mut carried = Carried::default();
     let connected = dialled.connected.instant();
@@ -130,7 +137,7 @@ async fn connect_and_relay(
             match notice {
                 Notice::Answered => {
                     let took = carried.answered.unwrap_or(asked).saturating_duration_since(asked);
-                    times.first_byte.record(took);
+                    of_cell.first_byte.record(took);
                     backend.answered(&policy.health, prefix, took, attempt_began, clock::of(asked + took));
                 }
                 Notice::Unanswered if asked.elapsed() <= first_byte_time(&backend) => {

@@ -34,6 +34,26 @@ pub enum Command {
         /// Turns true when the address is to be given up.
         stop: Stop,
     },
+    /// Tell of running sessions, or mark them for their end.
+    Sessions {
+        /// Which.
+        filter: Arc<session::Filter>,
+        /// Whether they are to end.
+        kick: bool,
+        /// Most that are told of.
+        most: usize,
+        /// Takes the answer of each worker.
+        reply: UnboundedSender<Sessions>,
+    },
+}
+
+/// A worker's answer about its sessions.
+#[derive(Debug, Default)]
+pub struct Sessions {
+    /// Some of those that were meant, oldest first.
+    pub rows: Vec<session::Row>,
+    /// All that were meant.
+    pub count: usize,
 }
 
 /// Control's end of one worker.
@@ -85,6 +105,9 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
         tokio::select! {
             command = commands.recv() => match command {
                 None => return,
+                Some(Command::Sessions { filter, kick, most, reply }) => {
+                    let _ = reply.send(sessions(number, &filter, kick, most));
+                }
                 Some(Command::Listen { bind, socket, stop }) => match TcpListener::from_std(socket) {
                     Ok(socket) => drop(accepting.spawn(listen::accept(socket, bind, host.clone(), stop))),
                     Err(error) => tracing::error!(%bind, %error, "cannot accept on this address"),
@@ -114,6 +137,14 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
             }
         }
     }
+}
+
+fn sessions(number: usize, filter: &session::Filter, kick: bool, most: usize) -> Sessions {
+    if kick {
+        return Sessions { rows: Vec::new(), count: session::kick(filter, number) };
+    }
+    let (rows, count) = session::list(filter, number, most, clock::now());
+    Sessions { rows, count }
 }
 
 /// How many sessions may still be reset in this tick, over all workers; they are taken.

@@ -81,6 +81,7 @@ const KEYS: &[(&str, &str)] = &[
     ("admin", "admin_http_is_off_or_read_only"),
     ("admin.socket", "a_stale_admin_socket_is_replaced_and_a_living_one_is_not"),
     ("admin.http", "admin_http_is_off_or_read_only"),
+    ("admin.hosts", "admin_http_is_off_or_read_only"),
     ("log", "log_level_format_and_access"),
     ("log.level", "log_level_format_and_access"),
     ("log.format", "log_level_format_and_access"),
@@ -705,7 +706,7 @@ fn admin_http_is_off_or_read_only() {
     let directory = crate::support::proxy::Directory::new();
     let config = directory.0.join("c.yaml");
     let text = format!(
-        "{}\nadmin: {{ socket: {}/s.sock, http: '{port}' }}\n",
+        "{}\nadmin: {{ socket: {}/s.sock, http: '{port}', hosts: [ edge-1.example ] }}\n",
         yaml(&[a.address], "", ""),
         directory.0.display()
     );
@@ -732,6 +733,24 @@ fn admin_http_is_off_or_read_only() {
         assert!(ask(refused).unwrap().starts_with("HTTP/1.1 405"), "{refused}");
     }
     assert!(ask("GET /config").unwrap().starts_with("HTTP/1.1 404"));
+    let asked_as = |line: &str, host: &str| -> String {
+        let mut stream = TcpStream::connect(port).unwrap();
+        stream.write_all(format!("{line}\r\n{host}\r\n").as_bytes()).unwrap();
+        String::from_utf8(read_all(&mut stream).unwrap()).unwrap()
+    };
+    for good in ["127.0.0.1", "127.0.0.1:9180", "[::1]:9180", "LOCALHOST:1", "edge-1.example", "Edge-1.Example:9180"] {
+        let answer = asked_as("GET /livez HTTP/1.1", &format!("Host: {good}\r\n"));
+        assert!(answer.starts_with("HTTP/1.1 200"), "{good}: {answer}");
+    }
+    // Names that somebody else may point here.
+    for bad in ["evil.example", "edge-1.example.evil.example", "127.0.0.1.evil.example:9180", "localhost.", ""] {
+        let answer = asked_as("GET /status HTTP/1.1", &format!("Host: {bad}\r\n"));
+        assert!(answer.starts_with("HTTP/1.1 421") && !answer.contains("generation"), "{bad}: {answer}");
+    }
+    assert!(asked_as("GET /status HTTP/1.1", "").starts_with("HTTP/1.1 421"));
+    assert!(asked_as("GET http://evil.example/status HTTP/1.1", "").starts_with("HTTP/1.1 421"));
+    assert!(asked_as("GET /livez HTTP/1.0", "").starts_with("HTTP/1.0 200"));
+    assert!(asked_as("HEAD /status HTTP/1.1", "Host: localhost\r\n").starts_with("HTTP/1.1 405"));
     child.kill().unwrap();
     child.wait().unwrap();
     drop(proxy);

@@ -30,7 +30,7 @@ fn pool(probe_depth: Depth, cells: usize, each: usize, now: Time) -> Pool {
             tier: 0,
             weight: 1,
             count: each,
-            times: Arc::default(),
+            shared: Arc::default(),
         });
         for i in 0..each {
             let address = format!("10.0.{cell}.{}:80", i + 1).parse().unwrap();

@@ -229,7 +229,14 @@ fn a_reset_that_a_write_has_met_is_not_a_clean_end() {
         let mut client = tokio::net::TcpStream::from_std(client).unwrap();
         let mut server = tokio::net::TcpStream::from_std(server).unwrap();
         let backend = pool.members[0].backend.clone();
-        let session = session::enter(backend, pool.policy.clone(), client.as_raw_fd(), server.as_raw_fd());
+        let session = session::enter(
+            "l".into(),
+            backend,
+            pool.policy.clone(),
+            client.as_raw_fd(),
+            server.as_raw_fd(),
+            sailover::clock::now(),
+        );
         let timer = std::pin::pin!(tokio::time::sleep(Duration::from_secs(9)));
         let bounds = Bounds { idle: Duration::from_secs(5), half_close: Duration::from_secs(5) };
         let (begin, mut carried) = (tokio::time::Instant::now(), Carried::default());

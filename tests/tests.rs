@@ -6,6 +6,8 @@ mod support;
 
 /// Faults over veth, one declarative file each.
 mod drills;
+/// Every sub-command, by what it prints.
+mod commands;
 /// Files judged right and wrong, from the outside.
 mod files;
 /// Every key of reference.yaml changes something.

@@ -111,6 +111,7 @@ pub struct FileListener {
 pub struct FileAdmin {
     pub socket: Option<String>,
     pub http: Option<SocketAddr>,
+    pub hosts: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default)]
@@ -403,14 +404,7 @@ impl Reader<'_> {
                 self.refuse(&node, "a path that begins with / and holds no spaces, at most 2048 bytes")
             }
         });
-        let host = fields.get("host").and_then(|node| {
-            let text = self.text(&node)?;
-            if !text.is_empty() && text.bytes().all(|b| (0x21..0x7f).contains(&b)) && text.len() <= 255 {
-                Some(text)
-            } else {
-                self.refuse(&node, "a host name without spaces, at most 255 bytes")
-            }
-        });
+        let host = fields.get("host").and_then(|node| self.host(&node));
         let status = fields.get("status").and_then(|node| self.statuses(&node));
         let body = fields.get("body").and_then(|node| self.fragment(&node));
         Some(super::ProbeKind::Http {
@@ -457,6 +451,15 @@ impl Reader<'_> {
             }
         }
         if ranges.is_empty() { self.refuse(node, wanted) } else { Some(ranges) }
+    }
+
+    fn host(&mut self, node: &Node<'_>) -> Option<String> {
+        let text = self.text(node)?;
+        if !text.is_empty() && text.bytes().all(|b| (0x21..0x7f).contains(&b)) && text.len() <= 255 {
+            Some(text)
+        } else {
+            self.refuse(node, "a host name without spaces, at most 255 bytes")
+        }
     }
 
     fn fragment(&mut self, node: &Node<'_>) -> Option<String> {
@@ -582,7 +585,7 @@ impl Reader<'_> {
 
     fn admin(&mut self, node: &Node<'_>) -> FileAdmin {
         let mut admin = FileAdmin::default();
-        let Some(fields) = self.fields(node, &["socket", "http"], &[]) else { return admin };
+        let Some(fields) = self.fields(node, &["socket", "http", "hosts"], &[]) else { return admin };
         admin.socket = fields.get("socket").and_then(|node| {
             let text = self.text(&node)?;
             // sockaddr_un holds 108 bytes with the closing zero.
@@ -593,6 +596,10 @@ impl Reader<'_> {
             }
         });
         admin.http = fields.get("http").and_then(|node| self.address(&node, true));
+        admin.hosts = fields.get("hosts").map(|node| {
+            let items = self.list(&node);
+            items.iter().filter_map(|item| self.host(item)).collect()
+        });
         admin
     }
 

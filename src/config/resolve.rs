@@ -57,6 +57,7 @@ pub(super) fn resolve(file: File, index: &Index, problems: &mut Vec<Problem>) ->
             socket_given: file.admin.socket.is_some(),
             socket: file.admin.socket.unwrap_or_else(|| ADMIN_SOCKET.to_owned()).into(),
             http: file.admin.http,
+            hosts: file.admin.hosts.unwrap_or_default(),
         },
         log: Log {
             level: file.log.level.unwrap_or(Level::Info),

@@ -282,5 +282,5 @@ async fn a_timer_that_runs_late_proves_no_silence() {
 
 /// Tiers put the cells into a fixed order.
 fn cell(i: usize) -> NewCell {
-    NewCell { name: Arc::from(format!("c{i}")), tier: i as u8, weight: 1, count: 1, times: Arc::default() }
+    NewCell { name: Arc::from(format!("c{i}")), tier: i as u8, weight: 1, count: 1, shared: Arc::default() }
 }

@@ -20,7 +20,7 @@ fn pool(policy: Policy, cells: &[(u8, u32, usize)]) -> Pool {
             tier: *tier,
             weight: *weight,
             count: *count,
-            times: Arc::default(),
+            shared: Arc::default(),
         });
         for i in 0..*count {
             let name = format!("10.0.{cell}.{i}:80");
