@@ -1,10 +1,11 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support::backend::{Backend, Mode, get, read_all};
 use crate::support::eventually;
+use crate::support::load::Load;
 use crate::support::proxy::{BINARY, Directory, Proxy};
 use crate::tcp::yaml;
 
@@ -131,6 +132,44 @@ fn a_drain_says_who_when_and_why_and_an_undrain_ends_it() {
     assert!(refused(&proxy, &["drain", "c0", "--backend", "nobody"], 1).contains("no such pool or backend"));
     assert!(done(&proxy, &["undrain", "c0"]).contains("undrained c0 (1 drain)"));
     assert!(!done(&proxy, &["status"]).contains('*'));
+}
+
+#[test]
+fn a_drain_under_load_costs_nobody_and_survives_a_kill() {
+    let backends = [Backend::start("a"), Backend::start("b")];
+    let yaml = yaml(&[backends[0].address, backends[1].address], "", "");
+    let state = Directory::new();
+    let start = || {
+        let proxy = Proxy::spawn(None, &yaml, |command| drop(command.env("STATE_DIRECTORY", &state.0)));
+        eventually("it answers", Duration::from_secs(5), || proxy.ask("GET", "/livez").ok());
+        backends.iter().for_each(|b| proxy.wait_health(&b.address.to_string(), "up", Duration::from_secs(5)));
+        proxy
+    };
+    let proxy = start();
+    let mut sessions: Vec<(TcpStream, String)> = (0..20).map(|_| held(&proxy)).collect();
+    let begin = Instant::now();
+    let load = Load::start(None, proxy.address_cached(), 400.0, Duration::from_secs(4));
+    eventually("a and b serve", Duration::from_secs(3), || {
+        let now = proxy.status()["pools"][0]["cells"][0]["backends"][0]["attempts"]["ok"].as_u64()?;
+        (now > 400).then_some(())
+    });
+    let ordered = begin.elapsed().as_secs_f64();
+    assert!(done(&proxy, &["drain", "c0"]).starts_with("drained c0\n"));
+    assert!(refused(&proxy, &["drain", "c1"], 1).contains("last fit cell of pool p"));
+    let samples = load.finish();
+    println!("drained after {ordered:.2} s: {} requests, {} failed", samples.0.len(), samples.failed());
+    assert_eq!(samples.failed(), 0, "{:?}", samples.errors());
+    assert!(samples.between(0.0, ordered).share("a") > 0.4);
+    assert_eq!(samples.between(ordered + 0.1, 4.0).share("a"), 0.0);
+    for (stream, name) in &mut sessions {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        assert!(read_all(stream).unwrap().ends_with(name.as_bytes()), "running sessions are left alone");
+    }
+    proxy.signal(rustix::process::Signal::KILL);
+    drop(proxy);
+    let proxy = start();
+    assert!((0..40).all(|_| get(proxy.address_cached()).unwrap() == "b"));
+    assert!(done(&proxy, &["status"]).contains("* drained c0, by root"));
 }
 
 #[test]
