@@ -5,7 +5,7 @@
 //! takes the backend's own short mutex and runs `health::step` on the thread that saw it.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -166,6 +166,8 @@ pub struct Backend {
     pub prober: Mutex<Option<Arc<Notify>>>,
     /// When it is probed next, in milliseconds since the process began; 0: never.
     pub next_probe_ms: AtomicU64,
+    /// When its certificate ends, in seconds since 1970, as a probe saw it last; 0: none was seen.
+    pub certificate_expiry: AtomicI64,
     /// Whether an operator took it out.
     pub drained: AtomicBool,
     /// Transitions of the last ten seconds.
@@ -202,6 +204,7 @@ impl Backend {
             answered: Answered::default(),
             prober: Mutex::default(),
             next_probe_ms: AtomicU64::new(0),
+            certificate_expiry: AtomicI64::new(0),
             drained: AtomicBool::new(false),
             told: Window::default(),
             view: AtomicU64::new(view.pack()),

@@ -1,5 +1,7 @@
-//! Sub-commands and flags, and those commands that only ask a running process. `show` makes their answers readable.
+//! Sub-commands and flags, and those commands that only ask a running process. `show` makes their answers readable,
+//! `eyes` sees files as the service's user does.
 
+mod eyes;
 mod show;
 
 use std::io::{IsTerminal, Write};
@@ -16,6 +18,7 @@ use crate::admin::{self, DrainOrder, ExplainOrder, SessionsOrder, WeightOrder};
 use crate::config;
 use crate::session::Filter;
 
+use eyes::Eyes;
 use show::Screen;
 
 /// Carries clients to a cell that works.
@@ -117,6 +120,9 @@ pub struct Check {
     /// Files to judge.
     #[arg(required = true)]
     pub files: Vec<PathBuf>,
+    /// Run by root: whether this user can read what the files name; by default the service's, where there is one.
+    #[arg(long)]
+    pub user: Option<String>,
     /// Largest accepted configuration in bytes.
     #[arg(long, default_value_t = config::DEFAULT_MAX_BYTES)]
     pub max_config_bytes: usize,
@@ -263,14 +269,27 @@ impl Which {
     }
 }
 
+/// The user that the package makes for the service.
+const SERVICE_USER: &str = "sailover";
+
 /// `check`: 0 when all files are good, 78 when one is not.
 pub fn check(flags: &Check) -> ExitCode {
+    let eyes = Eyes::of(flags.user.as_deref().unwrap_or(SERVICE_USER)).filter(|_| eyes::we_are_root());
+    if let (Some(user), None) = (&flags.user, &eyes) {
+        return complain(&format!("--user: there is no user {user:?}, or you are not root"));
+    }
     let mut good = true;
     for file in &flags.files {
         match config::load(file, flags.max_config_bytes) {
             Ok(loaded) => {
+                let unreadable = eyes.as_ref().map_or_else(Vec::new, |eyes| unreadable(&loaded, eyes));
+                if !unreadable.is_empty() {
+                    good = false;
+                    unreadable.iter().for_each(|problem| eprintln!("{}: {problem}", file.display()));
+                    continue;
+                }
                 for warning in &loaded.warnings {
-                    eprintln!("{}:{warning} (warning)", file.display());
+                    eprintln!("{} (warning)", warning.with_file(file));
                 }
                 println!("{}: ok", file.display());
             }
@@ -281,6 +300,15 @@ pub fn check(flags: &Check) -> ExitCode {
         }
     }
     if good { ExitCode::SUCCESS } else { ExitCode::from(78) }
+}
+
+/// What the service's user could not read or write.
+fn unreadable(loaded: &config::Loaded, eyes: &Eyes) -> Vec<String> {
+    let mut problems: Vec<String> = loaded.files.iter().filter_map(|file| eyes.read(file).err()).collect();
+    if let config::Access::File(log) = &loaded.config.log.access {
+        problems.extend(eyes.write(Path::new(log)).err().map(|problem| format!("log.access: {problem}")));
+    }
+    problems
 }
 
 /// The commands that ask a running process.

@@ -1,21 +1,27 @@
 //! The resolved configuration: what the program needs, with nothing optional left in it.
 //!
-//! [`load`] is the one way to get it. It reads a file in two passes (`file`), resolves it (`resolve`), and
-//! reports every problem at once, each with line and path. Nothing here needs the network to be judged.
+//! [`load`] is the one way to get it. It reads a file and those that it includes (`sources`), each in two passes (`file`),
+//! resolves them together (`resolve`), and reports every problem at once, each with line and path. Nothing here needs the network to be judged.
 
 pub mod file;
 mod resolve;
 pub mod scan;
+pub mod sources;
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
+use xxhash_rust::xxh3::Xxh3;
 
 pub use file::DEFAULT_MAX_BYTES;
+use file::Part;
 pub use scan::Problem;
+use sources::Sources;
 
 /// A whole configuration. Equal files resolve to equal values.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -163,6 +169,13 @@ pub enum ProbeKind {
         /// Text that must stand in the first 64 KiB of the body.
         body: Option<String>,
     },
+    /// A TLS handshake.
+    Tls {
+        /// Server name to ask for; `None`: the address, which is not sent.
+        server_name: Option<String>,
+        /// The authorities that its certificate must come from; `None`: any certificate will do.
+        verify: Option<Pem>,
+    },
     /// Bytes sent, and bytes that must come back within the first 64 KiB.
     Exchange {
         /// Sent first; may be empty.
@@ -170,6 +183,29 @@ pub enum ProbeKind {
         /// Must stand in the answer.
         expect: String,
     },
+}
+
+/// The content of a PEM file, as it was when the configuration was read; two are equal when name and content are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pem {
+    /// The file.
+    pub file: String,
+    /// What it held.
+    pub bytes: Arc<[u8]>,
+}
+
+/// The content is compared and not hashed: thousands of backends may share one long list.
+impl Hash for Pem {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.file.hash(state);
+        self.bytes.len().hash(state);
+    }
+}
+
+impl Serialize for Pem {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.file)
+    }
 }
 
 /// Dialling of one client.
@@ -386,10 +422,12 @@ impl fmt::Display for Network {
 pub struct Loaded {
     /// The configuration.
     pub config: Config,
-    /// Hash of the file's bytes (XXH3, hexadecimal), to tell two files apart.
+    /// Hash of the bytes of all its files (XXH3, hexadecimal), to tell two configurations apart.
     pub hash: String,
     /// Keys that are right but change nothing where they stand.
     pub warnings: Vec<Problem>,
+    /// Every file that was read, the main one first.
+    pub files: Vec<PathBuf>,
 }
 
 /// Why a file is no configuration.
@@ -407,7 +445,7 @@ impl fmt::Display for Refused {
             if i > 0 {
                 f.write_str("\n")?;
             }
-            write!(f, "{}:{problem}", self.file.display())?;
+            f.write_str(&problem.with_file(&self.file))?;
         }
         Ok(())
     }
@@ -415,52 +453,75 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// Reads and judges one file of at most `max_bytes` bytes.
+/// Reads and judges one file, and those that it includes, of at most `max_bytes` bytes together.
 ///
 /// # Errors
-/// Every problem of the file at once. Waits for the disk.
+/// Every problem of all files at once. Waits for the disk.
 pub fn load(path: &Path, max_bytes: usize) -> Result<Loaded, Refused> {
     let refused = |problems| Refused { file: path.to_owned(), problems };
-    let bytes = read(path, max_bytes).map_err(|message| {
-        refused(vec![Problem { line: 0, column: 0, path: String::new(), message: format!(" {message}") }])
+    let bytes = sources::read(path, max_bytes).map_err(|message| {
+        let message = format!(" {message}");
+        refused(vec![Problem { line: 0, column: 0, path: String::new(), message, file: None }])
     })?;
-    parse(&bytes, max_bytes).map_err(refused)
+    judge(&bytes, max_bytes, Some(path)).map_err(refused)
 }
 
-/// Judges the bytes of a file.
+/// Judges the bytes of a file, which can include none because it stands nowhere.
 ///
 /// # Errors
 /// Every problem at once, in the order of the lines.
 pub fn parse(bytes: &[u8], max_bytes: usize) -> Result<Loaded, Vec<Problem>> {
-    let (file, index, mut problems) = file::parse(bytes, max_bytes);
-    let warnings = file.warnings.iter().map(|(path, reason)| index.problem(path, reason.clone())).collect();
-    let config = resolve::resolve(file, &index, &mut problems);
-    if problems.is_empty() {
-        let hash = format!("{:016x}", xxhash_rust::xxh3::xxh3_64(bytes));
-        return Ok(Loaded { config, hash, warnings });
-    }
-    problems.sort_by_key(|problem| (problem.line, problem.column));
-    problems.dedup();
-    Err(problems)
+    judge(bytes, max_bytes, None)
 }
 
-/// Reads a regular file. A directory, a pipe or a device is refused before anything is read from it, because
-/// reading them can wait for ever.
-fn read(path: &Path, max_bytes: usize) -> Result<Vec<u8>, String> {
-    use std::io::Read;
-    use std::os::unix::fs::OpenOptionsExt;
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(path)
-        .map_err(|error| format!("cannot be opened: {error}"))?;
-    let metadata = file.metadata().map_err(|error| format!("cannot be examined: {error}"))?;
-    if !metadata.is_file() {
-        return Err("is not a regular file".into());
+fn judge(bytes: &[u8], max_bytes: usize, path: Option<&Path>) -> Result<Loaded, Vec<Problem>> {
+    let (mut file, index, mut problems) = file::parse(bytes, max_bytes, Part::Main);
+    let mut hash = Xxh3::new();
+    hash.update(bytes);
+    let mut sources = Sources::new(path, index);
+    let mut left = max_bytes.saturating_sub(bytes.len());
+    for (place, pattern) in std::mem::take(&mut file.include) {
+        let found = match sources.expand(&pattern) {
+            Ok(found) => found,
+            Err(message) => {
+                problems.push(sources.problem(0, &place, message));
+                continue;
+            }
+        };
+        for name in found {
+            if sources.contains(&name) {
+                continue;
+            }
+            if !sources.has_room() {
+                problems.push(sources.problem(0, &place, "the configuration has too many files"));
+                break;
+            }
+            match sources::read(&name, left) {
+                Ok(bytes) => {
+                    let (part, index, mut found) = file::parse(&bytes, left, Part::Included);
+                    left = left.saturating_sub(bytes.len());
+                    hash.update(&bytes);
+                    let name: Arc<Path> = name.into();
+                    found.iter_mut().for_each(|problem| problem.file = Some(name.clone()));
+                    problems.extend(found);
+                    let source = sources.add(name, index);
+                    file.absorb(part, source);
+                }
+                Err(message) => {
+                    problems.push(sources.problem(0, &place, format!("{} {message}", name.display())));
+                }
+            }
+        }
     }
-    let mut bytes = Vec::new();
-    file.take(max_bytes as u64 + 1).read_to_end(&mut bytes).map_err(|error| format!("cannot be read: {error}"))?;
-    Ok(bytes)
+    let warnings =
+        file.warnings.iter().map(|(source, path, reason)| sources.problem(*source, path, reason.clone())).collect();
+    let config = resolve::resolve(file, &mut sources, &mut problems);
+    if problems.is_empty() {
+        return Ok(Loaded { config, hash: format!("{:016x}", hash.digest()), warnings, files: sources.files() });
+    }
+    problems.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
+    problems.dedup();
+    Err(problems)
 }
 
 /// A duration as the file writes it.

@@ -32,6 +32,7 @@ pub mod session;
 pub mod limits;
 pub mod host;
 
+pub mod tls;
 pub mod probe;
 pub mod reload;
 pub mod drain;

@@ -5,6 +5,7 @@
 //! close with a reset, so that they leave nothing behind. A verdict that came late by our own fault is discarded.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -12,21 +13,24 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_rustls::TlsConnector;
 
 use crate::backend::Backend;
 use crate::clock;
-use crate::config::{Probe, ProbeKind};
+use crate::config::{Pem, Probe, ProbeKind};
 use crate::dial;
 use crate::health::{Blame, Depth, Evidence, Seen, Source, State};
 use crate::host::Host;
 use crate::pool::Policy;
 use crate::table::Table;
-use crate::{sys, tcp};
+use crate::{sys, tcp, tls};
 
 /// A verdict later than this is our own fault.
 const LATE: Duration = Duration::from_millis(50);
@@ -65,21 +69,39 @@ pub struct Probers {
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 /// The probers that a table needs, and whom each reports to.
-pub struct Wanted(HashMap<Key, Vec<Target>>);
+pub struct Wanted(HashMap<Key, (Tls, Vec<Target>)>);
 
-/// Finds them; takes time in the order of the number of backends.
-pub fn wanted(table: &Table) -> Wanted {
-    let mut wanted: HashMap<Key, Vec<Target>> = HashMap::new();
+/// What a prober that shakes hands in TLS needs for it.
+type Tls = Option<Arc<ClientConfig>>;
+
+/// Finds them; takes time in the order of the number of backends, and some milliseconds for each list of authorities.
+///
+/// # Errors
+/// A sentence for each client that cannot be made.
+pub fn wanted(table: &Table) -> Result<Wanted, Vec<String>> {
+    let mut wanted: HashMap<Key, (Tls, Vec<Target>)> = HashMap::new();
+    let mut clients: HashMap<Option<&Pem>, Arc<ClientConfig>> = HashMap::new();
     for (config, pool) in table.config.pools.iter().zip(&table.pools) {
         let Some(probe) = &config.probe else { continue };
+        let tls = match &probe.kind {
+            ProbeKind::Tls { verify, .. } => Some(match clients.entry(verify.as_ref()) {
+                Entry::Occupied(made) => made.get().clone(),
+                Entry::Vacant(new) => {
+                    let client = tls::client(verify.as_ref().map(|pem| &*pem.bytes));
+                    new.insert(client.map_err(|error| vec![error])?).clone()
+                }
+            }),
+            _ => None,
+        };
         for member in &pool.members {
             let mut address = member.backend.address;
             address.set_port(probe.port.unwrap_or(address.port()));
             let target = Target { backend: member.backend.clone(), policy: pool.policy.clone() };
-            wanted.entry(Key { address, probe: probe.clone() }).or_default().push(target);
+            let of_key = wanted.entry(Key { address, probe: probe.clone() });
+            of_key.or_insert_with(|| (tls.clone(), Vec::new())).1.push(target);
         }
     }
-    Wanted(wanted)
+    Ok(Wanted(wanted))
 }
 
 impl Probers {
@@ -99,12 +121,12 @@ impl Probers {
             keep
         });
         let mut started = 0;
-        for (key, targets) in wanted.drain() {
+        for (key, (tls, targets)) in wanted.drain() {
             let prober = self.running.entry(key).or_insert_with_key(|key| {
                 started += 1;
                 let shared: Arc<Mutex<Vec<Target>>> = Arc::default();
                 let wake = Arc::new(Notify::new());
-                let task = tokio::spawn(run(key.clone(), shared.clone(), wake.clone(), host.clone()));
+                let task = tokio::spawn(run(key.clone(), tls, shared.clone(), wake.clone(), host.clone()));
                 Prober { id: NEXT_ID.fetch_add(1, Relaxed), targets: shared, wake, task }
             });
             for target in &targets {
@@ -128,7 +150,7 @@ impl Probers {
     }
 }
 
-async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host: Arc<Host>) {
+async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host: Arc<Host>) {
     let snapshot = || targets.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut rng = fastrand::Rng::new();
     loop {
@@ -136,10 +158,10 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
         let report_to = snapshot();
         let began = clock::now();
         let source = report_to.first().and_then(|target| tcp::any_source(&target.policy, key.address));
-        let mut reached = Depth::Connect;
-        let mut handshake = None;
+        let mut seen = Progress { reached: Depth::Connect, handshake: None, expiry: None };
         let deadline = due + key.probe.timeout;
-        let result = timeout_at(deadline, ask(&key, source, &mut reached, &mut handshake)).await;
+        let result = timeout_at(deadline, ask(&key, tls.as_ref(), source, &mut seen)).await;
+        let Progress { mut reached, handshake, expiry } = seen;
         let now = clock::now();
         let verdict = match result {
             Ok(Ok(())) => Some(None),
@@ -153,7 +175,8 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
             }
             Ok(Err(Failed::Error(_))) => Some(Some(Seen::Reset(Blame { prefix: 0, others: false, elsewhere: 0.0 }))),
             Ok(Err(Failed::Wrong)) => {
-                reached = Depth::Answer;
+                // A handshake that fails says nothing about answers, and must be cleared by one that does not.
+                reached = if tls.is_some() { Depth::FirstByte } else { Depth::Answer };
                 Some(Some(Seen::Wrong))
             }
             Err(_) if deadline.elapsed() > LATE => None,
@@ -164,6 +187,9 @@ async fn run(key: Key, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Notify>, host
         }
         for target in &report_to {
             let (backend, policy) = (&target.backend, &target.policy.health);
+            if let Some(expiry) = expiry {
+                backend.certificate_expiry.store(expiry, Relaxed);
+            }
             match verdict {
                 None => {}
                 Some(None) => {
@@ -208,12 +234,20 @@ impl From<io::Error> for Failed {
     }
 }
 
-/// One probe. `reached` and `handshake` tell how far it came, whatever its end.
+/// How far a probe came, whatever its end.
+struct Progress {
+    reached: Depth,
+    handshake: Option<Duration>,
+    /// When the certificate ends that was shown.
+    expiry: Option<i64>,
+}
+
+/// One probe.
 async fn ask(
     key: &Key,
+    tls: Option<&Arc<ClientConfig>>,
     source: Option<SocketAddr>,
-    reached: &mut Depth,
-    handshake: &mut Option<Duration>,
+    seen: &mut Progress,
 ) -> Result<(), Failed> {
     let mut stream = tcp::connect(key.address, source)
         .and_then(|socket| TcpStream::from_std(socket.into()))
@@ -224,11 +258,11 @@ async fn ask(
     if let Some(error) = stream.take_error()? {
         return Err(error.into());
     }
-    *handshake = sys::tcp_info(stream.as_fd()).ok().map(|info| info.rtt);
+    seen.handshake = sys::tcp_info(stream.as_fd()).ok().map(|info| info.rtt);
     match &key.probe.kind {
         ProbeKind::Tcp => Ok(()),
         ProbeKind::Http { method, path, host, status, body } => {
-            *reached = Depth::FirstByte;
+            seen.reached = Depth::FirstByte;
             let host = host.clone().unwrap_or_else(|| key.address.to_string());
             let request = format!(
                 "{method} {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: sailover/{}\r\nAccept: */*\r\nConnection: close\r\n\r\n",
@@ -252,8 +286,27 @@ async fn ask(
                 }
             }
         }
+        ProbeKind::Tls { server_name, .. } => {
+            seen.reached = Depth::FirstByte;
+            // The reader made sure that the name is one.
+            let name = server_name.as_deref().and_then(|name| ServerName::try_from(name.to_owned()).ok());
+            let name = name.unwrap_or_else(|| ServerName::IpAddress(key.address.ip().into()));
+            let Some(config) = tls else { return Err(Failed::Wrong) };
+            match TlsConnector::from(config.clone()).connect(name, stream).await {
+                Ok(stream) => {
+                    let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+                    seen.expiry = shown.and_then(tls::expiry);
+                    Ok(())
+                }
+                Err(error) if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) => {
+                    tracing::debug!(address = %key.address, %error, "the TLS probe failed");
+                    Err(Failed::Wrong)
+                }
+                Err(error) => Err(error.into()),
+            }
+        }
         ProbeKind::Exchange { send, expect } => {
-            *reached = Depth::FirstByte;
+            seen.reached = Depth::FirstByte;
             stream.write_all(send.as_bytes()).await?;
             let mut answer = Vec::new();
             loop {

@@ -1,7 +1,7 @@
 //! A new configuration: read, resolve, build, and judge the difference. All of it on a helper thread, and without
 //! any effect; `server` binds, swaps and starts the difference when this has succeeded.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -66,19 +66,16 @@ pub fn prepare(
     open_files: u64,
     workers: usize,
 ) -> Result<Prepared, Vec<String>> {
-    let loaded = config::load(&origin.file, origin.max_bytes)
-        .map_err(|refused| refused.problems.iter().map(|problem| place(&origin.file, problem)).collect::<Vec<_>>())?;
-    let warnings = loaded.warnings.iter().map(|problem| place(&origin.file, problem)).collect();
+    let loaded = config::load(&origin.file, origin.max_bytes).map_err(|refused| {
+        refused.problems.iter().map(|problem| problem.with_file(&origin.file)).collect::<Vec<_>>()
+    })?;
+    let warnings = loaded.warnings.iter().map(|problem| problem.with_file(&origin.file)).collect();
     let config = Arc::new(loaded.config);
     let listening = config.listeners.iter().map(|listener| listener.bind.len()).sum::<usize>() * workers;
     let backends = config.pools.iter().filter(|pool| pool.probe.is_some());
     let at_most = backends.flat_map(|pool| &pool.cells).map(|cell| cell.backends.len()).sum();
     let limits = descriptor_limits(open_files, listening, at_most);
     let (table, difference) = table::build(config, loaded.hash, previous, limits.connections, clock::now());
-    let probers = probe::wanted(&table);
+    let probers = probe::wanted(&table)?;
     Ok(Prepared { table: Arc::new(table), difference, limits, probers, warnings })
-}
-
-fn place(file: &Path, problem: &config::Problem) -> String {
-    format!("{}:{problem}", file.display())
 }

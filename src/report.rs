@@ -6,6 +6,7 @@ use std::fmt::{Display, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -167,7 +168,7 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
         })
     });
     let count = |outcome: Outcome| backend.counters.attempts[outcome as usize].get();
-    let quantile = |pick: fn((std::time::Duration, std::time::Duration)) -> std::time::Duration| {
+    let quantile = |pick: fn((Duration, Duration)) -> Duration| {
         backend.handshake.learned().map(|learned| round(pick(learned).as_secs_f64() * 1e3))
     };
     let now = clock::now();
@@ -192,7 +193,20 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
         "ramp": round(backend.ramp_share(&pool.policy.health, now)),
         "next_probe_in_ms": next_probe,
         "prober": info.probers.get(&backend.id),
+        "certificate": certificate(backend),
     })
+}
+
+/// The certificate that a TLS probe saw last.
+fn certificate(backend: &Backend) -> Value {
+    let expiry = backend.certificate_expiry.load(Relaxed);
+    if expiry == 0 {
+        return Value::Null;
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
+    let at = UNIX_EPOCH.checked_add(Duration::from_secs(expiry.max(0) as u64)).unwrap_or(UNIX_EPOCH);
+    let days = (expiry - now).div_euclid(24 * 3_600);
+    json!({ "expires": humantime::format_rfc3339_seconds(at).to_string(), "days": days })
 }
 
 fn listeners_status(table: &Table, info: &Info) -> Vec<Value> {
@@ -448,6 +462,17 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
         for state in State::ALL {
             let count = backend.counters.transitions[state as usize].get();
             sample(t, "sailover_transitions_total", with(labels, "to", state.word()), count);
+        }
+    }
+    t.family(
+        "sailover_certificate_expiry_timestamp_seconds",
+        "gauge",
+        "When the certificate ends that a TLS probe of the backend saw last.",
+    );
+    for (labels, backend) in members() {
+        let expiry = backend.certificate_expiry.load(Relaxed);
+        if expiry != 0 {
+            t.sample("sailover_certificate_expiry_timestamp_seconds", &labels, expiry);
         }
     }
     t.family("sailover_probes_total", "counter", "Probes by result.");

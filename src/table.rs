@@ -234,6 +234,7 @@ pub fn build(
 fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
     let probe_depth = pool.probe.as_ref().map(|probe| match probe.kind {
         ProbeKind::Tcp => Depth::Connect,
+        ProbeKind::Tls { .. } => Depth::FirstByte,
         ProbeKind::Http { .. } | ProbeKind::Exchange { .. } => Depth::Answer,
     });
     let port = pool.probe.as_ref().and_then(|probe| probe.port);

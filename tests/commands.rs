@@ -140,7 +140,9 @@ fn a_drain_under_load_costs_nobody_and_survives_a_kill() {
     let yaml = yaml(&[backends[0].address, backends[1].address], "", "");
     let state = Directory::new();
     let start = || {
-        let proxy = Proxy::spawn(None, &yaml, |command| drop(command.env("STATE_DIRECTORY", &state.0)));
+        let proxy = Proxy::spawn(None, &yaml, |command| {
+            command.env("STATE_DIRECTORY", &state.0);
+        });
         eventually("it answers", Duration::from_secs(5), || proxy.ask("GET", "/livez").ok());
         backends.iter().for_each(|b| proxy.wait_health(&b.address.to_string(), "up", Duration::from_secs(5)));
         proxy

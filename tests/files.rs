@@ -30,6 +30,123 @@ fn every_shipped_configuration_is_good() {
 }
 
 #[test]
+fn mistakes_in_included_files_name_the_right_file_and_line() {
+    let directory = Directory::new();
+    let at = |name: &str| directory.0.join(name);
+    let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
+    std::fs::create_dir(at("conf.d")).unwrap();
+    let errors = || match config::load(&at("main.yaml"), 100_000) {
+        Ok(_) => Vec::new(),
+        Err(refused) => refused.to_string().lines().map(str::to_owned).collect::<Vec<_>>(),
+    };
+    let pool = |name: &str, port: u16| format!("pools:\n  {name}: {{ cells: {{ c: [ 127.0.0.1:{port} ] }} }}\n");
+    let (a, b) = (at("conf.d/a.yaml").display().to_string(), at("conf.d/b.yaml").display().to_string());
+    let main = at("main.yaml").display().to_string();
+
+    // A pattern may match nothing, but then something is missing; hidden files are not looked at.
+    write("main.yaml", "include: conf.d/*.yaml\n");
+    write("conf.d/.hidden.yaml", "nonsense: 1\n");
+    let expected = [
+        format!("{main}:1:1: include: no file of the configuration has `pools`"),
+        format!("{main}:1:1: include: no file of the configuration has `listeners`"),
+    ];
+    assert_eq!(errors(), expected);
+
+    write("conf.d/a.yaml", &format!("{}listeners: [ {{ bind: 127.0.0.1:81, tcp: one }} ]\n", pool("one", 1)));
+    write("conf.d/b.yaml", &format!("{}listeners:\n  - {{ bind: 127.0.0.1:82, tcp: one }}\n", pool("two", 2)));
+    assert_eq!(errors(), Vec::<String>::new());
+    let loaded = config::load(&at("main.yaml"), 100_000).unwrap();
+    assert_eq!(loaded.files, [at("main.yaml"), at("conf.d/a.yaml"), at("conf.d/b.yaml")]);
+
+    write("conf.d/a.yaml", &format!("{}listeners: [ {{ bind: 127.0.0.1:81, tcp: oen }} ]\n", pool("one", 1)));
+    write(
+        "conf.d/b.yaml",
+        &format!("{}\nadmin: {{}}\nlisteners:\n  - {{ bind: 127.0.0.1:81, tcp: one }}\n", pool("one", 2)),
+    );
+    let expected = [
+        format!("{a}:3:36: listeners[0].tcp: there is no pool \"oen\"; did you mean \"one\"?"),
+        format!("{b}:2:3: pools.one: a pool of this name stands at pools.one of {a} already"),
+        format!("{b}:4:1: admin: `admin` belongs into the main file, not into an included one"),
+        format!(
+            "{b}:6:7: listeners[0].bind: 127.0.0.1:81 is already bound by listeners[0].bind of {a}; each address \
+             belongs to one listener"
+        ),
+    ];
+    assert_eq!(errors(), expected);
+
+    write("main.yaml", "include:\n  - conf.d/c.yaml\n  - conf.d\n  - conf.d/a.yaml\n");
+    let found = errors();
+    assert!(found.iter().any(|line| line.starts_with(&format!("{a}:3:36: "))), "{found:#?}");
+    assert!(
+        found
+            .iter()
+            .any(|line| line.starts_with(&format!("{main}:2:5: include[0]: "))
+                && line.contains("c.yaml cannot be opened")),
+        "{found:#?}"
+    );
+    assert!(
+        found.iter().any(
+            |line| line.starts_with(&format!("{main}:3:5: include[1]: ")) && line.contains("is not a regular file")
+        ),
+        "{found:#?}"
+    );
+
+    // All files together are bounded.
+    write("main.yaml", "include: conf.d/*.yaml\n");
+    write("conf.d/b.yaml", &"#".repeat(99_000));
+    write("conf.d/a.yaml", &"#".repeat(2_000));
+    assert!(errors().iter().any(|line| line.starts_with(&b) && line.contains("at most")), "{:#?}", errors());
+}
+
+#[test]
+fn what_a_probe_names_is_judged_with_the_file() {
+    let directory = Directory::new();
+    let file = directory.0.join("c.yaml");
+    let errors = |keys: &str| {
+        let text = format!(
+            "pools:\n  p:\n    cells: {{ c: [ 127.0.0.1:1 ] }}\n    probe:\n      tls: {{ {keys} }}\n\
+             listeners: [ {{ bind: 127.0.0.1:81, tcp: p }} ]\n"
+        );
+        std::fs::write(&file, text).unwrap();
+        config::load(&file, 100_000).err().map_or_else(String::new, |refused| refused.to_string())
+    };
+    assert_eq!(errors("server_name: shop.internal"), "");
+    std::fs::write(directory.0.join("empty.pem"), "nothing").unwrap();
+    let missing = errors("verify: true, ca: no.pem");
+    assert!(
+        missing.contains("c.yaml:5:28: pools.p.probe.tls.ca: ") && missing.contains("cannot be opened"),
+        "{missing}"
+    );
+    assert!(errors("verify: true, ca: empty.pem").contains("holds no certificate in PEM form"));
+    assert!(errors("ca: no.pem").contains("has no effect without `verify: true`"));
+    assert!(errors("server_name: 'not a name'").contains("expected a host name"));
+    assert!(errors("verify: yes please").contains("expected true or false"));
+}
+
+#[test]
+fn check_by_root_sees_with_the_eyes_of_the_service() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    if std::fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let directory = Directory::new();
+    let file = directory.0.join("c.yaml");
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/minimal.yaml"), &file).unwrap();
+    let check = |mode: u32| {
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+        let output = Command::new(BINARY).args(["check", "--user", "nobody"]).arg(&file).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(check(0o644), (0, String::new()));
+    let (code, said) = check(0o640);
+    assert_eq!(code, 78);
+    assert!(said.contains("cannot be read by user nobody: its mode is 0640, its owner 0:0"), "{said}");
+    std::fs::set_permissions(&directory.0, std::fs::Permissions::from_mode(0o700)).unwrap();
+    assert!(check(0o644).1.contains("cannot let user nobody reach"));
+}
+
+#[test]
 fn the_reference_says_the_defaults() {
     let read = |name: &str| {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").join(name);
@@ -138,7 +255,6 @@ fn what_belongs_to_later_versions_is_refused_by_name() {
         pool("affinity: { by: { header: X } }"),
         pool("affinity: { by: { cookie: X } }"),
         pool("probe: { grpc: {} }"),
-        pool("probe: { tls: {} }"),
         "pools: { p: { cells: { a: [ shop.example:1 ] } } }\nlisteners: [ { bind: 10.0.0.2:1, tcp: p } ]".to_owned(),
     ];
     for file in files {

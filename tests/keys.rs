@@ -14,6 +14,7 @@ use crate::tcp::yaml;
 
 const KEYS: &[(&str, &str)] = &[
     ("version", "version_is_one"),
+    ("include", "an_included_file_adds_its_pools_and_listeners"),
     ("workers", "workers_and_cell_facts_show_in_status"),
     ("cells", "workers_and_cell_facts_show_in_status"),
     ("cells.*.cloud", "workers_and_cell_facts_show_in_status"),
@@ -38,6 +39,10 @@ const KEYS: &[(&str, &str)] = &[
     ("pools.*.probe.http.host", "an_http_probe_asks_what_it_is_told"),
     ("pools.*.probe.http.status", "an_http_probe_wants_its_status_and_its_body"),
     ("pools.*.probe.http.body", "an_http_probe_wants_its_status_and_its_body"),
+    ("pools.*.probe.tls", "a_tls_probe_shakes_hands_and_reads_the_certificate"),
+    ("pools.*.probe.tls.server_name", "a_tls_probe_shakes_hands_and_reads_the_certificate"),
+    ("pools.*.probe.tls.verify", "a_tls_probe_shakes_hands_and_reads_the_certificate"),
+    ("pools.*.probe.tls.ca", "a_tls_probe_shakes_hands_and_reads_the_certificate"),
     ("pools.*.probe.exchange", "an_exchange_sends_and_expects"),
     ("pools.*.probe.exchange.send", "an_exchange_sends_and_expects"),
     ("pools.*.probe.exchange.expect", "an_exchange_sends_and_expects"),
@@ -380,6 +385,110 @@ fn an_http_probe_wants_its_status_and_its_body() {
         let proxy = Proxy::start(&yaml(&[a.address], &format!("probe: {{ http: {{ {keys} }}, interval: 300ms }}"), ""));
         proxy.wait_health(&a.address.to_string(), health, Duration::from_secs(8));
     }
+}
+
+/// A server of TLS that shows a certificate for `shop.internal` with five days to live, and its authority as PEM.
+fn tls_server() -> (SocketAddr, String) {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority = parameters.self_signed(&authority_key).unwrap();
+    let issuer = rcgen::Issuer::new(parameters, authority_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut parameters = rcgen::CertificateParams::new(vec!["shop.internal".to_owned()]).unwrap();
+    let end = std::time::SystemTime::now() + Duration::from_secs(5 * 24 * 3_600 + 60);
+    parameters.not_after = end.into();
+    let certificate = parameters.signed_by(&key, &issuer).unwrap();
+    let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![certificate.der().clone()],
+            rustls::pki_types::PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
+        )
+        .unwrap();
+    let config = std::sync::Arc::new(config);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let config = config.clone();
+            std::thread::spawn(move || {
+                let mut connection = rustls::ServerConnection::new(config).unwrap();
+                let mut stream = stream;
+                while connection.is_handshaking() && connection.complete_io(&mut stream).is_ok() {}
+                let _ = stream.read(&mut [0; 1]);
+            });
+        }
+    });
+    (address, authority.pem())
+}
+
+#[test]
+fn a_tls_probe_shakes_hands_and_reads_the_certificate() {
+    let (address, ours) = tls_server();
+    let (_, foreign) = tls_server();
+    let directory = crate::support::proxy::Directory::new();
+    let file = |name: &str, pem: &str| {
+        std::fs::write(directory.0.join(name), pem).unwrap();
+        format!("verify: true, ca: {}", directory.0.join(name).display())
+    };
+    let (ours, foreign) = (file("ours.pem", &ours), file("foreign.pem", &foreign));
+    let plain = Backend::start("plain");
+    plain.set(Mode::Strict);
+    for (address, keys, health) in [
+        (address, String::new(), "up"),
+        (address, format!("server_name: shop.internal, {ours}"), "up"),
+        (address, format!("server_name: other.internal, {ours}"), "down"),
+        (address, ours.clone(), "down"),
+        (address, format!("server_name: shop.internal, {foreign}"), "down"),
+        (plain.address, String::new(), "down"),
+    ] {
+        let probe = format!("probe: {{ tls: {{ {keys} }}, interval: 200ms }}");
+        let proxy = Proxy::start(&yaml(&[address], &probe, ""));
+        proxy.wait_health(&address.to_string(), health, Duration::from_secs(8));
+        if health == "up" {
+            let days = &proxy.status()["pools"][0]["cells"][0]["backends"][0]["certificate"]["days"];
+            assert_eq!(days, 5, "{keys}");
+            let expiry = proxy.metric("sailover_certificate_expiry_timestamp_seconds", &[]);
+            assert!(expiry > 1.7e9, "{expiry}");
+            let shown = String::from_utf8(proxy.command(&["status"]).stdout).unwrap();
+            assert!(shown.contains("its certificate expires in 5 days"), "{shown}");
+        }
+    }
+}
+
+#[test]
+fn an_included_file_adds_its_pools_and_listeners() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let directory = crate::support::proxy::Directory::new();
+    let included = |name: &str, backend: &Backend| {
+        let text = format!(
+            "pools: {{ {name}: {{ cells: {{ c: [ {} ] }} }} }}\n\
+             listeners: [ {{ name: {name}, bind: 127.0.0.1:0, tcp: {name} }} ]\n",
+            backend.address
+        );
+        std::fs::write(directory.0.join(format!("{name}.yaml")), text).unwrap();
+    };
+    included("one", &a);
+    let pattern = format!("include: [ {}/*.yaml ]", directory.0.display());
+    let proxy = Proxy::start(&pattern);
+    assert_eq!(get(proxy.address(0)).unwrap(), "a");
+    // Another file is another generation, although the main file stays.
+    included("zwei", &b);
+    std::fs::write(directory.0.join("zwei.yaml"), {
+        let text = std::fs::read_to_string(directory.0.join("zwei.yaml")).unwrap();
+        text.replace("127.0.0.1:0", "127.0.0.2:0")
+    })
+    .unwrap();
+    assert!(proxy.command(&["reload"]).status.success());
+    let status = proxy.status();
+    let listeners = status["listeners"].as_array().unwrap();
+    let of = |name: &str| listeners.iter().find(|listener| listener["name"] == name).unwrap()["address"].clone();
+    assert_eq!(get(of("zwei").as_str().unwrap().parse().unwrap()).unwrap(), "b");
+    assert_eq!(get(of("one").as_str().unwrap().parse().unwrap()).unwrap(), "a");
 }
 
 #[test]

@@ -50,7 +50,8 @@ fn the_import_table_holds() {
         ("host", &["limits", "log", "metrics", "table"]),
         ("log", &["clock", "config", "dial", "metrics", "table"]),
         ("drain", &["pool", "table"]),
-        ("probe", &["backend", "clock", "config", "dial", "health", "host", "pool", "sys", "table", "tcp"]),
+        ("tls", &[]),
+        ("probe", &["backend", "clock", "config", "dial", "health", "host", "pool", "sys", "table", "tcp", "tls"]),
         ("reload", &["clock", "config", "host", "probe", "table"]),
         (
             "report",
@@ -60,7 +61,7 @@ fn the_import_table_holds() {
             ],
         ),
         ("admin", &["clock", "host", "reload", "report", "session", "worker"]),
-        ("config", &["file", "resolve", "scan"]),
+        ("config", &["file", "resolve", "scan", "sources"]),
         ("cli", &["admin", "config", "session"]),
         ("demo", &["admin", "config", "server", "sys"]),
     ];

@@ -30,13 +30,41 @@ pub struct File {
     pub admin: FileAdmin,
     pub log: FileLog,
     pub shutdown: FileShutdown,
-    /// Keys that are right but change nothing where they stand, as path and reason.
-    pub warnings: Vec<(String, String)>,
+    /// Patterns of further files, each with its path.
+    pub include: Vec<(String, String)>,
+    /// Keys that are right but change nothing where they stand: file, path and reason.
+    pub warnings: Vec<(usize, String, String)>,
+}
+
+/// What a file is to its configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The file that the program is started with.
+    Main,
+    /// One that the main file includes; it holds cells, pools and listeners and nothing else.
+    Included,
+}
+
+impl File {
+    /// Takes in what an included file says; `source` is that file's number.
+    pub fn absorb(&mut self, mut part: File, source: usize) {
+        part.pools.iter_mut().for_each(|(_, pool)| pool.part = source);
+        part.listeners.iter_mut().for_each(|listener| listener.part = source);
+        self.pools.append(&mut part.pools);
+        self.listeners.append(&mut part.listeners);
+        if let Some(mut cells) = part.cells {
+            cells.iter_mut().for_each(|(_, facts)| facts.part = source);
+            self.cells.get_or_insert_default().append(&mut cells);
+        }
+        self.warnings.extend(part.warnings.into_iter().map(|(_, path, reason)| (source, path, reason)));
+    }
 }
 
 #[derive(Debug, Default)]
 #[allow(missing_docs)]
 pub struct FileCellFacts {
+    /// Number of the file it stands in; 0 is the main one.
+    pub part: usize,
     pub cloud: Option<String>,
     pub region: Option<String>,
 }
@@ -44,6 +72,8 @@ pub struct FileCellFacts {
 #[derive(Debug, Default)]
 #[allow(missing_docs)]
 pub struct FilePool {
+    /// Number of the file it stands in; 0 is the main one.
+    pub part: usize,
     pub cells: Vec<(String, FileCell)>,
     pub balance: Option<super::Balance>,
     pub affinity: Option<super::Affinity>,
@@ -84,7 +114,7 @@ pub struct FileBackend {
 #[derive(Debug, Default)]
 #[allow(missing_docs)]
 pub struct FileProbe {
-    pub kind: Option<super::ProbeKind>,
+    pub kind: Option<FileProbeKind>,
     pub off: bool,
     pub interval: Option<Duration>,
     pub timeout: Option<Duration>,
@@ -93,9 +123,21 @@ pub struct FileProbe {
     pub port: Option<u64>,
 }
 
+/// A kind of probe; what a TLS probe names has still to be read.
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub enum FileProbeKind {
+    Whole(super::ProbeKind),
+    Tls { server_name: Option<String>, verify: bool, ca: Option<String> },
+}
+
 #[derive(Debug, Default)]
 #[allow(missing_docs)]
 pub struct FileListener {
+    /// Number of the file it stands in; 0 is the main one.
+    pub part: usize,
+    /// Its path there.
+    pub path: String,
     pub name: Option<String>,
     pub bind: Vec<(String, SocketAddr)>,
     pub tcp: Option<String>,
@@ -130,8 +172,8 @@ pub struct FileShutdown {
 }
 
 /// Both passes: bytes to the file model, its index, and every problem of the file's shape.
-pub fn parse(bytes: &[u8], max_bytes: usize) -> (File, Index, Vec<Problem>) {
-    let whole = |message: String| Problem { line: 1, column: 1, path: String::new(), message };
+pub fn parse(bytes: &[u8], max_bytes: usize, part: Part) -> (File, Index, Vec<Problem>) {
+    let whole = |message: String| Problem { line: 1, column: 1, path: String::new(), message, file: None };
     if bytes.len() > max_bytes {
         let message = format!(
             "the file has {} bytes; at most {max_bytes} are read (raise the bound with --max-config-bytes)",
@@ -144,7 +186,7 @@ pub fn parse(bytes: &[u8], max_bytes: usize) -> (File, Index, Vec<Problem>) {
         Err(error) => {
             let line = 1 + bytes[..error.valid_up_to()].iter().filter(|b| **b == b'\n').count();
             let message = "the file is not UTF-8 text from here on".to_owned();
-            let problem = Problem { line, column: 1, path: String::new(), message };
+            let problem = Problem { line, column: 1, path: String::new(), message, file: None };
             return (File::default(), Index::default(), vec![problem]);
         }
     };
@@ -156,13 +198,13 @@ pub fn parse(bytes: &[u8], max_bytes: usize) -> (File, Index, Vec<Problem>) {
         Ok(value) => value,
         Err(error) => {
             let (line, column) = error.location().map_or((1, 1), |at| (at.line(), at.column()));
-            let problem = Problem { line, column, path: String::new(), message: error.to_string() };
+            let problem = Problem { line, column, path: String::new(), message: error.to_string(), file: None };
             return (File::default(), index, vec![problem]);
         }
     };
     let mut reader = Reader { index: &index, problems: Vec::new(), warnings: Vec::new() };
-    let mut file = reader.file(&value);
-    file.warnings = std::mem::take(&mut reader.warnings);
+    let mut file = reader.file(&value, part);
+    file.warnings = reader.warnings.drain(..).map(|(path, reason)| (0, path, reason)).collect();
     let problems = reader.problems;
     (file, index, problems)
 }
@@ -198,11 +240,24 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn file(&mut self, value: &Value) -> File {
+    fn file(&mut self, value: &Value, part: Part) -> File {
         let mut file = File::default();
         let root = Node { value, path: String::new() };
-        let known = ["version", "workers", "cells", "pools", "listeners", "admin", "log", "shutdown"];
-        let Some(fields) = self.fields(&root, &known, &[]) else { return file };
+        let known = ["version", "cells", "pools", "listeners", "include", "workers", "admin", "log", "shutdown"];
+        let known = if part == Part::Main { &known[..] } else { &known[..4] };
+        let Some(fields) = self.fields(&root, known, &[]) else { return file };
+        if let Some(node) = fields.get("include") {
+            let items = if node.value.is_sequence() { self.list(&node) } else { vec![node] };
+            for item in items {
+                match self.text(&item) {
+                    Some(pattern) if !pattern.is_empty() => file.include.push((item.path.clone(), pattern)),
+                    Some(_) => drop(self.refuse::<()>(&item, "a file name or a pattern such as conf.d/*.yaml")),
+                    None => {}
+                }
+            }
+        }
+        // What is not here may stand in another file; `resolve` looks at the whole.
+        let whole = part == Part::Main && fields.get("include").is_none();
         if let Some(node) = fields.get("version") {
             self.number(&node, 1, 1);
         }
@@ -212,7 +267,8 @@ impl Reader<'_> {
         }
         match fields.get("pools") {
             Some(node) => file.pools = self.entries(&node, Self::pool),
-            None => self.missing(&fields, "pools", "name at least one pool with its cells"),
+            None if whole => self.missing(&fields, "pools", "name at least one pool with its cells"),
+            None => {}
         }
         match fields.get("listeners") {
             Some(node) => {
@@ -227,9 +283,10 @@ impl Reader<'_> {
                     );
                 }
             }
-            None => {
+            None if whole => {
                 self.missing(&fields, "listeners", "write at least one, such as `- { bind: 0.0.0.0:443, tcp: POOL }`")
             }
+            None => {}
         }
         if let Some(node) = fields.get("admin") {
             file.admin = self.admin(&node);
@@ -366,22 +423,27 @@ impl Reader<'_> {
             }
             return probe;
         }
-        let known = ["tcp", "http", "exchange", "interval", "timeout", "fall", "rise", "port"];
-        let Some(fields) = self.fields(node, &known, &["tls", "grpc"]) else { return probe };
-        let kinds =
-            ["tcp", "http", "exchange"].into_iter().filter(|kind| fields.get(kind).is_some()).collect::<Vec<_>>();
+        let known = ["tcp", "http", "tls", "exchange", "interval", "timeout", "fall", "rise", "port"];
+        let Some(fields) = self.fields(node, &known, &["grpc"]) else { return probe };
+        let kinds = ["tcp", "http", "tls", "exchange"]
+            .into_iter()
+            .filter(|kind| fields.get(kind).is_some())
+            .collect::<Vec<_>>();
         if kinds.len() > 1 {
             self.error(&node.path, format!("{} stand side by side; a pool has one kind of probe", kinds.join(" and ")));
         }
         if let Some(node) = fields.get("tcp") {
             self.fields(&node, &[], &[]);
-            probe.kind = Some(super::ProbeKind::Tcp);
+            probe.kind = Some(FileProbeKind::Whole(super::ProbeKind::Tcp));
+        }
+        if let Some(node) = fields.get("tls") {
+            probe.kind = self.probe_tls(&node);
         }
         if let Some(node) = fields.get("http") {
-            probe.kind = self.probe_http(&node);
+            probe.kind = self.probe_http(&node).map(FileProbeKind::Whole);
         }
         if let Some(node) = fields.get("exchange") {
-            probe.kind = self.probe_exchange(&node);
+            probe.kind = self.probe_exchange(&node).map(FileProbeKind::Whole);
         }
         probe.interval = self.duration_at(&fields, "interval", 10, DAY);
         probe.timeout = self.duration_at(&fields, "timeout", 1, 60_000);
@@ -414,6 +476,23 @@ impl Reader<'_> {
             status: status.unwrap_or_else(|| vec![(200, 299)]),
             body,
         })
+    }
+
+    fn probe_tls(&mut self, node: &Node<'_>) -> Option<FileProbeKind> {
+        let fields = self.fields(node, &["server_name", "verify", "ca"], &[])?;
+        let server_name = fields.get("server_name").and_then(|node| {
+            let text = self.text(&node)?;
+            match rustls::pki_types::ServerName::try_from(text.as_str()) {
+                Ok(_) => Some(text),
+                Err(_) => self.refuse(&node, "a host name, such as shop.internal"),
+            }
+        });
+        let verify = fields.get("verify").and_then(|node| self.flag(&node)).unwrap_or(false);
+        let ca = fields.get("ca").and_then(|node| self.text(&node).map(|text| (node.path, text)));
+        if let (Some((path, _)), false) = (&ca, verify) {
+            self.error(path, "has no effect without `verify: true`; add that, or take `ca` out");
+        }
+        Some(FileProbeKind::Tls { server_name, verify, ca: ca.map(|(_, text)| text) })
     }
 
     fn probe_exchange(&mut self, node: &Node<'_>) -> Option<super::ProbeKind> {
@@ -517,7 +596,7 @@ impl Reader<'_> {
     }
 
     fn listener(&mut self, node: &Node<'_>) -> FileListener {
-        let mut listener = FileListener::default();
+        let mut listener = FileListener { path: node.path.clone(), ..FileListener::default() };
         let known = ["name", "bind", "tcp", "allow", "deny", "limits", "timeouts"];
         let Some(fields) = self.fields(node, &known, &["sni", "http", "tls", "proxy_protocol"]) else {
             return listener;
@@ -676,6 +755,9 @@ impl Reader<'_> {
                 continue;
             }
             let message = match nearest(key, known) {
+                None if node.path.is_empty() && MAIN_ONLY.contains(&key) => {
+                    format!("`{key}` belongs into the main file, not into an included one")
+                }
                 Some(similar) => {
                     misspelt.push(similar.to_owned());
                     format!("unknown key `{key}`; did you mean `{similar}`?")
@@ -763,6 +845,13 @@ impl Reader<'_> {
         }
     }
 
+    fn flag(&mut self, node: &Node<'_>) -> Option<bool> {
+        match node.value {
+            Value::Bool(flag) => Some(*flag),
+            _ => self.refuse(node, "true or false"),
+        }
+    }
+
     fn word<T: Clone>(&mut self, node: &Node<'_>, words: &[(&str, T)]) -> Option<T> {
         let text = match node.value {
             Value::String(text) => text.as_str(),
@@ -807,6 +896,8 @@ impl Reader<'_> {
     }
 }
 
+/// Keys of the main file that an included one does not have.
+const MAIN_ONLY: [&str; 5] = ["include", "workers", "admin", "log", "shutdown"];
 const DAY: u64 = 24 * 3_600 * 1_000;
 const MAX_WEIGHT: u64 = 1_000;
 const MAX_CONNECTIONS: u64 = 10_000_000;

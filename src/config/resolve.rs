@@ -7,50 +7,88 @@ use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use super::file::{File, FileListener, FilePool, FileProbe};
-use super::scan::Index;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+use super::file::{File, FileListener, FilePool, FileProbe, FileProbeKind};
 use super::*;
 
 /// Default of `admin.socket`.
 const ADMIN_SOCKET: &str = "/run/sailover/admin.sock";
 
-pub(super) fn resolve(file: File, index: &Index, problems: &mut Vec<Problem>) -> Config {
+/// The authorities that Debian and most others trust.
+const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+pub(super) fn resolve(file: File, sources: &mut Sources, problems: &mut Vec<Problem>) -> Config {
     let known_cells =
         file.cells.as_ref().map(|cells| cells.iter().map(|(name, _)| name.clone()).collect::<HashSet<_>>());
-    let mut say = |path: &str, message: String| problems.push(index.problem(path, message));
+    // What is missing in one file is told of by its reader; what is missing in all of them, here.
+    if problems.is_empty() {
+        for (key, there) in [("pools", !file.pools.is_empty()), ("listeners", !file.listeners.is_empty())] {
+            if !there {
+                problems.push(sources.problem(0, "include", format!("no file of the configuration has `{key}`")));
+            }
+        }
+    }
+
+    let mut cells: Vec<CellFacts> = Vec::new();
+    let mut facts_in: HashMap<String, usize> = HashMap::new();
+    for (name, facts) in file.cells.unwrap_or_default() {
+        let path = format!("cells.{name}");
+        if let Some(first) = facts_in.insert(name.clone(), facts.part) {
+            let place = sources.place(first, &path, facts.part);
+            problems.push(sources.problem(facts.part, &path, format!("this cell stands at {place} already")));
+        }
+        cells.push(CellFacts { name, cloud: facts.cloud, region: facts.region });
+    }
 
     let mut pools = Vec::new();
-    for (name, pool) in file.pools {
-        pools.push(resolve_pool(name, pool, known_cells.as_ref(), &mut say));
+    let mut pools_in: HashMap<String, usize> = HashMap::new();
+    for (name, mut pool) in file.pools {
+        let source = pool.part;
+        let path = format!("pools.{name}");
+        if let Some(first) = pools_in.insert(name.clone(), source) {
+            let place = sources.place(first, &path, source);
+            problems.push(sources.problem(source, &path, format!("a pool of this name stands at {place} already")));
+        }
+        let kind = pool.probe.as_mut().and_then(|probe| probe.kind.take());
+        let kind = kind.and_then(|kind| match resolve_kind(kind, source, sources) {
+            Ok(kind) => Some(kind),
+            Err((key, message)) => {
+                problems.push(sources.problem(source, &format!("{path}.probe.tls.{key}"), message));
+                None
+            }
+        });
+        let mut say = |path: &str, message: String| problems.push(sources.problem(source, path, message));
+        pools.push(resolve_pool(name, pool, kind, known_cells.as_ref(), &mut say));
     }
 
     let mut listeners = Vec::new();
-    let mut binds: HashMap<SocketAddr, String> = HashMap::new();
-    let mut names: HashMap<String, usize> = HashMap::new();
-    for (i, listener) in file.listeners.into_iter().enumerate() {
-        let path = format!("listeners[{i}]");
+    let mut binds: HashMap<SocketAddr, (usize, String)> = HashMap::new();
+    let mut names: HashMap<String, (usize, String)> = HashMap::new();
+    for listener in file.listeners {
+        let (source, path) = (listener.part, listener.path.clone());
+        let mut say = |path: &str, message: String| problems.push(sources.problem(source, path, message));
         let named = listener.name.is_some();
         for (path, address) in &listener.bind {
-            if let Some(first) = binds.insert(*address, path.clone()) {
-                say(path, format!("{address} is already bound by {first}; each address belongs to one listener"));
+            if let Some((of, first)) = binds.insert(*address, (source, path.clone())) {
+                let place = sources.place(of, &first, source);
+                say(path, format!("{address} is already bound by {place}; each address belongs to one listener"));
             }
         }
         let listener = resolve_listener(&path, listener, &pools, &mut say);
         // A name that is the address has been told of with the address.
-        if let Some(first) = names.insert(listener.name.clone(), i).filter(|_| named) {
-            say(&path, format!("the name {:?} is already taken by listeners[{first}]", listener.name));
+        if let Some((of, first)) = names.insert(listener.name.clone(), (source, path.clone())).filter(|_| named) {
+            let place = sources.place(of, &first, source);
+            say(&path, format!("the name {:?} is already taken by {place}", listener.name));
         }
         listeners.push(listener);
     }
 
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let cells = file.cells.unwrap_or_default();
     Config {
         workers: file.workers.map_or(cores, |n| n as usize),
-        cells: cells
-            .into_iter()
-            .map(|(name, facts)| CellFacts { name, cloud: facts.cloud, region: facts.region })
-            .collect(),
+        cells,
         pools,
         listeners,
         admin: Admin {
@@ -71,9 +109,36 @@ pub(super) fn resolve(file: File, index: &Index, problems: &mut Vec<Problem>) ->
     }
 }
 
+/// Reads what a probe names; the error has the key it belongs to.
+fn resolve_kind(
+    kind: FileProbeKind,
+    source: usize,
+    sources: &mut Sources,
+) -> Result<ProbeKind, (&'static str, String)> {
+    let (server_name, ca) = match kind {
+        FileProbeKind::Whole(kind) => return Ok(kind),
+        FileProbeKind::Tls { server_name, verify: false, .. } => {
+            return Ok(ProbeKind::Tls { server_name, verify: None });
+        }
+        FileProbeKind::Tls { server_name, ca, .. } => (server_name, ca),
+    };
+    let key = if ca.is_some() { "ca" } else { "verify" };
+    let file = ca.unwrap_or_else(|| AUTHORITIES.to_owned());
+    let bytes = sources.read_side(source, &file).map_err(|message| (key, message))?;
+    let certificates = CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>();
+    match certificates {
+        Ok(list) if !list.is_empty() => {
+            Ok(ProbeKind::Tls { server_name, verify: Some(Pem { file, bytes: bytes.into() }) })
+        }
+        Ok(_) => Err((key, format!("{file} holds no certificate in PEM form"))),
+        Err(error) => Err((key, format!("{file} is no PEM file of certificates: {error}"))),
+    }
+}
+
 fn resolve_pool(
     name: String,
     pool: FilePool,
+    kind: Option<ProbeKind>,
     known_cells: Option<&HashSet<String>>,
     say: &mut impl FnMut(&str, String),
 ) -> Pool {
@@ -137,7 +202,7 @@ fn resolve_pool(
             );
         }
         Probe {
-            kind: probe.kind.unwrap_or(ProbeKind::Tcp),
+            kind: kind.unwrap_or(ProbeKind::Tcp),
             interval,
             timeout,
             fall: probe.fall.unwrap_or(2) as u32,

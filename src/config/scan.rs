@@ -5,6 +5,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
 
 use saphyr_parser::{Event, Parser, Span};
 
@@ -24,6 +26,15 @@ pub struct Problem {
     pub path: String,
     /// A clear sentence without the place.
     pub message: String,
+    /// The included file it stands in; `None`: the main one.
+    pub file: Option<Arc<Path>>,
+}
+
+impl Problem {
+    /// The problem with the name of its file, when `main` is the main one.
+    pub fn with_file(&self, main: &Path) -> String {
+        format!("{}:{self}", self.file.as_deref().unwrap_or(main).display())
+    }
 }
 
 impl fmt::Display for Problem {
@@ -60,7 +71,7 @@ impl Index {
     /// A problem at `path`.
     pub fn problem(&self, path: &str, message: impl Into<String>) -> Problem {
         let (line, column) = self.position(path);
-        Problem { line, column, path: path.to_owned(), message: message.into() }
+        Problem { line, column, path: path.to_owned(), message: message.into(), file: None }
     }
 }
 
@@ -88,7 +99,7 @@ pub fn scan(text: &str) -> (Index, Vec<Problem>) {
         let line = 1 + text[..at].matches('\n').count();
         let message =
             format!("control character U+{:04X}; a configuration may hold none but tab and line ends", c as u32);
-        return (index, vec![Problem { line, column: 1, path: String::new(), message }]);
+        return (index, vec![Problem { line, column: 1, path: String::new(), message, file: None }]);
     }
 
     for event in Parser::new_from_str(text) {
@@ -101,6 +112,7 @@ pub fn scan(text: &str) -> (Index, Vec<Problem>) {
                     column: marker.col() + 1,
                     path: String::new(),
                     message: format!("not valid YAML here: {}", error.info()),
+                    file: None,
                 });
                 return (index, problems);
             }
@@ -111,6 +123,7 @@ pub fn scan(text: &str) -> (Index, Vec<Problem>) {
                 column: span.start.col() + 1,
                 path,
                 message: format!("{what}; write the value out in full"),
+                file: None,
             });
         };
         match event {
@@ -177,13 +190,20 @@ pub fn scan(text: &str) -> (Index, Vec<Problem>) {
             column: 1,
             path: String::new(),
             message: "the file is empty; it needs at least `pools` and `listeners`".into(),
+            file: None,
         });
     }
     (index, problems)
 }
 
 fn at_span(span: &Span, path: &str, message: impl Into<String>) -> Problem {
-    Problem { line: span.start.line(), column: span.start.col() + 1, path: path.to_owned(), message: message.into() }
+    Problem {
+        line: span.start.line(),
+        column: span.start.col() + 1,
+        path: path.to_owned(),
+        message: message.into(),
+        file: None,
+    }
 }
 
 /// Gives the node that begins here its path, notes its position, and moves the enclosing collection on.
