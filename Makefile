@@ -1,6 +1,6 @@
 # Everything a person types. Each target does its own set-up: what Debian packages it needs are installed when run as
 # root, and named otherwise.
-.PHONY: demo run build test unit integration check format lint licences fuzz bench micro show clean
+.PHONY: demo run build test check format lint licences fuzz deb smoke interop bench micro show clean
 
 CONFIG ?= configs/minimal.yaml
 CARGO ?= cargo
@@ -20,7 +20,7 @@ test: packages-test
 	$(CARGO) test --locked --profile fast --lib --bins
 	$(CARGO) test --locked --profile fast --test tests -- --nocapture --test-threads 1
 
-check: format lint test licences fuzz build
+check: format lint test licences fuzz smoke
 
 format:
 	$(CARGO) fmt --all --check
@@ -35,6 +35,19 @@ licences:
 # Coverage-guided fuzzing on a stable compiler: the flags ask LLVM itself for the instrumentation.
 fuzz:
 	./scripts/fuzz.sh $(FUZZ_SECONDS)
+
+# The Debian package, judged by lintian: target/deb/sailover_*.deb.
+deb: build packages-deb
+	./scripts/deb.sh
+
+# The package's life under a real systemd, in a container; needs root.
+smoke: deb packages-smoke
+	./packaging/smoke.sh target/deb/*.deb
+
+# What needs other programs: metrics, rules and board against a real Prometheus.
+interop: build packages-interop
+	cd packaging && promtool check rules prometheus-rules.yaml && promtool test rules prometheus-tests.yaml
+	python3 tests/interop/prometheus.py
 
 bench: build packages-bench
 	python3 benches/compare/run.py --out benches/runs/latest

@@ -21,7 +21,7 @@ finish() {
     [ "$code" = 0 ] || { echo "smoke: FAILED" >&2; [ -z "$nspawn" ] || inside journalctl --no-pager -n 60 -u sailover >&2 || true; }
     if [ -n "$nspawn" ]; then
         inside systemctl poweroff >/dev/null 2>&1 || true
-        for _ in $(seq 100); do
+        for _ in $(seq 600); do
             kill -0 "$nspawn" 2>/dev/null || break
             sleep 0.1
         done
@@ -89,7 +89,7 @@ for _ in $(seq 300); do
     leader=$(pgrep -P "$nspawn" -x systemd | head -1) && [ -n "$leader" ] && inside systemctl is-system-running 2>/dev/null | grep -Eq 'running|degraded' && break
     sleep 0.1
 done
-[ -n "$leader" ] || { tail -5 "$work/boot.log" >&2; fail "the container does not boot"; }
+[ -n "$leader" ] || { tr -d '\000' < "$work/boot.log" | tail -5 >&2; fail "the container does not boot"; }
 step "booted: $(inside systemctl --version | head -1)"
 
 # Two cells that say their names, and one that repeats what it hears.
@@ -165,7 +165,7 @@ step "killed ten times in ten seconds, serving"
 run 'sailover drain here --reason "smoke test" >/dev/null'
 run "kill -9 $(main_pid)"
 eventually 5 'sailover status | grep -q "drained here, by root.*smoke test"'
-run "for i in 1 2 3 4 5 6; do $ask; done" | grep -q here && fail "a drain does not survive kill -9"
+run "for i in 1 2 3 4 5 6; do $ask; done" | grep -qx here && fail "a drain does not survive kill -9"
 run 'sailover undrain here >/dev/null'
 step "a drain survives kill -9"
 
@@ -193,10 +193,10 @@ step "logrotate turns the access log over"
 
 # ---- drain on stop ----
 
-run 'sed -i "s/here:  \[ 127.0.0.1:8081 \]/here:  [ 127.0.0.1:8083 ]/; s/there: \[.*/there: [ 127.0.0.1:8083 ]/" /etc/sailover/sailover.yaml
+run 'sed -i "s/here:  \[ 127.0.0.1:8081 \]/here:  [ 127.0.0.1:8083 ]/; s/there: \[.*/there: [ 127.0.0.2:8083 ]/" /etc/sailover/sailover.yaml
 sailover reload --force >/dev/null'
 run 'exec 3<>/dev/tcp/127.0.0.1/8080; echo before >&3; read -r line <&3; test "$line" = before
-( systemctl stop sailover; echo stopped > /root/stopped ) &
+( systemctl stop sailover; echo stopped > /root/stopped ) 3>&- &
 for i in $(seq 100); do sleep 0.1; bash -c "exec 4<>/dev/tcp/127.0.0.1/8080" 2>/dev/null || break; done
 test ! -e /root/stopped; echo after >&3; read -r line <&3; test "$line" = after
 exec 3>&-; for i in $(seq 50); do test -e /root/stopped && break; sleep 0.1; done; test -e /root/stopped' \
@@ -215,6 +215,6 @@ serves "after an upgrade"
 step "an upgrade leaves the process alone and says that a restart is due"
 
 run 'dpkg --purge sailover' > "$work/purge.log" 2>&1 || { cat "$work/purge.log" >&2; fail "it cannot be purged"; }
-left=$(run 'find / -xdev \( -path /proc -o -path /sys -o -path /root -o -path /var/log/journal \) -prune -o -iname "*sailover*" -print; getent passwd sailover; getent group sailover; systemctl list-units --all --no-legend "sailover*"' || true)
+left=$(run 'find / -xdev \( -path /proc -o -path /sys -o -path /root -o -path /var/log/journal \) -prune -o -iname "*sailover*" -print; getent passwd sailover; getent group sailover; systemctl list-units --all --no-legend "sailover*"; ls -d /proc/[0-9]*/exe | xargs -n 1 readlink | grep sailover' || true)
 [ -z "$left" ] || fail "left after the purge: $left"
 step "purged, nothing left"

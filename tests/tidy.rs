@@ -149,6 +149,14 @@ fn nothing_below_the_server_exits_listens_to_signals_or_reads_the_environment() 
 }
 
 #[test]
+fn the_package_has_the_version_of_the_program() {
+    let read = |file: &str| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+    let version = env!("CARGO_PKG_VERSION");
+    assert!(read("packaging/debian/changelog").starts_with(&format!("sailover ({version}) ")));
+    assert!(read("CHANGELOG.md").contains(&format!("## {version}")));
+}
+
+#[test]
 fn no_lock_is_unwrapped() {
     for (path, text) in sources() {
         let code = text.split("#[cfg(test)]").next().unwrap();
