@@ -51,7 +51,10 @@ interop: build packages-interop
 
 bench: build packages-bench
 	python3 benches/compare/run.py --out benches/runs/latest
-	python3 benches/compare/idle.py
+
+# One choice, one table, one step of health, by themselves.
+micro:
+	$(CARGO) bench --locked --profile fast --bench micro
 
 # The measurements of the drills' kind that take too long for every test run: see scripts/show.sh.
 show: build packages-test

@@ -3,15 +3,15 @@
 //! Both end in a queue of bounded length before a thread that writes. When a sink is slow, blocked or full, lines
 //! are dropped and counted; nobody waits.
 
+use std::cell::RefCell;
+use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
-use serde_json::json;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
@@ -24,17 +24,39 @@ use crate::dial::Failure;
 use crate::metrics::Counter;
 use crate::table::End;
 
-/// Lines that wait for a sink before further ones are dropped.
-const QUEUE: usize = 8_192;
+/// How long the end of the process waits for a sink.
+const FLUSH: Duration = Duration::from_millis(200);
+/// Bytes that wait for a sink before further lines are dropped.
+const QUEUE: usize = 1 << 20;
+/// After each writing the writer rests, and lines of that time are written together: waking it for each would cost more
+/// than writing it.
+const GATHER: Duration = Duration::from_millis(20);
 
 /// Lines dropped because a sink was slow, of all queues.
 pub static DROPPED: Counter = Counter::new();
 
 /// A queue in front of one sink.
 #[derive(Clone, Debug)]
-pub struct Queue {
-    sender: SyncSender<Vec<u8>>,
-    reopen: Arc<AtomicBool>,
+pub struct Queue(Arc<Waiting>);
+
+#[derive(Debug)]
+struct Waiting {
+    lines: Mutex<Lines>,
+    /// Tells the writer that there is something to do.
+    filled: Condvar,
+    /// Tells whoever waits for it that everything is written.
+    emptied: Condvar,
+    reopen: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Lines {
+    bytes: Vec<u8>,
+    count: u64,
+    /// What the writer has taken is not yet written.
+    writing: bool,
+    /// Nobody pushes any more.
+    ended: bool,
 }
 
 enum Sink {
@@ -43,50 +65,103 @@ enum Sink {
 }
 
 impl Queue {
-    /// A queue with its thread, which ends with the last clone of the queue.
+    /// A queue without a writer.
+    fn new() -> Queue {
+        Queue(Arc::new(Waiting {
+            lines: Mutex::default(),
+            filled: Condvar::new(),
+            emptied: Condvar::new(),
+            reopen: AtomicBool::new(false),
+        }))
+    }
+
+    /// A queue with its thread, which ends when the queue is closed.
     fn start(sink: Sink) -> Queue {
-        let (sender, receiver) = sync_channel(QUEUE);
-        let reopen = Arc::new(AtomicBool::new(false));
-        let again = reopen.clone();
+        let queue = Queue::new();
+        let waiting = queue.0.clone();
         // Without a thread lines are dropped and counted like those of a blocked sink.
-        let _ = std::thread::Builder::new().name("log".into()).spawn(move || write_lines(sink, &receiver, &again));
-        Queue { sender, reopen }
+        let _ = std::thread::Builder::new().name("log".into()).spawn(move || write_lines(sink, &waiting));
+        queue
     }
 
     /// Adds a line, or drops it.
-    pub fn push(&self, line: Vec<u8>) {
-        if self.sender.try_send(line).is_err() {
+    pub fn push(&self, line: &[u8]) {
+        let mut lines = self.0.lock();
+        if lines.bytes.len() + line.len() > QUEUE {
+            drop(lines);
             DROPPED.add(1);
+            return;
         }
+        let first = lines.bytes.is_empty();
+        lines.bytes.extend_from_slice(line);
+        lines.count += 1;
+        drop(lines);
+        if first {
+            self.0.filled.notify_one();
+        }
+    }
+
+    /// Waits until all is written, or for `most`.
+    fn flush(&self, most: Duration) {
+        let busy = |lines: &mut Lines| lines.writing || !lines.bytes.is_empty();
+        let _ = self.0.emptied.wait_timeout_while(self.0.lock(), most, busy);
+    }
+
+    /// Lets the writer end when it has written what there is.
+    fn close(&self) {
+        self.0.lock().ended = true;
+        self.0.filled.notify_one();
     }
 }
 
-fn write_lines(mut sink: Sink, receiver: &Receiver<Vec<u8>>, reopen: &AtomicBool) {
-    while let Ok(mut batch) = receiver.recv() {
-        let mut lines = 1;
-        while batch.len() < 1 << 16
-            && let Ok(line) = receiver.try_recv()
-        {
-            batch.extend_from_slice(&line);
-            lines += 1;
+impl Waiting {
+    fn lock(&self) -> MutexGuard<'_, Lines> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write_lines(mut sink: Sink, waiting: &Waiting) {
+    let mut batch = Vec::new();
+    loop {
+        let idle = |lines: &mut Lines| lines.bytes.is_empty() && !lines.ended;
+        let lines = waiting.filled.wait_while(waiting.lock(), idle).unwrap_or_else(PoisonError::into_inner);
+        if lines.bytes.is_empty() {
+            return;
         }
-        let written = match &mut sink {
-            Sink::Stdout => io::stdout().lock().write_all(&batch),
-            Sink::File(path, file) => {
-                if reopen.swap(false, Relaxed) || file.is_none() {
-                    *file = OpenOptions::new().append(true).create(true).open(&*path).ok();
-                }
-                match file {
-                    Some(file) => file.write_all(&batch),
-                    None => Err(io::ErrorKind::NotFound.into()),
-                }
-            }
+        drop(lines);
+        let count = {
+            let mut lines = waiting.lock();
+            std::mem::swap(&mut lines.bytes, &mut batch);
+            lines.writing = true;
+            std::mem::take(&mut lines.count)
         };
-        if written.is_err() {
-            DROPPED.add(lines);
-            if let Sink::File(_, file) = &mut sink {
+        if !write_batch(&mut sink, &batch, &waiting.reopen) {
+            DROPPED.add(count);
+        }
+        // A burst must not keep its memory.
+        batch.clear();
+        batch.shrink_to(1 << 16);
+        waiting.lock().writing = false;
+        waiting.emptied.notify_all();
+        std::thread::sleep(GATHER);
+    }
+}
+
+fn write_batch(sink: &mut Sink, batch: &[u8], reopen: &AtomicBool) -> bool {
+    match sink {
+        Sink::Stdout => {
+            let mut out = io::stdout().lock();
+            out.write_all(batch).and_then(|()| out.flush()).is_ok()
+        }
+        Sink::File(path, file) => {
+            if reopen.swap(false, Relaxed) || file.is_none() {
+                *file = OpenOptions::new().append(true).create(true).open(&*path).ok();
+            }
+            let written = file.as_mut().is_some_and(|file| file.write_all(batch).is_ok());
+            if !written {
                 *file = None;
             }
+            written
         }
     }
 }
@@ -113,7 +188,7 @@ impl Write for Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.queue.push(std::mem::take(&mut self.bytes));
+        self.queue.push(&self.bytes);
     }
 }
 
@@ -156,8 +231,11 @@ impl Logger {
     pub fn apply(&self, config: &Log) {
         let _ = self.filter.reload(level(config.level));
         let _ = self.form.reload(form(config.format, &self.stdout));
-        let mut sink = self.access.0.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut sink = self.access.0.write().unwrap_or_else(PoisonError::into_inner);
         if sink.access != config.access || sink.format != config.format {
+            if matches!(sink.access, Access::File(_)) {
+                sink.queue.close();
+            }
             *sink = AccessSink::new(config, &self.stdout);
         }
     }
@@ -169,8 +247,17 @@ impl Logger {
 
     /// Opens files anew before their next line.
     pub fn reopen(&self) {
-        let sink = self.access.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-        sink.queue.reopen.store(true, Relaxed);
+        let sink = self.access.0.read().unwrap_or_else(PoisonError::into_inner);
+        sink.queue.0.reopen.store(true, Relaxed);
+    }
+
+    /// What waits a moment, at the end of the process, for the lines that are queued.
+    pub fn flusher(&self) -> impl FnOnce() + use<> {
+        let (stdout, access) = (self.stdout.clone(), self.access.clone());
+        move || {
+            stdout.flush(FLUSH);
+            access.0.read().unwrap_or_else(PoisonError::into_inner).queue.flush(FLUSH);
+        }
     }
 }
 
@@ -264,54 +351,177 @@ impl AccessLog {
     /// A log that writes nothing, for tests.
     pub fn off() -> AccessLog {
         let config = Log { level: Level::Error, format: Format::Json, access: Access::Off };
-        let (sender, _) = sync_channel(1);
-        let queue = Queue { sender, reopen: Arc::default() };
-        AccessLog(Arc::new(RwLock::new(AccessSink::new(&config, &queue))))
+        AccessLog(Arc::new(RwLock::new(AccessSink::new(&config, &Queue::new()))))
     }
 
     /// Writes the line of a connection that ended, when it is one that gets a line.
     pub fn write(&self, record: AccessRecord, end: End, duration: Duration) {
         // Read locks do not exclude each other; the write lock is held for a moment at a reload.
-        let sink = self.0.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let sink = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let wanted = match sink.access {
             Access::Off => false,
             Access::Errors => end.failed() || record.attempts > 1,
             Access::Stdout | Access::File(_) => true,
         };
         if wanted {
-            sink.queue.push(line(sink.format, &record, end, duration));
+            LINE.with_borrow_mut(|text| {
+                text.clear();
+                line(text, sink.format, &record, end, duration);
+                sink.queue.push(text);
+            });
         }
     }
 }
 
-fn line(format: Format, record: &AccessRecord, end: End, duration: Duration) -> Vec<u8> {
+thread_local! {
+    /// The line being written; its memory is used again.
+    static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Writes one line. It is put together by hand because it is written for each connection: building a tree of values
+/// first costs several times as much.
+fn line(text: &mut Vec<u8>, format: Format, record: &AccessRecord, end: End, duration: Duration) {
+    let mut fields = Fields { text, json: format == Format::Json, first: true };
     let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
-    let failures = record.failures.iter().map(|f| format!("{}: {}", f.backend, f.cause)).collect::<Vec<_>>();
-    let value = json!({
-        "time": clock::now().rfc3339(),
-        "kind": "connection",
-        "listener": &*record.listener,
-        "client": record.client.to_string(),
-        "pool": &*record.pool,
-        "cell": record.served.as_ref().map(|served| &*served.cell),
-        "backend": record.served.as_ref().map(|served| &*served.backend),
-        "attempts": record.attempts,
-        "raced": record.raced,
-        "failures": failures,
-        "handshake_ms": record.served.as_ref().map(|served| ms(served.handshake)),
-        "first_byte_ms": record.first_byte.map(ms),
-        "duration_ms": ms(duration),
-        "bytes_in": record.bytes_in,
-        "bytes_out": record.bytes_out,
-        "end": end.word(),
-    });
-    let mut text = match format {
-        Format::Json => value.to_string(),
-        Format::Text => {
-            let fields = value.as_object().into_iter().flatten();
-            fields.map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
+    fields.word("time", &clock::now().rfc3339());
+    fields.word("kind", "connection");
+    fields.word("listener", &record.listener);
+    fields.word("client", record.client);
+    fields.word("pool", &record.pool);
+    match &record.served {
+        Some(served) => {
+            fields.word("cell", &served.cell);
+            fields.word("backend", &served.backend);
         }
-    };
-    text.push('\n');
-    text.into_bytes()
+        None => {
+            fields.bare("cell", "null");
+            fields.bare("backend", "null");
+        }
+    }
+    fields.bare("attempts", record.attempts);
+    fields.bare("raced", record.raced);
+    fields.list("failures", &record.failures);
+    fields.time("handshake_ms", record.served.as_ref().map(|served| ms(served.handshake)));
+    fields.time("first_byte_ms", record.first_byte.map(ms));
+    fields.time("duration_ms", Some(ms(duration)));
+    fields.bare("bytes_in", record.bytes_in);
+    fields.bare("bytes_out", record.bytes_out);
+    fields.word("end", end.word());
+    fields.text.extend_from_slice(if format == Format::Json { b"}\n" } else { b"\n" });
+}
+
+/// The fields of a line in the making. Writing to memory cannot fail, so the results of writing are not looked at.
+struct Fields<'a> {
+    text: &'a mut Vec<u8>,
+    json: bool,
+    first: bool,
+}
+
+impl Fields<'_> {
+    fn key(&mut self, key: &str) {
+        let _ = match (self.json, std::mem::take(&mut self.first)) {
+            (true, true) => write!(self.text, "{{\"{key}\":"),
+            (true, false) => write!(self.text, ",\"{key}\":"),
+            (false, true) => write!(self.text, "{key}="),
+            (false, false) => write!(self.text, " {key}="),
+        };
+    }
+
+    /// A value that is a word of ours, a name or an address: none of them holds what JSON would have to escape.
+    fn word(&mut self, key: &str, value: impl Display) {
+        self.key(key);
+        let _ = write!(self.text, "\"{value}\"");
+    }
+
+    fn bare(&mut self, key: &str, value: impl Display) {
+        self.key(key);
+        let _ = write!(self.text, "{value}");
+    }
+
+    fn time(&mut self, key: &str, value: Option<f64>) {
+        match value {
+            Some(value) => self.bare(key, value),
+            None => self.bare(key, "null"),
+        }
+    }
+
+    fn list(&mut self, key: &str, failures: &[Failure]) {
+        self.key(key);
+        self.text.push(b'[');
+        for (i, failure) in failures.iter().enumerate() {
+            if i > 0 {
+                self.text.push(b',');
+            }
+            // What went wrong may be told in the system's words.
+            let _ = serde_json::to_writer(&mut *self.text, &format_args!("{}: {}", failure.backend, failure.cause));
+        }
+        self.text.push(b']');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> AccessRecord {
+        let mut record = AccessRecord::new("l".into(), "[2001:db8::1]:5".parse().unwrap(), "p".into());
+        let served = Served { cell: "c".into(), backend: "10.0.0.1:1".into(), handshake: Duration::from_micros(1_234) };
+        record.served = Some(served);
+        record.attempts = 2;
+        record.failures = vec![
+            Failure { backend: "b".into(), cause: "refused".into() },
+            Failure { backend: "d".into(), cause: "si\"lent".into() },
+        ];
+        record.bytes_out = 7;
+        record
+    }
+
+    #[test]
+    fn a_line_is_json_with_every_field_or_words() {
+        let mut text = Vec::new();
+        line(&mut text, Format::Json, &record(), End::BackendClosed, Duration::from_millis(3));
+        assert_eq!(text.last(), Some(&b'\n'));
+        let value: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        let keys: Vec<&str> = value.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(
+            keys,
+            [
+                "time",
+                "kind",
+                "listener",
+                "client",
+                "pool",
+                "cell",
+                "backend",
+                "attempts",
+                "raced",
+                "failures",
+                "handshake_ms",
+                "first_byte_ms",
+                "duration_ms",
+                "bytes_in",
+                "bytes_out",
+                "end"
+            ]
+        );
+        assert_eq!(value["client"], "[2001:db8::1]:5");
+        assert_eq!(value["failures"], serde_json::json!(["b: refused", "d: si\"lent"]));
+        assert_eq!(value["handshake_ms"], 1.234);
+        assert_eq!(value["duration_ms"], 3.0);
+        assert!(value["first_byte_ms"].is_null());
+
+        text.clear();
+        line(&mut text, Format::Text, &record(), End::BackendClosed, Duration::from_millis(3));
+        let text = String::from_utf8(text).unwrap();
+        assert!(text.starts_with("time=\"2") && text.ends_with(" end=\"backend_closed\"\n"), "{text}");
+    }
+
+    #[test]
+    fn beyond_its_bound_a_queue_drops_and_counts() {
+        let queue = Queue::new();
+        let before = DROPPED.get();
+        let line = vec![b'x'; 1 << 18];
+        (0..6).for_each(|_| queue.push(&line));
+        assert_eq!(DROPPED.get() - before, 2);
+    }
 }

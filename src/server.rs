@@ -116,13 +116,13 @@ pub fn run(file: PathBuf, max_bytes: usize) -> Result<(), Fatal> {
         .build()
         .map_err(|error| Fatal::Other(format!("control runtime: {error}")))?;
     let logger = Logger::start(&loaded.config.log);
+    let flush = logger.flusher();
     let prepared =
         reload::prepare(&origin, None, open_files, workers).map_err(|errors| Fatal::Config(errors.join("\n")))?;
     let result = runtime.block_on(serve(origin, open_files, logger, workers, prepared));
     // Helper threads that wait for a stalled disk are left behind.
     runtime.shutdown_background();
-    // The log's thread gets a moment for what is queued.
-    std::thread::sleep(Duration::from_millis(20));
+    flush();
     result
 }
 

@@ -255,7 +255,7 @@ fn a_blocked_log_and_a_slow_admin_reader_stop_nothing() {
     eventually("it answers", Duration::from_secs(5), || proxy.ask("GET", "/livez").ok());
     let mut slow = UnixStream::connect(proxy.socket()).unwrap();
     slow.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
-    // Each line has some 350 bytes: 64 KB of pipe, 64 KB of batch and 8,192 queued lines take about 8,600.
+    // Each line has some 350 bytes: 64 KB of pipe, what the writer holds and 1 MB of queue take some thousands.
     for _ in 0..9_500 {
         assert_eq!(get(proxy.address_cached()).unwrap(), "a");
     }

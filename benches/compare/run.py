@@ -1,11 +1,24 @@
 #!/usr/bin/env python3
 """CPU per request and per byte of sailover, nginx stream and HAProxy, doing the same work side by side.
 
-Every contender runs with two workers, an access log that is off for good connections, keepalive towards backends,
-timeouts, and (where it has them) active checks every second. The rounds are interleaved; the figure of a round is
-the CPU time of the contender's own processes divided by the requests or bytes that the client counted.
+Every contender runs with two workers, an access log with a line for each connection, keepalive towards backends,
+time-outs, and (where it has them) active checks every second. The rounds are interleaved; the figure of a round is the
+CPU time of the contender's own processes divided by the requests or bytes that the client counted, or its private
+memory divided by the connections that idle.
 """
-import argparse, json, os, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
+import argparse
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import report
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -28,6 +41,8 @@ worker_processes 2; daemon off; pid {d}/ng.pid; error_log {d}/ng.err; worker_rli
 load_module /usr/lib/nginx/modules/ngx_stream_module.so;
 events {{ worker_connections 9000; multi_accept off; }}
 stream {{
+  log_format lines '$time_iso8601 $remote_addr:$remote_port $upstream_addr $status $bytes_sent $bytes_received $session_time $upstream_connect_time';
+  access_log {d}/ng.log lines buffer=64k flush=1s;
   upstream shop {{ zone shop 64k; least_conn; server 127.0.0.1:{A} max_fails=1 fail_timeout=10s; server 127.0.0.1:{B} max_fails=1 fail_timeout=10s; }}
   server {{ listen 127.0.0.1:{port} reuseport backlog=4096 so_keepalive=60s:10s:3; proxy_pass shop; proxy_connect_timeout 3s; proxy_timeout 1h; proxy_socket_keepalive on; proxy_buffer_size 64k; }}
 }}
@@ -37,9 +52,12 @@ HAPROXY = """
 global
   nbthread 2
   maxconn 7000
+  log 127.0.0.1:{log} len 1024 format raw local0
 
 defaults
   mode tcp
+  log global
+  option tcplog
   timeout connect 3s
   timeout client 1h
   timeout server 1h
@@ -60,7 +78,7 @@ SAILOVER = """
 workers: 2
 pools: {{ shop: {{ cells: {{ a: [ 127.0.0.1:{A} ], b: [ 127.0.0.1:{B} ] }} }} }}
 listeners: [ {{ bind: 127.0.0.1:{port}, tcp: shop }} ]
-log: {{ level: warn }}
+log: {{ level: warn, access: {d}/so.log }}
 admin: {{ socket: {d}/admin.sock }}
 shutdown: {{ announce: 0s, drain: 0s }}
 """
@@ -90,6 +108,14 @@ def cpu(pid):
     return total / TICK
 
 
+def private(pid):
+    total = 0
+    for p in tree(pid):
+        with open(f"/proc/{p}/smaps_rollup") as f:
+            total += sum(int(line.split()[1]) for line in f if line.startswith("Private"))
+    return total * 1024
+
+
 def wait_port(port):
     for _ in range(500):
         try:
@@ -114,6 +140,10 @@ class Bench:
         self.d = tempfile.mkdtemp(prefix="sailover-bench-")
         os.chmod(self.d, 0o755)
         self.started = {}
+        # HAProxy writes its lines to a syslog server. This one reads none: what is beyond the socket's buffer is dropped
+        # by the kernel, and no reader takes time from the machine while a contender is measured.
+        self.syslog = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.syslog.bind(("127.0.0.1", 0))
 
     def spawn(self, argv, user=None):
         kwargs = {}
@@ -127,7 +157,7 @@ class Bench:
     def write(self, name, text, **values):
         path = os.path.join(self.d, name)
         with open(path, "w") as f:
-            f.write(text.format(d=self.d, A=A, B=B, **values))
+            f.write(text.format(d=self.d, A=A, B=B, log=self.syslog.getsockname()[1], **values))
         os.chmod(path, 0o644)
         return path
 
@@ -206,19 +236,35 @@ class Bench:
             work = self.wrk(PORTS[name], size, kind == "close", self.args.seconds)
         return (cpu(self.started[name].pid) - before) / work
 
+    def idle(self, name, count):
+        """Private memory of all its processes for each of `count` connections that carried one small exchange."""
+        sockets = []
+        for _ in range(count):
+            s = socket.create_connection(("127.0.0.1", PORTS[name]))
+            s.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            sockets.append(s)
+        for s in sockets:
+            s.recv(4096)
+        time.sleep(0.5)
+        held = private(self.started[name].pid)
+        for s in sockets:
+            s.close()
+        time.sleep(1)
+        return held / count
+
     def compare(self, kind, size):
         figures = {name: [] for name in self.started}
         for i in range(self.args.rounds):
             names = list(self.started)
             names = names[i % 3:] + names[:i % 3]
             for name in names:
-                figures[name].append(self.round(kind, name, size))
+                figures[name].append(self.idle(name, size) if kind == "idle" else self.round(kind, name, size))
         return figures
 
 
 def parse(argv):
     p = argparse.ArgumentParser()
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--seconds", type=int, default=3)
     p.add_argument("--binary", default=os.path.join(ROOT, "target/release/sailover"))
     p.add_argument("--only", default="")
@@ -229,7 +275,7 @@ def parse(argv):
 def main():
     args = parse(None)
     results = {}
-    works = [("keepalive", 64), ("keepalive", 512), ("close", 64), ("bulk", 1), ("bulk", 64), ("bulk", 600)]
+    works = [("keepalive", 64), ("keepalive", 512), ("close", 64), ("idle", 4000), ("bulk", 1), ("bulk", 64), ("bulk", 600)]
     works = [w for w in works if not args.only or args.only in f"{w[0]}-{w[1]}"]
     bench = Bench(args)
     try:
@@ -240,8 +286,7 @@ def main():
             bench.start(unprivileged)
             for kind, size in todo:
                 figures = bench.compare(kind, size)
-                unit = "ms CPU per GB" if kind == "bulk" else "us CPU per request"
-                scale = 1e3 if kind == "bulk" else 1e6
+                unit, scale = {"bulk": ("ms CPU per GB", 1e3), "idle": ("bytes each", 1)}.get(kind, ("us CPU per request", 1e6))
                 better = min(("nginx", "haproxy"), key=lambda n: statistics.median(figures[n]))
                 ratio = median_interval([s / o for s, o in zip(figures["sailover"], figures[better])])
                 results[f"{kind}-{size}"] = {
@@ -257,9 +302,8 @@ def main():
             bench.stop()
         shutil.rmtree(bench.d, ignore_errors=True)
     if args.out:
-        os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "results.json"), "w") as f:
-            json.dump(results, f, indent=1)
+        report.write(args.out, args.binary, results, args.rounds)
+        print(f"written: {args.out}/README.md, results.json, chart.svg")
 
 
 if __name__ == "__main__":
