@@ -383,7 +383,7 @@ thread_local! {
 fn line(text: &mut Vec<u8>, format: Format, record: &AccessRecord, end: End, duration: Duration) {
     let mut fields = Fields { text, json: format == Format::Json, first: true };
     let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
-    fields.word("time", &clock::now().rfc3339());
+    fields.word("time", clock::now().rfc3339());
     fields.word("kind", "connection");
     fields.word("listener", &record.listener);
     fields.word("client", record.client);
@@ -460,6 +460,7 @@ impl Fields<'_> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)] // In a test a failed expectation is a failed test.
 mod tests {
     use super::*;
 

@@ -146,6 +146,40 @@ fn check_by_root_sees_with_the_eyes_of_the_service() {
     assert!(check(0o644).1.contains("cannot let user nobody reach"));
 }
 
+/// Every configuration that a page shows is one that the program takes.
+#[test]
+fn what_the_pages_show_is_good() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut pages: Vec<PathBuf> = std::fs::read_dir(root.join("docs"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "md"))
+        .collect();
+    pages.push(root.join("README.md"));
+    let directory = Directory::new();
+    let mut judged = 0;
+    for page in &pages {
+        let text = std::fs::read_to_string(page).unwrap();
+        for block in text.split("```yaml\n").skip(1) {
+            let mut block = block.split("\n```").next().unwrap().to_owned() + "\n";
+            if !block.contains("pools:") {
+                block += "pools: { shop: { cells: { a: [ 10.0.0.1:1 ] } } }\n";
+            }
+            if !block.contains("listeners:") {
+                let pool = block.split("pools:\n  ").nth(1).unwrap().split(':').next().unwrap();
+                block += &format!("listeners: [ {{ bind: 127.0.0.1:1, tcp: {pool} }} ]\n");
+            }
+            let file = directory.0.join("page.yaml");
+            std::fs::write(&file, &block).unwrap();
+            let loaded = config::load(&file, config::DEFAULT_MAX_BYTES);
+            let loaded = loaded.unwrap_or_else(|refused| panic!("{}: {refused}\n{block}", page.display()));
+            assert!(loaded.warnings.is_empty(), "{}: {:?}", page.display(), loaded.warnings);
+            judged += 1;
+        }
+    }
+    assert!(pages.len() >= 5 && judged >= 4, "{} pages, {judged} configurations", pages.len());
+}
+
 #[test]
 fn the_reference_says_the_defaults() {
     let read = |name: &str| {

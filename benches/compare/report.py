@@ -59,11 +59,11 @@ def markdown(facts, results, rounds):
 
 
 def svg(facts, results):
-    row, left, scale = 46, 290, 330
+    row, left, scale, most = 46, 290, 330, 1.28
     height = 80 + row * len(results)
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height}" font-family="sans-serif" font-size="13">',
-        f'<rect width="760" height="{height}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="820" height="{height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="820" height="{height}" fill="white"/>',
         '<text x="20" y="24" font-size="15" font-weight="bold">What the same work costs, the better peer = 1 (less is better)</text>',
         f'<text x="20" y="42" fill="#666">{facts["date"]}; {facts["machine"]}</text>',
     ]
@@ -73,11 +73,13 @@ def svg(facts, results):
         out.append(f'<text x="{left - 10}" y="{y + 20}" text-anchor="end">{WORKS[work][0]}</text>')
         for i, name in enumerate(NAMES):
             value = r["ratio"][0] if name == "sailover" else r["median"][name] / better
-            width = min(value, 1.28) * scale
+            width = min(value, most) * scale
             out.append(f'<rect x="{left}" y="{y + 12 * i}" width="{width:.1f}" height="10" fill="{COLOURS[name]}"/>')
-            out.append(f'<text x="{left + width + 6:.1f}" y="{y + 12 * i + 9}" font-size="10" fill="#444">{name} {value:.2f}</text>')
+            # The label stands behind the bar and behind the interval on it.
+            end = max(width, min(r["ratio"][2], most) * scale) if name == "sailover" else width
+            out.append(f'<text x="{left + end + 6:.1f}" y="{y + 12 * i + 9}" font-size="10" fill="#444">{name} {value:.2f}</text>')
         _, low, high = r["ratio"]
-        a, b = left + min(low, 1.28) * scale, left + min(high, 1.28) * scale
+        a, b = left + min(low, most) * scale, left + min(high, most) * scale
         out.append(f'<path d="M{a:.1f} {y + 5}H{b:.1f}M{a:.1f} {y + 2}v6M{b:.1f} {y + 2}v6" stroke="#0b2f3c"/>')
         y += row
     out.append(f'<path d="M{left + scale} 56V{height - 14}" stroke="#888" stroke-dasharray="3 3"/>')

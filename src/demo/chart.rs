@@ -108,7 +108,11 @@ impl Chart {
         for (at, mode) in ACTS.iter().skip(1).filter(|(at, _)| now >= self.length * *at / 30) {
             let column = (at * COLUMNS / 30) as usize;
             line += &" ".repeat(column.saturating_sub(line.chars().count()));
-            line += &format!("^{}", if *mode == Mode::Serve { "a is back" } else { mode.said() });
+            line += match mode {
+                Mode::Serve => "^back",
+                Mode::Refuse => "^a refuses",
+                Mode::Silent => "^a is silent",
+            };
         }
         line
     }
