@@ -56,7 +56,7 @@ bench: build packages-bench
 micro:
 	$(CARGO) bench --locked --profile fast --bench micro
 
-# The measurements of the drills' kind that take too long for every test run: see scripts/show.sh.
+# The measurements of the drills' kind that take too long for every test run.
 show: build packages-test
 	$(CARGO) test --locked --profile fast --test tests -- --nocapture --ignored --test-threads 1
 

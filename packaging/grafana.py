@@ -16,7 +16,7 @@ PANELS = [
     panel("Clients without a backend", "cps", [(f'sum(rate(sailover_pool_refused_total{{{POOL},reason="unreachable"}}[$__rate_interval]))', "refused")], 4, "stat"),
     panel("Connections", "short", [(f"sum(sailover_connections{{{EDGE}}})", "now")], 4, "stat"),
     panel("Last reload refused at", "short", [(f"count(sailover_config_last_reload_successful{{{EDGE}}} == 0) or vector(0)", "edges")], 4, "stat"),
-    panel("Generations live", "short", [(f"count(count_values(\"generation\", sailover_config_generation{{{EDGE}}}))", "generations")], 4, "stat"),
+    panel("Different files live", "short", [(f"count(count by (hash) (sailover_config_info{{{EDGE}}}))", "files")], 4, "stat"),
     panel("Certificates end in", "s", [("min(sailover_certificate_expiry_timestamp_seconds) - time()", "the first")], 4, "stat"),
     panel("Share of each cell", "percentunit", [(f"avg by (pool, cell) (sailover_cell_share_ratio{{{POOL}}})", "{{pool}} / {{cell}}")], 12, stack=True),
     panel("State of each backend: 3 up, 2 returning, 1 suspect, 0 down or unknown", "short", [

@@ -1,9 +1,12 @@
 //! Writes the manual pages and the shell completions, from the command line's own definition and from
-//! `configs/reference.yaml`, into the directory that is given: `cargo run --example manual -- DIRECTORY`.
+//! `configs/reference.yaml`, and the licences of all crates that the program is linked with, into the directory that is
+//! given: `cargo run --example manual -- DIRECTORY`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use clap::CommandFactory;
 use clap_complete::{Shell, generate_to};
@@ -17,6 +20,7 @@ fn main() -> io::Result<()> {
     command.build();
     clap_mangen::generate_to(command.clone(), &pages)?;
     configuration(&root.join("usr/share/man/man5"))?;
+    licences(&root.join("usr/share/doc/sailover"))?;
     for (shell, place, name) in [
         (Shell::Bash, "usr/share/bash-completion/completions", "sailover"),
         (Shell::Fish, "usr/share/fish/vendor_completions.d", "sailover.fish"),
@@ -50,4 +54,51 @@ fn configuration(place: &Path) -> io::Result<()> {
         reference = quoted.join("\n"),
     );
     fs::write(place.join("sailover.yaml.5"), page)
+}
+
+/// Every crate that the program is linked with, and the texts of their licences, each once.
+fn licences(place: &Path) -> io::Result<()> {
+    fs::create_dir_all(place)?;
+    let cargo = |arguments: &[&str]| -> io::Result<Vec<u8>> {
+        let output =
+            Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())).args(arguments).output()?;
+        if output.status.success() { Ok(output.stdout) } else { Err(io::Error::other(format!("cargo {arguments:?}"))) }
+    };
+    let tree = cargo(&["tree", "--locked", "--edges", "normal", "--prefix", "none", "--format", "{p}"])?;
+    let tree = String::from_utf8_lossy(&tree).into_owned();
+    let linked = |name: &str, version: &str| tree.lines().any(|line| line.starts_with(&format!("{name} v{version}")));
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&cargo(&["metadata", "--locked", "--format-version", "1"])?)
+            .map_err(io::Error::other)?;
+    let mut crates = Vec::new();
+    // Text of a licence to the crates that come under it.
+    let mut texts: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        let word = |key: &str| package[key].as_str().unwrap_or_default().to_owned();
+        let (name, version) = (word("name"), word("version"));
+        if package["source"].is_null() || !linked(&name, &version) {
+            continue;
+        }
+        crates.push(format!("{name} {version}: {}", word("license")));
+        let directory = PathBuf::from(word("manifest_path")).parent().map(Path::to_owned).unwrap_or_default();
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            let file = entry.file_name().to_string_lossy().to_ascii_uppercase();
+            let kind = ["LICENSE", "LICENCE", "COPYING", "NOTICE"].into_iter().any(|start| file.starts_with(start));
+            if kind && entry.file_type()?.is_file() && file != "LICENSE-APACHE" {
+                texts.entry(fs::read_to_string(entry.path())?).or_default().push(format!("{name} {version}"));
+            }
+        }
+    }
+    crates.sort();
+    assert!(crates.len() > 50, "the list of crates cannot be whole: {crates:?}");
+    let mut out = format!(
+        "The crates that sailover is linked with, and their licences. The Apache License, Version 2.0 stands in\n\
+         /usr/share/common-licenses/Apache-2.0.\n\n{}\n",
+        crates.join("\n")
+    );
+    for (text, of) in texts {
+        out += &format!("\n{}\n{}:\n\n{}\n", "-".repeat(100), of.join(", "), text.trim_end());
+    }
+    fs::write(place.join("crates.txt"), out)
 }

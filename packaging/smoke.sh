@@ -6,7 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 package=$1
 work=target/smoke
-tree=$work/tree
+tree=$work/tree-$$
 nspawn=""
 
 if [ "$(id -u)" != 0 ]; then
@@ -26,7 +26,9 @@ finish() {
             sleep 0.1
         done
         kill "$nspawn" 2>/dev/null || true
+        wait "$nspawn" 2>/dev/null || true
     fi
+    rm -rf "$tree"
     exit "$code"
 }
 trap finish EXIT
@@ -66,7 +68,7 @@ mkdir -p "$work"
 if [ ! -e "$work/base.done" ]; then
     codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
     # The mirror that this machine itself uses.
-    site=$(apt-get indextargets --format '$(RELEASE) $(SITE)' 'Created-By: Packages' | sed -n "s/^$codename //p" | head -1)
+    site=$(apt-get indextargets --format '$(CODENAME) $(SITE)' 'Created-By: Packages' | sed -n "s/^$codename //p" | head -1)
     rm -rf "$work/base"
     step "a minimal Debian $codename"
     debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,logrotate "$codename" "$work/base" "$site" > "$work/debootstrap.log" 2>&1 || {
@@ -76,7 +78,6 @@ if [ ! -e "$work/base.done" ]; then
     : > "$work/base/etc/machine-id"
     touch "$work/base.done"
 fi
-rm -rf "$tree"
 cp -a "$work/base" "$tree"
 cp "$package" "$tree/root/sailover.deb"
 
@@ -153,8 +154,7 @@ step "reload: a good file is taken, a bad one refused with its reason in the jou
 # ---- kill -9 ----
 
 for _ in $(seq 10); do
-    before=$(main_pid)
-    run "kill -9 $before" || true
+    run 'systemctl kill --kill-who=main --signal=KILL sailover' || true
     sleep 0.9
 done
 eventually 5 'systemctl is-active --quiet sailover'
@@ -163,7 +163,7 @@ serves "after ten kills"
 step "killed ten times in ten seconds, serving"
 
 run 'sailover drain here --reason "smoke test" >/dev/null'
-run "kill -9 $(main_pid)"
+run 'systemctl kill --kill-who=main --signal=KILL sailover'
 eventually 5 'sailover status | grep -q "drained here, by root.*smoke test"'
 run "for i in 1 2 3 4 5 6; do $ask; done" | grep -qx here && fail "a drain does not survive kill -9"
 run 'sailover undrain here >/dev/null'
@@ -211,6 +211,7 @@ pid=$(main_pid)
 run 'dpkg -i --force-confold /root/sailover.deb' > "$work/upgrade.log" 2>&1
 grep -q 'a restart is due' "$work/upgrade.log" || { cat "$work/upgrade.log" >&2; fail "an upgrade does not say that a restart is due"; }
 [ "$(main_pid)" = "$pid" ] || fail "an upgrade restarted the service"
+[ "$(inside systemctl show --value -p NeedDaemonReload sailover)" = no ] || fail "systemd still has the unit of before"
 serves "after an upgrade"
 step "an upgrade leaves the process alone and says that a restart is due"
 

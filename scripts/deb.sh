@@ -13,8 +13,6 @@ mkdir -p "$tree/usr/bin" "$tree/usr/share/doc/sailover" "$tree/usr/share/sailove
 
 cp target/release/sailover "$tree/usr/bin/"
 cargo run --quiet --locked --profile fast --example manual -- "$tree"
-cargo tree --locked --edges normal --prefix none --format '{p} {l}' |
-    sed 's/ ([^)]*)//; s/ (\*)$//' | LC_ALL=C sort -u > "$tree/usr/share/doc/sailover/crates.txt"
 cp packaging/sailover.yaml "$tree/etc/sailover/"
 cp packaging/prometheus-rules.yaml packaging/grafana-dashboard.json "$tree/usr/share/sailover/"
 cp -r packaging/debian "$tree/debian"

@@ -27,6 +27,7 @@ apt-get update -qq
 printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d.sailover
 chmod +x /usr/sbin/policy-rc.d.sailover
 [ -e /usr/sbin/policy-rc.d ] || ln -s policy-rc.d.sailover /usr/sbin/policy-rc.d
-trap 'rm -f /usr/sbin/policy-rc.d.sailover; [ -L /usr/sbin/policy-rc.d ] && rm -f /usr/sbin/policy-rc.d; true' EXIT
+trap 'rm -f /usr/sbin/policy-rc.d.sailover
+[ "$(readlink /usr/sbin/policy-rc.d)" != policy-rc.d.sailover ] || rm -f /usr/sbin/policy-rc.d' EXIT
 # shellcheck disable=SC2086
 apt-get install -y -qq --no-install-recommends $missing

@@ -28,6 +28,7 @@ use crate::host::Host;
 use crate::reload::Report;
 use crate::report::{self, Info};
 use crate::session::Filter;
+use crate::table::Listener;
 use crate::worker::Sessions;
 
 /// One connection to an admin interface, from its first byte to its last.
@@ -228,7 +229,7 @@ impl Admin {
         let path = request.uri().path().to_owned();
         match (request.method().clone(), path.as_str(), access) {
             (Method::GET, "/livez", _) => self.livez(),
-            (Method::GET, "/readyz", _) => self.readyz(),
+            (Method::GET, "/readyz", _) => self.readyz(request.uri().query() == Some("cap=ok")),
             (Method::GET, "/status", _) => {
                 let body = self
                     .render(|host, info| serde_json::to_vec_pretty(&report::status(host, info)).unwrap_or_default())
@@ -320,12 +321,14 @@ impl Admin {
                     found.rows.extend(part.rows);
                     found.count += part.count;
                 }
-                found.rows.sort_by_key(|row| std::cmp::Reverse(row.age_ms));
-                found.rows.truncate(most);
-                let table = self.host.live.load_full();
-                let body =
-                    serde_json::json!({ "count": found.count, "sessions": report::sessions(&table, &found.rows) });
-                Ok(respond(StatusCode::OK, "application/json", serde_json::to_vec_pretty(&body).unwrap_or_default()))
+                let body = self.render(move |host, _| {
+                    found.rows.sort_by_key(|row| std::cmp::Reverse(row.age_ms));
+                    found.rows.truncate(most);
+                    let rows = report::sessions(&host.live.load_full(), &found.rows);
+                    let body = serde_json::json!({ "count": found.count, "sessions": rows });
+                    serde_json::to_vec_pretty(&body).unwrap_or_default()
+                });
+                Ok(respond(StatusCode::OK, "application/json", body.await))
             }
             "/explain" => {
                 let order: ExplainOrder = read(request).await?;
@@ -365,12 +368,14 @@ impl Admin {
         }
     }
 
-    fn readyz(&self) -> Response<Full<Bytes>> {
+    /// Whether new connections are welcome; with `cap_ok` also when they have to wait for a place.
+    fn readyz(&self, cap_ok: bool) -> Response<Full<Bytes>> {
         if self.host.stopping.load(Relaxed) {
             return plain(StatusCode::SERVICE_UNAVAILABLE, "stopping\n");
         }
         let table = self.host.live.load();
-        if let Some(listener) = table.listeners.values().find(|listener| listener.shared.at_cap.load(Relaxed) > 0) {
+        let at_cap = |listener: &&Arc<Listener>| listener.shared.at_cap.load(Relaxed) > 0;
+        if let Some(listener) = table.listeners.values().find(at_cap).filter(|_| !cap_ok) {
             return plain(StatusCode::SERVICE_UNAVAILABLE, &format!("listener {} is at its cap\n", listener.name));
         }
         self.livez()

@@ -132,7 +132,7 @@ pub struct Check {
 #[derive(Debug, Args)]
 pub struct SocketFlag {
     /// The admin socket.
-    #[arg(long, default_value = "/run/sailover/admin.sock")]
+    #[arg(long, env = "SAILOVER_SOCKET", default_value = "/run/sailover/admin.sock")]
     pub socket: PathBuf,
 }
 
@@ -305,6 +305,7 @@ pub fn check(flags: &Check) -> ExitCode {
 /// What the service's user could not read or write.
 fn unreadable(loaded: &config::Loaded, eyes: &Eyes) -> Vec<String> {
     let mut problems: Vec<String> = loaded.files.iter().filter_map(|file| eyes.read(file).err()).collect();
+    problems.extend(loaded.directories.iter().filter_map(|directory| eyes.list(directory).err()));
     if let config::Access::File(log) = &loaded.config.log.access {
         problems.extend(eyes.write(Path::new(log)).err().map(|problem| format!("log.access: {problem}")));
     }

@@ -185,20 +185,30 @@ pub enum ProbeKind {
     },
 }
 
-/// The content of a PEM file, as it was when the configuration was read; two are equal when name and content are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The content of a PEM file, as it was when the configuration was read.
+#[derive(Clone, Debug)]
 pub struct Pem {
     /// The file.
     pub file: String,
+    /// Digest of what it held (XXH3, 128 bits).
+    pub digest: u128,
     /// What it held.
     pub bytes: Arc<[u8]>,
 }
 
-/// The content is compared and not hashed: thousands of backends may share one long list.
+/// The digest stands for the content: thousands of backends may share one long list.
+impl PartialEq for Pem {
+    fn eq(&self, other: &Pem) -> bool {
+        self.digest == other.digest && self.file == other.file
+    }
+}
+
+impl Eq for Pem {}
+
 impl Hash for Pem {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.file.hash(state);
-        self.bytes.len().hash(state);
+        self.digest.hash(state);
     }
 }
 
@@ -289,9 +299,9 @@ pub struct Listener {
     /// How long a new connection waits at the cap before it is reset.
     #[serde(serialize_with = "as_text")]
     pub wait: Duration,
-    /// Without a byte either way; the pool's own bound holds too.
-    #[serde(serialize_with = "as_text")]
-    pub idle: Duration,
+    /// Without a byte either way, where that is shorter than the pool's; `None`: the pool's.
+    #[serde(serialize_with = "as_optional_text")]
+    pub idle: Option<Duration>,
 }
 
 /// Interfaces for operators.
@@ -428,6 +438,8 @@ pub struct Loaded {
     pub warnings: Vec<Problem>,
     /// Every file that was read, the main one first.
     pub files: Vec<PathBuf>,
+    /// Every directory in which files were looked for.
+    pub directories: Vec<PathBuf>,
 }
 
 /// Why a file is no configuration.
@@ -517,7 +529,9 @@ fn judge(bytes: &[u8], max_bytes: usize, path: Option<&Path>) -> Result<Loaded, 
         file.warnings.iter().map(|(source, path, reason)| sources.problem(*source, path, reason.clone())).collect();
     let config = resolve::resolve(file, &mut sources, &mut problems);
     if problems.is_empty() {
-        return Ok(Loaded { config, hash: format!("{:016x}", hash.digest()), warnings, files: sources.files() });
+        sources.digests().for_each(|digest| hash.update(&digest.to_le_bytes()));
+        let hash = format!("{:016x}", hash.digest());
+        return Ok(Loaded { config, hash, warnings, files: sources.files(), directories: sources.listed() });
     }
     problems.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
     problems.dedup();
@@ -527,6 +541,13 @@ fn judge(bytes: &[u8], max_bytes: usize, path: Option<&Path>) -> Result<Loaded, 
 /// A duration as the file writes it.
 pub fn human(duration: Duration) -> String {
     humantime::format_duration(duration).to_string()
+}
+
+fn as_optional_text<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    match duration {
+        Some(duration) => as_text(duration, serializer),
+        None => serializer.serialize_none(),
+    }
 }
 
 fn as_text<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {

@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::io::{self, IsTerminal, Write};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -20,7 +21,7 @@ use serde_json::Value;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 
@@ -111,7 +112,7 @@ pub fn run(show: Show) -> ExitCode {
 async fn play(show: Show) -> Result<usize, String> {
     let cells = [Toy::start('a').await?, Toy::start('b').await?];
     let addresses = [cells[0].address, cells[1].address];
-    let stage = Stage::set(show, addresses)?;
+    let mut stage = Stage::set(show, addresses)?;
     let ways = stage.ready(addresses.len()).await?;
 
     let ledger = Rc::new(RefCell::new(Ledger::default()));
@@ -136,10 +137,19 @@ async fn play(show: Show) -> Result<usize, String> {
     tokio::select! {
         () = director => {}
         () = drawing => {}
-        _ = tokio::signal::ctrl_c() => {}
+        // An interrupt stops the proxy too, which knows the signals.
+        _ = &mut stage.ended => {}
     }
     client.abort();
     let played = begin.elapsed().min(show.length);
+    if played < show.length {
+        // What an interrupt cut off failed nobody's expectations.
+        let end = played.saturating_sub(CALM);
+        ledger.borrow_mut().entries.retain(|entry| entry.cell.is_some() && entry.began < end);
+        print(&chart.close());
+        print(&summary(show, played, &ledger.borrow()));
+        return Ok(0);
+    }
     // Those who are still waiting may wait their time out.
     sleep(PATIENCE.min(played)).await;
     let ledger = ledger.borrow();
@@ -302,16 +312,20 @@ async fn answer(name: char, mut stream: TcpStream) {
 /// The proxy in this process, with its files; they are removed with it.
 struct Stage {
     directory: PathBuf,
-    failed: std::sync::mpsc::Receiver<String>,
+    ended: oneshot::Receiver<String>,
 }
 
 impl Stage {
     fn set(show: Show, cells: [SocketAddr; 2]) -> Result<Stage, String> {
-        let directory = std::env::temp_dir().join(format!("sailover-demo-{}", std::process::id()));
-        std::fs::create_dir_all(&directory).map_err(|error| format!("{}: {error}", directory.display()))?;
+        // A name that nobody can have taken, for this user alone.
+        let directory = std::env::temp_dir().join(format!("sailover-demo-{:016x}", fastrand::u64(..)));
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&directory)
+            .map_err(|error| format!("{}: {error}", directory.display()))?;
         let file = directory.join("sailover.yaml");
-        let (tell, failed) = std::sync::mpsc::channel();
-        let stage = Stage { directory, failed };
+        let (tell, ended) = oneshot::channel();
+        let stage = Stage { directory, ended };
         std::fs::write(&file, configuration(show, cells, &stage.socket()))
             .map_err(|error| format!("{}: {error}", file.display()))?;
         std::thread::Builder::new()
@@ -329,10 +343,10 @@ impl Stage {
     }
 
     /// Waits until every cell is up, and gives the addresses at which the proxy listens.
-    async fn ready(&self, cells: usize) -> Result<Vec<SocketAddr>, String> {
+    async fn ready(&mut self, cells: usize) -> Result<Vec<SocketAddr>, String> {
         let deadline = Instant::now() + START;
         loop {
-            if let Ok(text) = self.failed.try_recv() {
+            if let Ok(text) = self.ended.try_recv() {
                 return Err(text);
             }
             let answer = admin::ask(&self.socket(), Method::GET, "/status", Vec::new()).await;

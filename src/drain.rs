@@ -18,6 +18,9 @@ use crate::table::Table;
 
 /// Drains older than this are not taken up again: nobody remembers why.
 const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 3_600);
+/// Longest reason in bytes, and most drains or weights: all of them fit into the state file.
+const REASON: usize = 500;
+const MOST: usize = 500;
 /// Names in an error.
 const NAMES: usize = 20;
 /// Largest accepted state file in bytes.
@@ -127,6 +130,14 @@ pub fn read(path: &Path, now: SystemTime) -> Result<Option<Drains>, String> {
     Ok(Some(drains))
 }
 
+/// What is ordered must fit into the file that keeps it.
+fn bounded(reason: Option<&str>, orders: usize) -> Result<(), String> {
+    if reason.is_some_and(|reason| reason.len() > REASON) {
+        return Err(format!("the reason is longer than {REASON} bytes"));
+    }
+    if orders >= MOST { Err(format!("there are {MOST} such orders already; end some first")) } else { Ok(()) }
+}
+
 /// One drain.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Drain {
@@ -223,6 +234,7 @@ impl Drains {
         if weight.percent > 100 {
             return Err(format!("{} % is more than the cell's configured weight; expected 0 to 100", weight.percent));
         }
+        bounded(weight.reason.as_deref(), self.weights.len())?;
         self.weights.retain(|old| (&old.pool, &old.cell) != (&weight.pool, &weight.cell));
         if weight.percent < 100 {
             self.weights.push(weight);
@@ -236,6 +248,7 @@ impl Drains {
     /// A sentence when it names nothing in `table`, or would take the last fit backend of a pool without `force`.
     pub fn add(&mut self, drain: Drain, table: &Table, force: bool) -> Result<(), String> {
         self.check(&drain, table)?;
+        bounded(drain.reason.as_deref(), self.list.len())?;
         if !force {
             for pool in &table.pools {
                 let mut taken = 0;

@@ -274,7 +274,26 @@ impl Pool {
                 chances[m] = if all > 0.0 { part.share * weight(m) / all } else { 0.0 };
             }
         }
+        if chances.iter().all(|chance| *chance == 0.0) {
+            let last = self.last_resort(&plan);
+            last.iter().for_each(|&m| chances[m] = 1.0 / last.len() as f64);
+        }
         (pin.and_then(|pin| self.pinned(&plan, pin, now)), chances)
+    }
+
+    /// The members that a client gets when no cell has a share, in the order of [`Pool::pick`].
+    fn last_resort(&self, plan: &Plan) -> Vec<usize> {
+        let of_tier = |tier: u8| (0..self.cells.len()).filter(move |&i| self.cells[i].tier == tier);
+        let mut lists = Vec::new();
+        for &tier in &plan.tiers {
+            lists.push(of_tier(tier).flat_map(|i| plan.cells[i].fit.clone()).collect());
+            lists.push(of_tier(tier).flat_map(|i| plan.cells[i].suspect.clone()).collect());
+        }
+        lists.push(plan.unknown.clone());
+        if self.policy.when_all_down == WhenAllDown::TryAll {
+            lists.push(plan.down.clone());
+        }
+        lists.into_iter().find(|list: &Vec<usize>| !list.is_empty()).unwrap_or_default()
     }
 
     /// Chooses a member for one client.
@@ -593,6 +612,8 @@ impl Pool {
         for (position, &tier) in plan.tiers.iter().enumerate() {
             let mut ranked: Vec<(f64, usize)> = (0..self.cells.len())
                 .filter(|&i| self.cells[i].tier == tier && plan.cells[i].could_keep >= 0.0)
+                // Weight 0 leaves a cell those whom nobody else can take, and they come without a place of their own.
+                .filter(|&i| self.cells[i].weight_now() > 0.0)
                 .map(|i| (self.cells[i].weight_now() / -unit(pin, self.cells[i].hash).ln(), i))
                 .collect();
             ranked.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));

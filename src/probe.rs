@@ -115,6 +115,7 @@ impl Probers {
                 for target in prober.targets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
                     *target.backend.prober.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     target.backend.next_probe_ms.store(0, Relaxed);
+                    target.backend.certificate_expiry.store(0, Relaxed);
                 }
                 stopped += 1;
             }
@@ -175,8 +176,7 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
             }
             Ok(Err(Failed::Error(_))) => Some(Some(Seen::Reset(Blame { prefix: 0, others: false, elsewhere: 0.0 }))),
             Ok(Err(Failed::Wrong)) => {
-                // A handshake that fails says nothing about answers, and must be cleared by one that does not.
-                reached = if tls.is_some() { Depth::FirstByte } else { Depth::Answer };
+                reached = Depth::Answer;
                 Some(Some(Seen::Wrong))
             }
             Err(_) if deadline.elapsed() > LATE => None,

@@ -229,15 +229,13 @@ fn listeners_status(table: &Table, info: &Info) -> Vec<Value> {
 
 /// `sailover sessions`: the rows of the workers, with the cell in which the live table has each backend.
 pub fn sessions(table: &Table, rows: &[Row]) -> Vec<Value> {
-    let cell = |row: &Row| {
-        let pool = table.pools.iter().find(|pool| *pool.name == *row.pool)?;
-        let member = pool.members.iter().find(|member| *member.backend.name == *row.backend)?;
-        Some(pool.cells[member.cell].name.to_string())
-    };
+    let members = table.pools.iter().flat_map(|pool| pool.members.iter().map(move |member| (pool, member)));
+    let cells: HashMap<(&str, &str), &str> =
+        members.map(|(pool, member)| ((&*pool.name, &*member.backend.name), &*pool.cells[member.cell].name)).collect();
     rows.iter()
         .map(|row| {
             let mut shown = json!(row);
-            shown["cell"] = json!(cell(row));
+            shown["cell"] = json!(cells.get(&(row.pool.as_str(), row.backend.as_str())));
             shown
         })
         .collect()
@@ -331,12 +329,17 @@ fn why(pool: &Pool, member: &Member, chosen: bool, chance: f64, now: clock::Time
         State::Unknown => vec!["nothing is known about it yet: after all that are known to be fit".to_owned()],
         State::Down => vec!["down: tried only when nothing else is left".to_owned()],
     };
-    if percent < 100 {
-        reasons.push(format!("its cell has {percent}% of its weight by an order"));
+    let fit = matches!(state, State::Up | State::Returning);
+    match percent {
+        100 => {}
+        0 => reasons.push("its cell has weight 0 by an order: only for whom no other cell can take".into()),
+        _ => reasons.push(format!("its cell has {percent}% of its weight by an order")),
     }
     if chosen {
         reasons.push("the client's address is pinned to it".into());
-    } else if matches!(state, State::Up | State::Returning) && chance == 0.0 {
+    } else if chance > 0.0 && !fit {
+        reasons.push("nothing better is left".into());
+    } else if chance == 0.0 && fit && percent > 0 {
         reasons.push(format!("tier {}: the tiers before it carry all", cell.tier));
     }
     reasons.join("; ")
@@ -391,6 +394,11 @@ pub fn metrics(host: &Host, info: &Info) -> String {
     let t = &mut text;
     t.family("sailover_build_info", "gauge", "Version of the running program.");
     t.sample("sailover_build_info", &[("version", env!("CARGO_PKG_VERSION"))], 1);
+    t.family("process_start_time_seconds", "gauge", "When the process began to serve, in seconds since 1970.");
+    let started = humantime::parse_rfc3339(&info.started_at).ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    t.sample("process_start_time_seconds", &[], started.unwrap_or_default().as_secs_f64());
+    t.family("sailover_config_info", "gauge", "The hash of the live configuration: the same where the files are.");
+    t.sample("sailover_config_info", &[("hash", &table.hash)], 1);
     t.family("sailover_config_generation", "gauge", "Number of the live table.");
     t.sample("sailover_config_generation", &[], table.generation);
     t.family("sailover_config_last_reload_successful", "gauge", "1 unless the last reload was refused.");
@@ -456,6 +464,10 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
         for state in State::ALL {
             sample(t, "sailover_backend_state", with(labels, "state", state.word()), u64::from(state == now));
         }
+    }
+    t.family("sailover_backend_drained", "gauge", "1 while an operator keeps new clients away.");
+    for (labels, backend) in members() {
+        t.sample("sailover_backend_drained", &labels, u8::from(backend.drained.load(Relaxed)));
     }
     t.family("sailover_transitions_total", "counter", "Changes of state, by the state entered.");
     for (labels, backend) in members() {

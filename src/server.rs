@@ -221,7 +221,10 @@ async fn serve(
 
     let shutdown = control.host.live.load().config.shutdown;
     control.host.stopping.store(true, Relaxed);
-    notify(&[sd_notify::NotifyState::Stopping]);
+    // The unit's own patience is for the default times; the file may name longer ones.
+    let longest = (shutdown.announce + shutdown.drain + Duration::from_secs(10)).as_micros();
+    let longest = sd_notify::NotifyState::ExtendTimeoutUsec(longest.try_into().unwrap_or(u32::MAX));
+    notify(&[sd_notify::NotifyState::Stopping, longest]);
     tracing::info!(announce = ?shutdown.announce, drain = ?shutdown.drain, "stopping; a second signal stops at once");
     let stop = control.stop(shutdown);
     tokio::pin!(stop);

@@ -4,7 +4,7 @@
 //! after those whose backend is down. There is no `TCP_USER_TIMEOUT`, because Linux takes a closed window for death.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -45,6 +45,7 @@ pub const WAITS_BACKEND: u8 = 2;
 struct Entry {
     id: u64,
     listener: Arc<str>,
+    peer: SocketAddr,
     began: Time,
     backend: Arc<Backend>,
     policy: Arc<Policy>,
@@ -74,6 +75,7 @@ pub struct Handle(usize);
 /// Enters a session; both descriptors must stay open while the handle lives.
 pub fn enter(
     listener: Arc<str>,
+    peer: SocketAddr,
     backend: Arc<Backend>,
     policy: Arc<Policy>,
     client: RawFd,
@@ -83,6 +85,7 @@ pub fn enter(
     let entry = Entry {
         id: NEXT_ID.with(|next| next.replace(next.get() + 1)),
         listener,
+        peer,
         began,
         backend,
         policy,
@@ -227,13 +230,20 @@ impl Filter {
         self.pool.is_some() || self.backend.is_some() || self.client.is_some() || !self.ids.is_empty()
     }
 
-    fn covers(&self, entry: &Entry, worker: usize) -> bool {
+    /// The numbers of the sessions of one worker that are named; `None`: any.
+    fn numbers(&self, worker: usize) -> Option<HashSet<u64>> {
+        let number = |id: &String| {
+            let (of, number) = id.split_once('-')?;
+            (of.parse() == Ok(worker)).then(|| number.parse().ok()).flatten()
+        };
+        (!self.ids.is_empty()).then(|| self.ids.iter().filter_map(number).collect())
+    }
+
+    fn covers(&self, entry: &Entry, numbers: Option<&HashSet<u64>>) -> bool {
         self.pool.as_ref().is_none_or(|pool| *entry.backend.shared.name == **pool)
             && self.backend.as_ref().is_none_or(|backend| *entry.backend.name == **backend)
-            && (self.ids.is_empty() || self.ids.contains(&format!("{worker}-{}", entry.id)))
-            && self.client.is_none_or(|client| {
-                peer(entry.client).is_some_and(|peer| peer.ip().to_canonical() == client.to_canonical())
-            })
+            && numbers.is_none_or(|numbers| numbers.contains(&entry.id))
+            && self.client.is_none_or(|client| entry.peer.ip().to_canonical() == client.to_canonical())
     }
 }
 
@@ -245,7 +255,7 @@ pub struct Row {
     /// The listener that accepted it.
     pub listener: String,
     /// The client.
-    pub client: Option<SocketAddr>,
+    pub client: SocketAddr,
     /// Its pool.
     pub pool: String,
     /// Its backend.
@@ -268,8 +278,9 @@ pub struct Row {
 pub fn list(filter: &Filter, worker: usize, most: usize, now: Time) -> (Vec<Row>, usize) {
     SESSIONS.with(|sessions| {
         let sessions = sessions.borrow();
-        let mut found: Vec<&Entry> =
-            sessions.iter().map(|(_, entry)| entry).filter(|entry| filter.covers(entry, worker)).collect();
+        let numbers = filter.numbers(worker);
+        let covered = |entry: &&Entry| filter.covers(entry, numbers.as_ref());
+        let mut found: Vec<&Entry> = sessions.iter().map(|(_, entry)| entry).filter(covered).collect();
         let all = found.len();
         if all > most {
             found.select_nth_unstable_by_key(most, |entry| entry.id);
@@ -286,7 +297,7 @@ fn row(entry: &Entry, worker: usize, now: Time) -> Row {
     Row {
         id: format!("{worker}-{}", entry.id),
         listener: entry.listener.to_string(),
-        client: peer(entry.client),
+        client: entry.peer,
         pool: entry.backend.shared.name.to_string(),
         backend: entry.backend.name.to_string(),
         age_ms: now.since(entry.began).as_millis() as u64,
@@ -303,9 +314,10 @@ fn row(entry: &Entry, worker: usize, now: Time) -> Row {
 pub fn kick(filter: &Filter, worker: usize) -> usize {
     SESSIONS.with(|sessions| {
         let mut sessions = sessions.borrow_mut();
+        let numbers = filter.numbers(worker);
         let mut marked = 0;
         for (key, entry) in sessions.iter_mut() {
-            if entry.ended.is_none() && filter.covers(entry, worker) {
+            if entry.ended.is_none() && filter.covers(entry, numbers.as_ref()) {
                 entry.kicked = true;
                 marked += 1;
                 DOOMED.with(|doomed| doomed.borrow_mut().push_back(key));
@@ -313,10 +325,6 @@ pub fn kick(filter: &Filter, worker: usize) -> usize {
         }
         marked
     })
-}
-
-fn peer(fd: RawFd) -> Option<SocketAddr> {
-    SockRef::from(&borrow(fd)?).peer_addr().ok()?.as_socket()
 }
 
 /// Whether any session waits for its reset.

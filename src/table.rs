@@ -221,7 +221,7 @@ pub fn build(
             deny: wanted.deny.clone(),
             max_connections: wanted.max_connections.unwrap_or(u32::MAX),
             wait: wanted.wait,
-            idle: wanted.idle.min(pool.policy.idle),
+            idle: wanted.idle.map_or(pool.policy.idle, |idle| idle.min(pool.policy.idle)),
             shared,
         });
         listeners.extend(wanted.bind.iter().map(|bind| (*bind, listener.clone())));
@@ -234,8 +234,7 @@ pub fn build(
 fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
     let probe_depth = pool.probe.as_ref().map(|probe| match probe.kind {
         ProbeKind::Tcp => Depth::Connect,
-        ProbeKind::Tls { .. } => Depth::FirstByte,
-        ProbeKind::Http { .. } | ProbeKind::Exchange { .. } => Depth::Answer,
+        ProbeKind::Http { .. } | ProbeKind::Exchange { .. } | ProbeKind::Tls { .. } => Depth::Answer,
     });
     let port = pool.probe.as_ref().and_then(|probe| probe.port);
     let backends = || pool.cells.iter().flat_map(|cell| &cell.backends);

@@ -112,6 +112,7 @@ async fn connect_and_relay(
 
     let session = session::enter(
         record.listener.clone(),
+        peer,
         backend.clone(),
         policy.clone(),
         client.as_raw_fd(),

@@ -26,7 +26,10 @@ pub fn client(authorities: Option<&[u8]>) -> Result<Arc<ClientConfig>, String> {
         Some(pem) => {
             let mut roots = RootCertStore::empty();
             // One odd certificate among a hundred must not cost the others; that there is one at all was checked.
-            roots.add_parsable_certificates(CertificateDer::pem_slice_iter(pem).flatten());
+            let (added, _) = roots.add_parsable_certificates(CertificateDer::pem_slice_iter(pem).flatten());
+            if added == 0 {
+                return Err("a list of authorities holds no certificate that can be used".into());
+            }
             builder.with_root_certificates(roots).with_no_client_auth()
         }
         None => {
@@ -39,10 +42,14 @@ pub fn client(authorities: Option<&[u8]>) -> Result<Arc<ClientConfig>, String> {
     Ok(Arc::new(config))
 }
 
-/// When a certificate ends, in seconds since 1970.
+/// The end of the year 9999, in seconds since 1970.
+const LAST_SECOND: i64 = 253_402_300_800;
+
+/// When a certificate ends, in seconds since 1970; `None` when it cannot be read.
 pub fn expiry(certificate: &CertificateDer<'_>) -> Option<i64> {
     let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
-    Some(certificate.validity().not_after.timestamp())
+    // Whoever shows it may write any time; those that no calendar has are no times.
+    Some(certificate.validity().not_after.timestamp()).filter(|at| (1..LAST_SECOND).contains(at))
 }
 
 /// Accepts any certificate, but not one whose key the server has not.

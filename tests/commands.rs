@@ -65,7 +65,7 @@ fn status_of_fifty_backends_fits_a_hundred_columns() {
          listeners: [ {{ name: front-door, bind: 127.0.0.1:0, tcp: shop-of-a-company-with-a-long-name }} ]\n",
         a.address
     ));
-    assert!(proxy.command(&["drain", "here", "--force", "--reason", &"because ".repeat(30)]).status.success());
+    assert!(proxy.command(&["drain", "here", "--force", "--reason", &"because ".repeat(50)]).status.success());
     let shown = done(&proxy, &["status"]);
     let widest = shown.lines().map(|line| line.chars().count()).max().unwrap();
     assert!(widest <= 100, "{widest} columns:\n{shown}");
@@ -125,13 +125,15 @@ fn a_drain_says_who_when_and_why_and_an_undrain_ends_it() {
     for part in ["drained c0 in pool p", "by root", "ago, ends in 1h59m", ": new racks"] {
         assert!(line.contains(part), "{part} in {line}");
     }
-    assert!(proxy.log().contains("\"by_uid\":0") && proxy.log().contains("new racks"), "{}", proxy.log());
+    proxy.wait_log("\"by_uid\":0");
+    proxy.wait_log("\"reason\":\"new racks\"");
     assert!(shown.lines().any(|line| line.starts_with("c0") && line.ends_with("drained")), "{shown}");
     assert!(refused(&proxy, &["drain", "c1"], 1).contains("--force"));
     assert!(refused(&proxy, &["undrain", "c1"], 1).contains("no drain of cell c1 matches"));
     assert!(refused(&proxy, &["drain", "c0", "--backend", "nobody"], 1).contains("no such pool or backend"));
     assert!(done(&proxy, &["undrain", "c0"]).contains("undrained c0 (1 drain)"));
     assert!(!done(&proxy, &["status"]).contains('*'));
+    assert!(refused(&proxy, &["drain", "c0", "--reason", &"x".repeat(501)], 1).contains("longer than 500 bytes"));
 }
 
 #[test]
@@ -217,6 +219,39 @@ fn a_pinned_client_follows_the_weight() {
 }
 
 #[test]
+fn a_pinned_client_leaves_a_cell_of_weight_0() {
+    let backends = [Backend::start("a"), Backend::start("b"), Backend::start("s")];
+    let [a, b, s] = [0, 1, 2].map(|i: usize| backends[i].address);
+    let proxy = Proxy::start(&format!(
+        "pools: {{ p: {{ cells: {{ a: [ {a} ], b: [ {b} ], s: {{ tier: 1, backends: [ {s} ] }} }}, affinity: {{ by: client_ip }} }} }}\n\
+         listeners: [ {{ name: l, bind: 127.0.0.1:0, tcp: p }} ]\n"
+    ));
+    backends.iter().for_each(|b| proxy.wait_health(&b.address.to_string(), "up", Duration::from_secs(5)));
+    let cells = |proxy: &Proxy| -> Vec<String> {
+        let of = |i: u32| {
+            let client = format!("192.0.2.{i}");
+            let shown: serde_json::Value = serde_json::from_str(&done(proxy, &["explain", &client, "--json"])).unwrap();
+            shown["ways"][0]["goes_to"]["cell"].as_str().unwrap().to_owned()
+        };
+        let mut cells: Vec<String> = (1..20).map(of).collect();
+        cells.sort();
+        cells.dedup();
+        cells
+    };
+    assert_eq!(cells(&proxy), ["a", "b"]);
+    done(&proxy, &["weight", "p/a", "0"]);
+    assert_eq!(cells(&proxy), ["b"]);
+    assert!(done(&proxy, &["explain", "192.0.2.1"]).contains("weight 0 by an order"));
+    done(&proxy, &["weight", "p/b", "0"]);
+    assert_eq!(cells(&proxy), ["s"]);
+    // Nobody else can take them any more.
+    done(&proxy, &["drain", "s", "--force"]);
+    assert!(["a", "b"].contains(&get(proxy.address_cached()).unwrap().as_str()));
+    let shown = done(&proxy, &["explain", "192.0.2.1"]);
+    assert_eq!(shown.matches("50%").count(), 2, "{shown}");
+}
+
+#[test]
 fn sessions_are_shown_and_kicked() {
     let (backends, proxy) = two("");
     let held: Vec<(TcpStream, String)> = (0..12).map(|_| held(&proxy)).collect();
@@ -251,7 +286,7 @@ fn sessions_are_shown_and_kicked() {
     }
     assert_eq!(proxy.metric("sailover_connections_total", &["end=\"kicked\""]) as usize, of_b + 1);
     assert!(refused(&proxy, &["kick"], 1).contains("name what to end"));
-    assert!(proxy.log().contains("sessions kicked"));
+    proxy.wait_log("sessions kicked");
 }
 
 #[test]

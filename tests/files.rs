@@ -31,6 +31,7 @@ fn every_shipped_configuration_is_good() {
 
 #[test]
 fn mistakes_in_included_files_name_the_right_file_and_line() {
+    use std::os::unix::ffi::OsStrExt;
     let directory = Directory::new();
     let at = |name: &str| directory.0.join(name);
     let write = |name: &str, text: &str| std::fs::write(at(name), text).unwrap();
@@ -43,8 +44,11 @@ fn mistakes_in_included_files_name_the_right_file_and_line() {
     let (a, b) = (at("conf.d/a.yaml").display().to_string(), at("conf.d/b.yaml").display().to_string());
     let main = at("main.yaml").display().to_string();
 
-    // A pattern may match nothing, but then something is missing; hidden files are not looked at.
-    write("main.yaml", "include: conf.d/*.yaml\n");
+    // A pattern may match nothing, but then something is missing; hidden files are not looked at, nor are names that are
+    // no text, nor is the main file itself.
+    write("main.yaml", "include: [ conf.d/*.yaml, '*.yaml' ]\n");
+    let odd = std::ffi::OsStr::from_bytes(b"\xff.yaml");
+    std::fs::write(at("conf.d").join(odd), "nonsense: 1\n").unwrap();
     write("conf.d/.hidden.yaml", "nonsense: 1\n");
     let expected = [
         format!("{main}:1:1: include: no file of the configuration has `pools`"),
@@ -90,6 +94,12 @@ fn mistakes_in_included_files_name_the_right_file_and_line() {
         ),
         "{found:#?}"
     );
+
+    // A directory that cannot be listed is no empty one.
+    write("main.yaml", "include: conf.d/a.yaml/*.yaml\n");
+    assert!(errors()[0].contains("conf.d/a.yaml cannot be listed"), "{:#?}", errors());
+    write("main.yaml", "include: '*/a.yaml'\n");
+    assert!(errors()[0].contains("only the last part"), "{:#?}", errors());
 
     // All files together are bounded.
     write("main.yaml", "include: conf.d/*.yaml\n");
@@ -144,6 +154,44 @@ fn check_by_root_sees_with_the_eyes_of_the_service() {
     assert!(said.contains("cannot be read by user nobody: its mode is 0640, its owner 0:0"), "{said}");
     std::fs::set_permissions(&directory.0, std::fs::Permissions::from_mode(0o700)).unwrap();
     assert!(check(0o644).1.contains("cannot let user nobody reach"));
+
+    // A way through a link is judged as it is written, too.
+    let open = Directory::new();
+    std::fs::set_permissions(&open.0, std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::copy(&file, open.0.join("c.yaml")).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    std::os::unix::fs::symlink(open.0.join("c.yaml"), &file).unwrap();
+    assert!(check(0o644).1.contains("cannot let user nobody reach"));
+    std::fs::set_permissions(&directory.0, std::fs::Permissions::from_mode(0o755)).unwrap();
+    assert_eq!(check(0o644), (0, String::new()));
+
+    // A directory that is searched must let itself be listed.
+    std::fs::create_dir(open.0.join("conf.d")).unwrap();
+    let main = std::fs::read_to_string(open.0.join("c.yaml")).unwrap();
+    std::fs::write(open.0.join("c.yaml"), format!("include: conf.d/*.yaml\n{main}")).unwrap();
+    std::fs::set_permissions(open.0.join("conf.d"), std::fs::Permissions::from_mode(0o711)).unwrap();
+    let output = Command::new(BINARY).args(["check", "--user", "nobody"]).arg(open.0.join("c.yaml")).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("conf.d cannot be listed by user nobody"));
+}
+
+#[test]
+fn a_listener_without_an_idle_time_has_its_pools() {
+    let idle = |listener: &str| {
+        let text = format!(
+            "pools: {{ p: {{ cells: {{ a: [ 10.0.0.1:1 ] }}, timeouts: {{ idle: 8h }} }} }}\n\
+             listeners: [ {{ bind: 10.0.0.2:1, tcp: p, {listener} }} ]\n"
+        );
+        let loaded = config::parse(text.as_bytes(), config::DEFAULT_MAX_BYTES).unwrap();
+        let (table, _) = sailover::table::build(
+            std::sync::Arc::new(loaded.config),
+            loaded.hash,
+            None,
+            1_000,
+            sailover::clock::now(),
+        );
+        table.listeners.values().next().unwrap().idle.as_secs() / 3_600
+    };
+    assert_eq!((idle(""), idle("timeouts: { idle: 2h }"), idle("timeouts: { idle: 9h }")), (8, 2, 8));
 }
 
 /// Every configuration that a page shows is one that the program takes.

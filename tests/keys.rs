@@ -881,9 +881,12 @@ fn log_level_format_and_access() {
         eventually("the reload is counted", Duration::from_secs(5), || {
             (proxy.status()["generation"] == 2).then_some(())
         });
+        if !log.contains("warn") {
+            proxy.wait_log("reloaded");
+        }
         proxy
     };
-    assert!(run("{ level: info }").log().contains("\"message\":\"ready\""));
+    run("{ level: info }").wait_log("\"message\":\"ready\"");
     assert!(!run("{ level: warn }").log().contains("ready"));
     let text = run("{ format: text }").log();
     assert!(text.contains(" INFO ") && !text.contains("{\"timestamp\""), "{text}");

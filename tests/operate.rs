@@ -177,7 +177,7 @@ fn a_drain_survives_a_restart_and_a_broken_state_file_is_said() {
     drop(second);
     std::fs::write(&file, "{").unwrap();
     let third = start();
-    assert!(third.log().contains("is no list of drains"), "{}", third.log());
+    third.wait_log("is no list of drains");
     eventually("both serve", Duration::from_secs(5), || (get(third.address_cached()).unwrap() == "a").then_some(()));
 }
 
@@ -301,7 +301,7 @@ fn an_address_that_is_not_local_yet_is_bound_and_said() {
     let base = yaml(&[backend.address], "", "");
     let proxy = Proxy::start(&base.replace("127.0.0.1:0", "192.0.2.77:0"));
     assert_eq!(proxy.status()["listeners"][0]["local"], false);
-    assert!(proxy.log().contains("not local"), "{}", proxy.log());
+    proxy.wait_log("not local");
 }
 
 #[test]

@@ -231,6 +231,7 @@ fn a_reset_that_a_write_has_met_is_not_a_clean_end() {
         let backend = pool.members[0].backend.clone();
         let session = session::enter(
             "l".into(),
+            "127.0.0.1:1".parse().unwrap(),
             backend,
             pool.policy.clone(),
             client.as_raw_fd(),

@@ -60,7 +60,7 @@ fn the_import_table_holds() {
                 "table",
             ],
         ),
-        ("admin", &["clock", "host", "reload", "report", "session", "worker"]),
+        ("admin", &["clock", "host", "reload", "report", "session", "table", "worker"]),
         ("config", &["file", "resolve", "scan", "sources"]),
         ("cli", &["admin", "config", "session"]),
         ("demo", &["admin", "config", "server", "sys"]),

@@ -30,7 +30,7 @@ def machine(binary):
         memory = int(f.readline().split()[1]) / 1024 ** 2
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, Linux {platform.release()}",
+        "machine": f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, Linux {platform.release().split('-')[0]}",
         "versions": {"sailover": first_line(binary, "--version"), "nginx": first_line("nginx", "-v").replace("nginx version: ", ""),
                      "haproxy": first_line("haproxy", "-v").split(" 20")[0]},
     }
@@ -44,9 +44,10 @@ def markdown(facts, results, rounds):
     lines = [
         f"# Side by side, {facts['date']}", "",
         f"{facts['machine']}. {facts['versions']['sailover']}; {facts['versions']['nginx']}; {facts['versions']['haproxy']}.", "",
-        f"Medians of {rounds} interleaved rounds, least and most in brackets. The ratio is sailover's figure to that of the better",
-        "peer in the same round: median and 95 % interval. Below 1 sailover needs less. Two workers or threads each, access log,",
-        "time-outs, keepalive towards backends and (where there are any) active checks are on in all three.", "",
+        f"Medians of {rounds} interleaved rounds, least and most in brackets. The ratio is sailover's figure to that of the peer with",
+        "the better median, round by round: median and 95 % interval (order statistics; six rounds or more). Below 1 sailover needs",
+        "less. Two workers or threads each; access log, time-outs and keepalive towards backends are on in all three, active checks",
+        "in the two that have them. Memory is all private memory of all processes, divided; the kernel's own is not in it.", "",
         "| work | figure | sailover | nginx stream | HAProxy | ratio to the better |",
         "|---|---|---|---|---|---|",
     ]

@@ -2,7 +2,7 @@
 //! owners and modes; access lists beyond them are not considered.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A user of this machine.
 pub struct Eyes {
@@ -43,6 +43,14 @@ impl Eyes {
         self.reach(file, 4, "be read")
     }
 
+    /// Whether the user can see which files a directory has.
+    ///
+    /// # Errors
+    /// A sentence that names the directory, or the one in the way.
+    pub fn list(&self, directory: &Path) -> Result<(), String> {
+        self.reach(directory, 5, "be listed")
+    }
+
     /// Whether the user can make files where this one stands, or write to it when it is there.
     ///
     /// # Errors
@@ -54,11 +62,16 @@ impl Eyes {
 
     fn reach(&self, path: &Path, wanted: u32, what: &str) -> Result<(), String> {
         // Links are followed, and each directory on the way to the file itself must let the user pass.
-        let real = path.canonicalize().map_err(|error| format!("{} cannot be found: {error}", path.display()))?;
-        let mut above: Vec<PathBuf> = real.ancestors().skip(1).map(Path::to_owned).collect();
-        above.reverse();
-        for directory in above {
-            self.may(&directory, 1, &format!("let user {} reach {}", self.name, path.display()))?;
+        let lost = |error| format!("{} cannot be found: {error}", path.display());
+        let given = std::path::absolute(path).map_err(lost)?;
+        let real = path.canonicalize().map_err(lost)?;
+        // The way as it is written, and the way that it leads to where there are links.
+        for way in [&given, &real] {
+            let mut above: Vec<&Path> = way.ancestors().skip(1).collect();
+            above.reverse();
+            for directory in above {
+                self.may(directory, 1, &format!("let user {} reach {}", self.name, path.display()))?;
+            }
         }
         self.may(&real, wanted, &format!("{what} by user {}", self.name))
     }

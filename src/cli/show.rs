@@ -327,7 +327,7 @@ fn pool_table(pool: &Value, screen: &Screen) -> String {
         ("CELL", 18, false),
         ("SHARE", 5, true),
         ("CONF", 4, true),
-        ("BACKEND", 38, false),
+        ("BACKEND", screen.columns.saturating_sub(62).max(20), false),
         ("HEALTH", 9, false),
         ("FOR", 5, true),
         ("CONNS", 6, true),

@@ -677,7 +677,11 @@ impl Reader<'_> {
         admin.http = fields.get("http").and_then(|node| self.address(&node, true));
         admin.hosts = fields.get("hosts").map(|node| {
             let items = self.list(&node);
-            items.iter().filter_map(|item| self.host(item)).collect()
+            let host = |reader: &mut Self, item: &Node<'_>| match reader.host(item)? {
+                host if host.contains(':') => reader.refuse(item, "a name without a port"),
+                host => Some(host),
+            };
+            items.iter().filter_map(|item| host(self, item)).collect()
         });
         admin
     }

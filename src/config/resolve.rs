@@ -124,14 +124,12 @@ fn resolve_kind(
     };
     let key = if ca.is_some() { "ca" } else { "verify" };
     let file = ca.unwrap_or_else(|| AUTHORITIES.to_owned());
-    let bytes = sources.read_side(source, &file).map_err(|message| (key, message))?;
-    let certificates = CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>();
+    let pem = sources.read_pem(source, &file).map_err(|message| (key, message))?;
+    let certificates = CertificateDer::pem_slice_iter(&pem.bytes).collect::<Result<Vec<_>, _>>();
     match certificates {
-        Ok(list) if !list.is_empty() => {
-            Ok(ProbeKind::Tls { server_name, verify: Some(Pem { file, bytes: bytes.into() }) })
-        }
-        Ok(_) => Err((key, format!("{file} holds no certificate in PEM form"))),
-        Err(error) => Err((key, format!("{file} is no PEM file of certificates: {error}"))),
+        Ok(list) if !list.is_empty() => Ok(ProbeKind::Tls { server_name, verify: Some(pem) }),
+        Ok(_) => Err((key, format!("{} holds no certificate in PEM form", pem.file))),
+        Err(error) => Err((key, format!("{} is no PEM file of certificates: {error}", pem.file))),
     }
 }
 
@@ -289,6 +287,6 @@ fn resolve_listener(
         deny: listener.deny.unwrap_or_default(),
         max_connections: listener.max_connections.map(|n| n as u32),
         wait: listener.wait.unwrap_or(Duration::from_secs(1)),
-        idle: listener.idle.unwrap_or(Duration::from_secs(3_600)),
+        idle: listener.idle,
     }
 }

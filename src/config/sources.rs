@@ -1,11 +1,14 @@
 //! The files that make up one configuration, and those that it names: finding them, reading them within bounds, and
 //! telling a mistake with the right file.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use glob::MatchOptions;
+use glob::Pattern;
+use xxhash_rust::xxh3::xxh3_128;
 
+use super::Pem;
 use super::scan::{Index, Problem};
 
 /// Most files of one configuration.
@@ -28,13 +31,15 @@ pub struct Sources {
     /// The main file on the disk; `None` when only its text is judged.
     main: Option<PathBuf>,
     list: Vec<Source>,
-    side: Vec<PathBuf>,
+    pems: Vec<(PathBuf, Pem)>,
+    listed: Vec<PathBuf>,
 }
 
 impl Sources {
     /// A configuration of one file so far.
     pub fn new(main: Option<&Path>, index: Index) -> Sources {
-        Sources { main: main.map(Path::to_owned), list: vec![Source { name: None, index }], side: Vec::new() }
+        let list = vec![Source { name: None, index }];
+        Sources { main: main.map(Path::to_owned), list, pems: Vec::new(), listed: Vec::new() }
     }
 
     /// Adds an included file and returns its number.
@@ -69,55 +74,85 @@ impl Sources {
     }
 
     /// The files of a pattern in the main file, by name; relative to the directory of the main file. A name without a
-    /// wildcard must exist, a pattern may match nothing.
+    /// wildcard must exist, a pattern may match nothing; names that begin with a dot are left out.
     ///
     /// # Errors
     /// A sentence.
-    pub fn expand(&self, pattern: &str) -> Result<Vec<PathBuf>, String> {
+    pub fn expand(&mut self, pattern: &str) -> Result<Vec<PathBuf>, String> {
         let Some(directory) = self.directory(0) else {
             return Err("files can be included only by a file on a disk".into());
         };
         let whole = directory.join(pattern);
-        if !pattern.contains(['*', '?', '[']) {
+        let wild = |part: &str| part.contains(['*', '?', '[']);
+        if !wild(pattern) {
             return Ok(vec![whole]);
         }
-        let directory = glob::Pattern::escape(&directory.to_string_lossy());
-        let whole = Path::new(&directory).join(pattern);
-        let options =
-            MatchOptions { require_literal_separator: true, require_literal_leading_dot: true, ..MatchOptions::new() };
-        let found = glob::glob_with(&whole.to_string_lossy(), options)
-            .map_err(|error| format!("{pattern:?} is no pattern: {}", error.msg))?;
+        let (parent, name) = pattern.rsplit_once('/').unwrap_or(("", pattern));
+        if wild(parent) {
+            return Err(format!("{pattern:?}: only the last part of a pattern may have wildcards"));
+        }
+        let name = Pattern::new(name).map_err(|error| format!("{pattern:?} is no pattern: {}", error.msg))?;
+        let parent = whole.parent().unwrap_or(&directory).to_owned();
+        let entries = match std::fs::read_dir(&parent) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(format!("{} cannot be listed: {error}", parent.display())),
+        };
         let mut files = Vec::new();
-        for file in found {
-            files.push(file.map_err(|error| format!("{}: cannot be read: {}", error.path().display(), error.error()))?);
+        for entry in entries {
+            let entry = entry.map_err(|error| format!("{} cannot be listed: {error}", parent.display()))?;
+            let found = entry.file_name();
+            let file = entry.path();
+            let matches = found.to_str().is_some_and(|found| !found.starts_with('.') && name.matches(found));
+            if matches && self.main.as_ref() != Some(&file) {
+                files.push(file);
+            }
             if files.len() > MOST_FILES {
                 return Err(format!("{pattern:?} matches more than {MOST_FILES} files"));
             }
         }
+        files.sort();
+        self.listed.push(parent);
         Ok(files)
     }
 
-    /// Reads a file that a configuration names; a relative name counts from the directory of the file that names it.
+    /// Reads a PEM file that a configuration names, once for all who name it; a relative name counts from the directory
+    /// of the file that names it.
     ///
     /// # Errors
     /// A sentence.
-    pub fn read_side(&mut self, source: usize, name: &str) -> Result<Vec<u8>, String> {
+    pub fn read_pem(&mut self, source: usize, name: &str) -> Result<Pem, String> {
         let Some(directory) = self.directory(source) else {
             return Err("files can be named only by a file on a disk".into());
         };
         let path = directory.join(name);
+        if let Some((_, pem)) = self.pems.iter().find(|(known, _)| *known == path) {
+            return Ok(pem.clone());
+        }
         let bytes = read(&path, MOST_SIDE).map_err(|error| format!("{} {error}", path.display()))?;
         if bytes.len() > MOST_SIDE {
             return Err(format!("{} is larger than {MOST_SIDE} bytes", path.display()));
         }
-        self.side.push(path);
-        Ok(bytes)
+        let pem = Pem { file: path.display().to_string(), digest: xxh3_128(&bytes), bytes: bytes.into() };
+        self.pems.push((path, pem.clone()));
+        Ok(pem)
+    }
+
+    /// Digests of what the configuration names besides its own files.
+    pub fn digests(&self) -> impl Iterator<Item = u128> + '_ {
+        self.pems.iter().map(|(_, pem)| pem.digest)
     }
 
     /// All files that the configuration needs: its own, and those that it names.
     pub fn files(&self) -> Vec<PathBuf> {
         let own = self.list.iter().filter_map(|source| source.name.as_deref());
-        self.main.iter().cloned().chain(own.map(Path::to_owned)).chain(self.side.iter().cloned()).collect()
+        let named = self.pems.iter().map(|(path, _)| path.clone());
+        self.main.iter().cloned().chain(own.map(Path::to_owned)).chain(named).collect()
+    }
+
+    /// All directories in which files were looked for.
+    pub fn listed(&self) -> Vec<PathBuf> {
+        self.listed.clone()
     }
 
     fn directory(&self, source: usize) -> Option<PathBuf> {

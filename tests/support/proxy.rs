@@ -144,6 +144,13 @@ impl Proxy {
         eventually(&format!("{backend} becomes {wanted}"), within, || (self.health(backend) == wanted).then_some(()));
     }
 
+    /// Waits until the log says so: its writer rests for a moment after each writing.
+    pub fn wait_log(&self, wanted: &str) {
+        eventually(&format!("the log says {wanted}"), Duration::from_secs(5), || {
+            self.log().contains(wanted).then_some(())
+        });
+    }
+
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.0.join("log")).unwrap_or_default()
     }
