@@ -23,6 +23,8 @@ use file::Part;
 pub use scan::Problem;
 use sources::Sources;
 
+use crate::sniff::ProxyVersion;
+
 /// A whole configuration. Equal files resolve to equal values.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Config {
@@ -70,6 +72,8 @@ pub struct Pool {
     pub connect: Connect,
     /// Bounds on a running session.
     pub timeouts: Timeouts,
+    /// Header that tells a backend who its client is.
+    pub send_proxy: Option<ProxyVersion>,
     /// What happens to the sessions of a backend that goes down.
     pub on_down: OnDown,
     /// What new clients get when no backend is fit.
@@ -129,6 +133,8 @@ pub enum Affinity {
     None,
     /// The client's address.
     ClientIp,
+    /// The server name that the client asks for; on listeners that read it.
+    Sni,
 }
 
 /// An active check of every backend of a pool.
@@ -148,6 +154,8 @@ pub struct Probe {
     pub rise: u32,
     /// Port when it is not the backend's own.
     pub port: Option<u16>,
+    /// Header that the pool's connections begin with.
+    pub send_proxy: Option<ProxyVersion>,
 }
 
 /// What a probe asks.
@@ -288,8 +296,14 @@ pub struct Listener {
     pub name: String,
     /// At least one address.
     pub bind: Vec<SocketAddr>,
-    /// Name of the pool.
-    pub tcp: String,
+    /// Where its connections go.
+    #[serde(flatten)]
+    pub face: Face,
+    /// Who must send a PROXY header first; empty: nobody may.
+    pub proxy_from: Vec<Network>,
+    /// For a PROXY header and a ClientHello.
+    #[serde(serialize_with = "as_text")]
+    pub handshake: Duration,
     /// Clients that may connect; empty: everybody.
     pub allow: Vec<Network>,
     /// Clients that may not; wins over `allow`.
@@ -302,6 +316,33 @@ pub struct Listener {
     /// Without a byte either way, where that is shorter than the pool's; `None`: the pool's.
     #[serde(serialize_with = "as_optional_text")]
     pub idle: Option<Duration>,
+}
+
+/// How a listener finds the pool of a connection, by the names of pools.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Face {
+    /// All go to one.
+    Tcp(String),
+    /// By the server name of the ClientHello.
+    Sni {
+        /// Names in lower case, exact or `*.suffix`, and their pools.
+        routes: Vec<(String, String)>,
+        /// For other names and none; `None`: they are refused.
+        default: Option<String>,
+    },
+}
+
+impl Face {
+    /// All pools that it names.
+    pub fn names(&self) -> Vec<&str> {
+        match self {
+            Face::Tcp(pool) => vec![pool],
+            Face::Sni { routes, default } => {
+                routes.iter().map(|(_, pool)| pool).chain(default).map(String::as_str).collect()
+            }
+        }
+    }
 }
 
 /// Interfaces for operators.

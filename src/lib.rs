@@ -20,6 +20,8 @@ pub mod table;
 pub mod worker;
 pub mod listen;
 pub mod tcp;
+pub mod hello;
+pub mod sniff;
 pub mod dial;
 pub mod pool;
 pub mod backend;

@@ -172,7 +172,8 @@ fn refresh(listener: &mut Arc<Listener>, generation: &mut u64, table: &Table, bi
 
 /// Gives a connection its permits and its task.
 fn admit(client: TcpStream, peer: SocketAddr, listener: &Arc<Listener>, host: &Arc<Host>) {
-    if !listener.admits(peer.ip()) {
+    // Of a peer that speaks for its client the client is judged, when it is known.
+    if !listener.expects_header(peer.ip()) && !listener.admits(peer.ip()) {
         listener.shared.ends[End::Denied as usize].add(1);
         tcp::reset(&client);
         return;

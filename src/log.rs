@@ -307,7 +307,7 @@ pub struct AccessLog(Arc<RwLock<AccessSink>>);
 pub struct AccessRecord {
     pub listener: Arc<str>,
     pub client: SocketAddr,
-    pub pool: Arc<str>,
+    pub pool: Option<Arc<str>>,
     pub served: Option<Served>,
     pub attempts: u32,
     pub raced: bool,
@@ -330,11 +330,11 @@ pub struct Served {
 
 impl AccessRecord {
     /// A record of a connection that has just been accepted.
-    pub fn new(listener: Arc<str>, client: SocketAddr, pool: Arc<str>) -> AccessRecord {
+    pub fn new(listener: Arc<str>, client: SocketAddr) -> AccessRecord {
         AccessRecord {
             listener,
             client,
-            pool,
+            pool: None,
             served: None,
             attempts: 0,
             raced: false,
@@ -387,7 +387,10 @@ fn line(text: &mut Vec<u8>, format: Format, record: &AccessRecord, end: End, dur
     fields.word("kind", "connection");
     fields.word("listener", &record.listener);
     fields.word("client", record.client);
-    fields.word("pool", &record.pool);
+    match &record.pool {
+        Some(pool) => fields.word("pool", pool),
+        None => fields.bare("pool", "null"),
+    }
     match &record.served {
         Some(served) => {
             fields.word("cell", &served.cell);
@@ -465,7 +468,8 @@ mod tests {
     use super::*;
 
     fn record() -> AccessRecord {
-        let mut record = AccessRecord::new("l".into(), "[2001:db8::1]:5".parse().unwrap(), "p".into());
+        let mut record = AccessRecord::new("l".into(), "[2001:db8::1]:5".parse().unwrap());
+        record.pool = Some("p".into());
         let served = Served { cell: "c".into(), backend: "10.0.0.1:1".into(), handshake: Duration::from_micros(1_234) };
         record.served = Some(served);
         record.attempts = 2;

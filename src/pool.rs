@@ -23,6 +23,7 @@ use crate::clock::Time;
 use crate::config::{Affinity, Balance, OnDown, WhenAllDown};
 use crate::health::{self, State};
 use crate::metrics::{Histogram, TIME_BOUNDS};
+use crate::sniff::ProxyVersion;
 
 /// A cell carries its full share while at least 1/1.4 of its weight is fit (Envoy's overprovisioning factor).
 const OVERPROVISION: f64 = 1.4;
@@ -50,6 +51,7 @@ pub struct Policy {
     pub attempts: u32,
     pub race: bool,
     pub source: Vec<IpAddr>,
+    pub send_proxy: Option<ProxyVersion>,
     pub idle: Duration,
     pub half_close: Duration,
     pub unacked: Duration,
@@ -70,6 +72,7 @@ impl Default for Policy {
             attempts: 5,
             race: true,
             source: Vec::new(),
+            send_proxy: None,
             idle: Duration::from_secs(3_600),
             half_close: Duration::from_secs(30),
             unacked: Duration::from_secs(15),
@@ -226,6 +229,11 @@ pub enum Choice {
     Nothing,
 }
 
+/// Hash of a server name for affinity.
+pub fn pin_name(name: &str) -> u64 {
+    xxh3_64(name.as_bytes())
+}
+
 /// Hash of a client's address for affinity.
 pub fn pin(client: IpAddr) -> u64 {
     match client.to_canonical() {
@@ -243,7 +251,7 @@ impl Pool {
             .map(|NewCell { name, tier, weight, count, shared }| {
                 let range = first..first + count;
                 first += count;
-                let maglev = (policy.affinity == Affinity::ClientIp).then(|| Maglev::new(&members[range.clone()]));
+                let maglev = (policy.affinity != Affinity::None).then(|| Maglev::new(&members[range.clone()]));
                 let hash = xxh3_64(name.as_bytes());
                 Cell { name, tier, weight, members: range, shared, hash, maglev, turn: AtomicUsize::new(0) }
             })

@@ -30,7 +30,7 @@ use crate::health::{Blame, Depth, Evidence, Seen, Source, State};
 use crate::host::Host;
 use crate::pool::Policy;
 use crate::table::Table;
-use crate::{sys, tcp, tls};
+use crate::{sniff, sys, tcp, tls};
 
 /// A verdict later than this is our own fault.
 const LATE: Duration = Duration::from_millis(50);
@@ -259,6 +259,9 @@ async fn ask(
         return Err(error.into());
     }
     seen.handshake = sys::tcp_info(stream.as_fd()).ok().map(|info| info.rtt);
+    if let Some(version) = key.probe.send_proxy {
+        stream.write_all(&sniff::proxy_header(version, None, &[])).await?;
+    }
     match &key.probe.kind {
         ProbeKind::Tcp => Ok(()),
         ProbeKind::Http { method, path, host, status, body } => {

@@ -99,11 +99,13 @@ enum Broken {
     Sink(io::ErrorKind),
 }
 
-/// Relays until the session ends, and says how. `begin` is this moment.
+/// Relays until the session ends, and says how. `begin` is this moment; `first` goes to the backend before anything
+/// else, and so many of its bytes at the front are not the client's.
 #[allow(clippy::too_many_arguments)] // One call site; a struct would only name them a second time.
 pub async fn relay(
     client: &mut TcpStream,
     server: &mut TcpStream,
+    first: (Vec<u8>, usize),
     bounds: Bounds,
     host: &Host,
     session: &Handle,
@@ -112,7 +114,9 @@ pub async fn relay(
     carried: &mut Carried,
     mut notice: impl FnMut(Notice, &Carried),
 ) -> End {
-    let mut up = Direction::default();
+    let (first, ours) = first;
+    let ours = ours as u64;
+    let mut up = Direction { moved: first.len() as u64, aside: first, ..Direction::default() };
     let mut down = Direction::default();
     let mut waits = 0;
     let mut registered = false;
@@ -147,11 +151,11 @@ pub async fn relay(
                 }
                 Poll::Pending => {}
             }
-            if carried.spoke.is_none() && up.moved > 0 {
+            if carried.spoke.is_none() && up.moved > ours {
                 // What was there from the start needs no look at the clock.
                 carried.spoke = Some(if first_poll { begin } else { Instant::now() });
             }
-            carried.up = up.moved;
+            carried.up = up.moved - ours;
             carried.client_left_first |= up.finished && !down.finished;
         }
         if !down.done {
@@ -219,7 +223,7 @@ pub async fn relay(
         Poll::Pending
     })
     .await;
-    (carried.up, carried.down) = (up.moved, down.moved);
+    (carried.up, carried.down) = (up.moved - ours, down.moved);
     carried.cut = up.held() + down.held() > 0;
     end
 }

@@ -219,7 +219,7 @@ fn listeners_status(table: &Table, info: &Info) -> Vec<Value> {
                 "bind": bind,
                 "address": actual,
                 "local": local,
-                "pool": &*listener.pool.name,
+                "pool": pool_names(listener),
                 "connections": listener.shared.connections.used(),
                 "at_cap": listener.shared.at_cap.load(Relaxed) > 0,
             }))
@@ -249,12 +249,15 @@ pub fn explain(host: &Host, client: IpAddr, listener: Option<&str>) -> Value {
     listeners.dedup_by(|a, b| a.name == b.name);
     let names: Vec<String> = listeners.iter().map(|listener| listener.name.to_string()).collect();
     listeners.retain(|found| listener.is_none_or(|wanted| wanted == &*found.name));
-    let ways: Vec<Value> = listeners.iter().map(|listener| explain_at(host, listener, client)).collect();
+    let ways: Vec<Value> = listeners
+        .iter()
+        .flat_map(|listener| listener.face.pools().into_iter().map(|pool| explain_at(host, listener, pool, client)))
+        .collect();
     json!({ "client": client, "listeners": names, "ways": ways })
 }
 
-fn explain_at(host: &Host, listener: &Listener, client: IpAddr) -> Value {
-    let (pool, now) = (&listener.pool, clock::now());
+fn explain_at(host: &Host, listener: &Listener, pool: &Pool, client: IpAddr) -> Value {
+    let now = clock::now();
     let pinned = pool.policy.affinity == Affinity::ClientIp;
     let (choice, chances) = pool.explain(pinned.then(|| pool::pin(client)), now);
     let refused = if !listener.admits(client) {
@@ -302,7 +305,7 @@ fn explain_at(host: &Host, listener: &Listener, client: IpAddr) -> Value {
         "listener": &*listener.name,
         "pool": &*pool.name,
         "refused": refused,
-        "affinity": if pinned { "client_ip" } else { "none" },
+        "affinity": pool.policy.affinity,
         "goes_to": chosen.filter(|_| refused.is_none()).map(name),
         "backends": backends,
     })
@@ -343,6 +346,12 @@ fn why(pool: &Pool, member: &Member, chosen: bool, chance: f64, now: clock::Time
         reasons.push(format!("tier {}: the tiers before it carry all", cell.tier));
     }
     reasons.join("; ")
+}
+
+/// The pools of a listener, in words.
+fn pool_names(listener: &Listener) -> String {
+    let names: Vec<&str> = listener.face.pools().into_iter().map(|pool| &*pool.name).collect();
+    names.join(", ")
 }
 
 fn round(value: f64) -> f64 {

@@ -40,7 +40,11 @@ pub struct Listener {
     /// Its name.
     pub name: Arc<str>,
     /// Where its connections go.
-    pub pool: Arc<Pool>,
+    pub face: Face,
+    /// Who must send a PROXY header first; empty: nobody may.
+    pub proxy_from: Vec<Network>,
+    /// For a PROXY header and a ClientHello.
+    pub handshake: Duration,
     /// Clients that may connect; empty: everybody.
     pub allow: Vec<Network>,
     /// Clients that may not.
@@ -49,10 +53,57 @@ pub struct Listener {
     pub max_connections: u32,
     /// How long a new connection waits at the cap.
     pub wait: Duration,
-    /// Without a byte either way: the shorter of the listener's and the pool's.
-    pub idle: Duration,
+    idle: Option<Duration>,
     /// What survives it.
     pub shared: Arc<ListenerShared>,
+}
+
+/// How a listener finds the pool of a connection.
+#[derive(Debug)]
+pub enum Face {
+    /// All go to one pool.
+    Tcp(Arc<Pool>),
+    /// By the server name of the ClientHello, which is passed on as it came.
+    Sni(SniRoutes),
+}
+
+/// Server names and their pools. An exact name comes first, then the longest `*.suffix`, then the default.
+#[derive(Debug)]
+pub struct SniRoutes {
+    exact: HashMap<String, Arc<Pool>>,
+    /// By what follows `*.`; any number of labels may stand before it.
+    suffixes: HashMap<String, Arc<Pool>>,
+    default: Option<Arc<Pool>>,
+}
+
+impl SniRoutes {
+    /// The pool of a name in lower case, or of a client that names none.
+    pub fn pool(&self, name: Option<&str>) -> Option<&Arc<Pool>> {
+        let named = name.and_then(|name| {
+            let suffixes = || name.match_indices('.').map(|(dot, _)| &name[dot + 1..]);
+            self.exact.get(name).or_else(|| suffixes().find_map(|suffix| self.suffixes.get(suffix)))
+        });
+        named.or(self.default.as_ref())
+    }
+}
+
+impl Face {
+    /// All pools that it leads to, the first or default one first.
+    pub fn pools(&self) -> Vec<&Arc<Pool>> {
+        match self {
+            Face::Tcp(pool) => vec![pool],
+            Face::Sni(routes) => {
+                let named = routes.exact.values().chain(routes.suffixes.values());
+                let mut pools: Vec<&Arc<Pool>> = routes.default.iter().chain(named).collect();
+                let first = pools.first().map(|pool| pool.name.clone());
+                pools.sort_by(|a, b| {
+                    (Some(&a.name) != first.as_ref(), &a.name).cmp(&(Some(&b.name) != first.as_ref(), &b.name))
+                });
+                pools.dedup_by(|a, b| a.name == b.name);
+                pools
+            }
+        }
+    }
 }
 
 /// How a client's connection ended: who ended it, and how.
@@ -89,11 +140,17 @@ pub enum End {
     ClientGone,
     /// An operator ended it.
     Kicked,
+    /// Its PROXY header or ClientHello did not come in time.
+    Handshake,
+    /// Its first bytes are not what the listener asks for.
+    Malformed,
+    /// No route has the server name that it asked for.
+    NoRoute,
 }
 
 impl End {
     /// All, in the order of the counters.
-    pub const ALL: [End; 15] = [
+    pub const ALL: [End; 18] = [
         End::ClientClosed,
         End::BackendClosed,
         End::ClientReset,
@@ -109,6 +166,9 @@ impl End {
         End::Denied,
         End::ClientGone,
         End::Kicked,
+        End::Handshake,
+        End::Malformed,
+        End::NoRoute,
     ];
 
     /// The word for logs and metrics.
@@ -129,6 +189,9 @@ impl End {
             End::Denied => "denied",
             End::ClientGone => "client_gone",
             End::Kicked => "kicked",
+            End::Handshake => "handshake_timeout",
+            End::Malformed => "malformed",
+            End::NoRoute => "no_route",
         }
     }
 
@@ -152,6 +215,16 @@ pub struct ListenerShared {
 }
 
 impl Listener {
+    /// Longest time without a byte either way: the shorter of its own and the pool's.
+    pub fn idle(&self, pool: &Pool) -> Duration {
+        self.idle.map_or(pool.policy.idle, |idle| idle.min(pool.policy.idle))
+    }
+
+    /// Whether this peer must send a PROXY header first. Then the client that it names is judged, and not the peer.
+    pub fn expects_header(&self, peer: IpAddr) -> bool {
+        self.proxy_from.iter().any(|network| network.contains(peer.to_canonical()))
+    }
+
     /// Whether this client may connect.
     pub fn admits(&self, client: IpAddr) -> bool {
         let client = client.to_canonical();
@@ -212,16 +285,18 @@ pub fn build(
         let shared = previous
             .and_then(|table| table.listeners.values().find(|listener| *listener.name == *wanted.name))
             .map_or_else(Arc::default, |listener| listener.shared.clone());
-        // The reader made sure that the pool exists.
-        let Some(pool) = pools.iter().find(|pool| *pool.name == *wanted.tcp) else { continue };
+        // The reader made sure that the pools exist.
+        let Some(face) = face(&wanted.face, &pools) else { continue };
         let listener = Arc::new(Listener {
             name: wanted.name.as_str().into(),
-            pool: pool.clone(),
+            face,
+            proxy_from: wanted.proxy_from.clone(),
+            handshake: wanted.handshake,
             allow: wanted.allow.clone(),
             deny: wanted.deny.clone(),
             max_connections: wanted.max_connections.unwrap_or(u32::MAX),
             wait: wanted.wait,
-            idle: wanted.idle.map_or(pool.policy.idle, |idle| idle.min(pool.policy.idle)),
+            idle: wanted.idle,
             shared,
         });
         listeners.extend(wanted.bind.iter().map(|bind| (*bind, listener.clone())));
@@ -229,6 +304,28 @@ pub fn build(
     let difference = previous.map_or_else(Difference::default, |table| difference(&table.config, &config));
     let generation = previous.map_or(1, |table| table.generation + 1);
     (Table { generation, pools, listeners, config, hash }, difference)
+}
+
+fn face(wanted: &config::Face, pools: &[Arc<Pool>]) -> Option<Face> {
+    let named = |name: &str| pools.iter().find(|pool| *pool.name == *name).cloned();
+    match wanted {
+        config::Face::Tcp(pool) => Some(Face::Tcp(named(pool)?)),
+        config::Face::Sni { routes, default } => {
+            let mut found = SniRoutes { exact: HashMap::new(), suffixes: HashMap::new(), default: None };
+            for (name, pool) in routes {
+                let pool = named(pool)?;
+                match name.strip_prefix("*.") {
+                    Some(suffix) => found.suffixes.insert(suffix.to_owned(), pool),
+                    None => found.exact.insert(name.clone(), pool),
+                };
+            }
+            found.default = match default {
+                Some(pool) => Some(named(pool)?),
+                None => None,
+            };
+            Some(Face::Sni(found))
+        }
+    }
 }
 
 fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
@@ -257,6 +354,7 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
         attempts: pool.connect.attempts,
         race: pool.connect.race,
         source: pool.connect.source.clone(),
+        send_proxy: pool.send_proxy,
         idle: pool.timeouts.idle,
         half_close: pool.timeouts.half_close,
         unacked: pool.timeouts.unacked,
@@ -353,7 +451,7 @@ fn difference(before: &Config, after: &Config) -> Difference {
         .map(|(bind, listener)| format!("listener {} on {bind}", listener.name))
         .collect();
     for pool in &before.pools {
-        let used = before.listeners.iter().any(|listener| listener.tcp == pool.name);
+        let used = before.listeners.iter().any(|listener| listener.face.names().contains(&pool.name.as_str()));
         match after.pools.iter().find(|new| new.name == pool.name) {
             None if used => gone.push(format!("pool {}, which is in use", pool.name)),
             None => {}

@@ -1,10 +1,11 @@
 //! One TCP connection, from its acceptance to its close.
 //!
 //! 1. The caller holds its permits of the process and the listener, and gives it a listener of one table.
-//! 2. It takes one of its pool's connections, or is reset.
-//! 3. `dial` connects it to a backend. From here on it keeps the backend and the policy, not the table.
-//! 4. `relay` moves bytes; the first answer, or its absence, is evidence.
-//! 5. It is counted, and gets its line in the access log.
+//! 2. Where the listener must know more, the client's first bytes are read (`hello`); they lead to a pool.
+//! 3. It takes one of its pool's connections, or is reset.
+//! 4. `dial` connects it to a backend. From here on it keeps the backend and the policy, not the table.
+//! 5. `relay` moves bytes; the first answer, or its absence, is evidence.
+//! 6. It is counted, and gets its line in the access log.
 
 use std::cell::RefCell;
 use std::io;
@@ -22,14 +23,16 @@ use crate::backend::Backend;
 use crate::clock::{self, Time};
 use crate::config::Affinity;
 use crate::dial::{self, Client, DialError, Network, Opening, Story};
+use crate::hello::{self, Greeting};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::log::{AccessRecord, Served};
-use crate::pool::{self, Policy};
+use crate::pool::{self, Policy, Pool};
 use crate::relay::{self, Bounds, Carried, Notice};
 use crate::session;
+use crate::sniff;
 use crate::sys;
-use crate::table::{End, Listener};
+use crate::table::{End, Face, Listener};
 use crate::witness;
 
 /// A first byte is expected within this many learned 99th percentiles, within the bounds below.
@@ -52,38 +55,88 @@ pub async fn serve(
     let _permits = permits;
     let began = clock::now();
     let shared = listener.shared.clone();
-    let mut record = AccessRecord::new(listener.name.clone(), peer, listener.pool.name.clone());
+    let mut record = AccessRecord::new(listener.name.clone(), peer);
 
-    let end = if let Some(_place) = listener.pool.shared.connections.take(listener.pool.policy.max_connections) {
-        connect_and_relay(&mut client, peer, listener, &host, &mut record, began).await
-    } else {
-        listener.pool.shared.refused_full.add(1);
-        End::Full
+    let end = match choose(&client, peer, &listener, &mut record).await {
+        Ok((pool, greeting)) => {
+            if let Some(_place) = pool.shared.connections.take(pool.policy.max_connections) {
+                let idle = listener.idle(&pool);
+                drop(listener);
+                connect_and_relay(&mut client, greeting, pool, idle, &host, &mut record, began).await
+            } else {
+                pool.shared.refused_full.add(1);
+                End::Full
+            }
+        }
+        Err(end) => end,
     };
 
     shared.ends[end as usize].add(1);
     shared.bytes[0].add(record.bytes_in);
     shared.bytes[1].add(record.bytes_out);
-    if record.cut || !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
+    let in_peace = [End::ClientClosed, End::BackendClosed, End::Idle, End::HalfClosed, End::NoRoute];
+    if record.cut || !in_peace.contains(&end) {
         reset(&client);
     }
     drop(client);
     host.access.write(record, end, clock::now().since(began));
 }
 
+/// The pool of a connection, after what the client says first where the listener has to know it.
+async fn choose(
+    client: &TcpStream,
+    peer: SocketAddr,
+    listener: &Listener,
+    record: &mut AccessRecord,
+) -> Result<(Arc<Pool>, Greeting), End> {
+    let (pool, greeting) = match &listener.face {
+        Face::Tcp(pool) if listener.proxy_from.is_empty() => (pool, Greeting::unread(peer)),
+        face => {
+            let greeting = hello::read(client, peer, listener).await?;
+            record.client = greeting.client;
+            let pool = match face {
+                Face::Tcp(pool) => Some(pool),
+                Face::Sni(routes) => routes.pool(greeting.name.as_deref()),
+            };
+            let Some(pool) = pool else {
+                hello::name_is_unknown(client).await;
+                return Err(End::NoRoute);
+            };
+            (pool, greeting)
+        }
+    };
+    record.pool = Some(pool.name.clone());
+    Ok((pool.clone(), greeting))
+}
+
+/// What goes to the backend before anything the client says from now on, and how much of it is ours.
+fn first_bytes(policy: &Policy, greeting: &mut Greeting, client: &TcpStream) -> (Vec<u8>, usize) {
+    let bytes = std::mem::take(&mut greeting.bytes);
+    let Some(version) = policy.send_proxy else { return (bytes, 0) };
+    let destination = greeting.destination.or_else(|| client.local_addr().ok());
+    let addresses = destination.map(|destination| (greeting.client, destination));
+    let mut first = sniff::proxy_header(version, addresses, &greeting.tlvs);
+    let ours = first.len();
+    first.extend_from_slice(&bytes);
+    (first, ours)
+}
+
 async fn connect_and_relay(
     client: &mut TcpStream,
-    peer: SocketAddr,
-    listener: Arc<Listener>,
+    mut greeting: Greeting,
+    pool: Arc<Pool>,
+    idle: Duration,
     host: &Host,
     record: &mut AccessRecord,
     began: Time,
 ) -> End {
-    let pool = listener.pool.clone();
-    let idle = listener.idle;
-    drop(listener);
+    let peer = greeting.client;
     let mut timer = std::pin::pin!(tokio::time::sleep(pool.policy.connect_timeout));
-    let pin = (pool.policy.affinity == Affinity::ClientIp).then(|| pool::pin(peer.ip()));
+    let pin = match pool.policy.affinity {
+        Affinity::None => None,
+        Affinity::ClientIp => Some(pool::pin(peer.ip())),
+        Affinity::Sni => greeting.name.as_deref().map(pool::pin_name),
+    };
     let mut story = Story::default();
     let mut rng = RNG.with(|rng| rng.borrow_mut().fork());
     let dialled =
@@ -120,6 +173,8 @@ async fn connect_and_relay(
         began,
     );
     let bounds = Bounds { idle, half_close: policy.half_close };
+    let first = first_bytes(&policy, &mut greeting, client);
+    drop(greeting);
     let mut carried = Carried::default();
     let connected = dialled.connected.instant();
     let prefix = witness::prefix(peer.ip());
@@ -127,6 +182,7 @@ async fn connect_and_relay(
     let end = relay::relay(
         client,
         &mut dialled.connection,
+        first,
         bounds,
         host,
         &session,

@@ -189,7 +189,7 @@ fn a_listener_without_an_idle_time_has_its_pools() {
             1_000,
             sailover::clock::now(),
         );
-        table.listeners.values().next().unwrap().idle.as_secs() / 3_600
+        table.listeners.values().next().unwrap().idle(&table.pools[0]).as_secs() / 3_600
     };
     assert_eq!((idle(""), idle("timeouts: { idle: 2h }"), idle("timeouts: { idle: 9h }")), (8, 2, 8));
 }
@@ -268,7 +268,7 @@ pools:
         backends: [ 10.1.0.10, 10.1.0.11:0 ]
       c: [ 10.2.0.10:443 ]
     balance: two_choice
-    affinity: { by: sni }
+    affinity: { by: { cookie: X } }
     probe:
       interval: 5
       tcp: {}
@@ -324,16 +324,12 @@ fn what_belongs_to_later_versions_is_refused_by_name() {
         )
     };
     let files = [
-        listener("sni: { default: p }"),
         listener("http: {}"),
         listener("tls: {}"),
-        listener("proxy_protocol: {}"),
         listener("limits: { per_client: { connections: 3 } }"),
         pool("tls: {}"),
-        pool("send_proxy: v2"),
         pool("limits: { queue: 3 }"),
         pool("limits: { queue_timeout: 3s }"),
-        pool("affinity: { by: sni }"),
         pool("affinity: { by: { header: X } }"),
         pool("affinity: { by: { cookie: X } }"),
         pool("probe: { grpc: {} }"),

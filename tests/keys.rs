@@ -73,13 +73,19 @@ const KEYS: &[(&str, &str)] = &[
     ("listeners.name", "names_show_in_status"),
     ("listeners.bind", "names_show_in_status"),
     ("listeners.tcp", "names_show_in_status"),
+    ("listeners.sni", "server_names_choose_the_pool"),
+    ("listeners.sni.routes", "server_names_choose_the_pool"),
+    ("listeners.sni.default", "other_names_and_none_go_to_the_default"),
+    ("listeners.proxy_protocol", "a_proxy_header_names_the_client_where_it_is_believed"),
+    ("listeners.proxy_protocol.accept_from", "a_proxy_header_names_the_client_where_it_is_believed"),
+    ("pools.*.send_proxy", "a_backend_is_told_who_its_client_is"),
     ("listeners.allow", "allow_and_deny_choose_clients"),
     ("listeners.deny", "allow_and_deny_choose_clients"),
     ("listeners.limits", "at_its_cap_a_listener_lets_wait_then_resets_and_is_not_ready"),
     ("listeners.limits.max_connections", "at_its_cap_a_listener_lets_wait_then_resets_and_is_not_ready"),
     ("listeners.limits.wait", "wait_is_the_time_at_a_cap"),
     ("listeners.timeouts", "idle_ends_a_session_and_half_close_a_half"),
-    ("listeners.timeouts.handshake", "keys_without_effect_are_warned_of"),
+    ("listeners.timeouts.handshake", "a_slow_hello_ends_at_its_deadline"),
     ("listeners.timeouts.header", "keys_without_effect_are_warned_of"),
     ("listeners.timeouts.keepalive", "keys_without_effect_are_warned_of"),
     ("listeners.timeouts.idle", "idle_ends_a_session_and_half_close_a_half"),
@@ -153,7 +159,7 @@ fn every_key_of_the_reference_has_a_test() {
     let missing: Vec<_> = keys.difference(&listed).collect();
     let surplus: Vec<_> = listed.difference(&keys).collect();
     assert!(missing.is_empty() && surplus.is_empty(), "without a test: {missing:?}; not in the reference: {surplus:?}");
-    let tests = ["keys.rs", "operate.rs", "tcp.rs", "drills/mod.rs"]
+    let tests = ["keys.rs", "operate.rs", "tcp.rs", "hello.rs", "drills/mod.rs"]
         .map(|file| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(file)).unwrap());
     for (key, test) in KEYS {
         let there = tests.iter().any(|text| text.contains(&format!("#[test]\nfn {test}()")));

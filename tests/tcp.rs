@@ -243,7 +243,19 @@ fn a_reset_that_a_write_has_met_is_not_a_clean_end() {
         let (begin, mut carried) = (tokio::time::Instant::now(), Carried::default());
         client.readable().await.unwrap();
         server.readable().await.unwrap();
-        let end = relay(&mut client, &mut server, bounds, &host, &session, timer, begin, &mut carried, |_, _| {}).await;
+        let end = relay(
+            &mut client,
+            &mut server,
+            (Vec::new(), 0),
+            bounds,
+            &host,
+            &session,
+            timer,
+            begin,
+            &mut carried,
+            |_, _| {},
+        )
+        .await;
         assert_eq!((end, carried.down), (table::End::BackendReset, 11));
         // No FIN has told the client that this was all.
         outside.set_nonblocking(true).unwrap();

@@ -10,6 +10,8 @@ mod drills;
 mod commands;
 /// Files judged right and wrong, from the outside.
 mod files;
+/// What a client sends first: server names, PROXY headers.
+mod hello;
 /// Every key of reference.yaml changes something.
 mod keys;
 /// The operator's side: status, reload, drain, stop.

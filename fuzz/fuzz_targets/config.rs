@@ -2,6 +2,8 @@
 //! a table that cannot be built.
 #![no_main]
 
+mod planted;
+
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
@@ -9,7 +11,7 @@ use sailover::{clock, config, table};
 
 fuzz_target!(|bytes: &[u8]| {
     if std::env::var_os("SAILOVER_FUZZ_PLANT").is_some() {
-        return planted(bytes);
+        return planted::planted(bytes);
     }
     match config::parse(bytes, 64 << 10) {
         Ok(loaded) => {
@@ -28,17 +30,3 @@ fuzz_target!(|bytes: &[u8]| {
         }
     }
 });
-
-/// Reached only step by step, each step being new coverage: blind chance would need four billion tries.
-fn planted(bytes: &[u8]) {
-    let Some(&[a, b, c, d]) = bytes.first_chunk::<4>() else { return };
-    if std::hint::black_box(a) == b'k' {
-        if std::hint::black_box(b) == b'e' {
-            if std::hint::black_box(c) == b'e' {
-                if std::hint::black_box(d) == b'l' {
-                    panic!("planted: the fuzzer works");
-                }
-            }
-        }
-    }
-}

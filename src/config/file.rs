@@ -8,6 +8,9 @@
 //!
 //! The model mirrors the file: what was not written is `None`. Defaults and references are `resolve`'s business.
 
+mod listener;
+mod probe;
+
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -15,6 +18,7 @@ use serde_yaml::{Mapping, Value};
 
 use super::Network;
 use super::scan::{Index, MAX_PROBLEMS, Problem, join, scan};
+use crate::sniff::ProxyVersion;
 
 /// Largest accepted file in bytes, unless the command line says otherwise.
 pub const DEFAULT_MAX_BYTES: usize = 1 << 20;
@@ -91,6 +95,7 @@ pub struct FilePool {
     pub hold_longest: Option<Duration>,
     pub ramp: Option<Duration>,
     pub max_connections: Option<u64>,
+    pub send_proxy: Option<ProxyVersion>,
 }
 
 #[derive(Debug, Default)]
@@ -123,6 +128,14 @@ pub struct FileProbe {
     pub port: Option<u64>,
 }
 
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileSni {
+    /// Each with its path: name in lower case, pool.
+    pub routes: Vec<(String, String, String)>,
+    pub default: Option<String>,
+}
+
 /// A kind of probe; what a TLS probe names has still to be read.
 #[derive(Debug)]
 #[allow(missing_docs)]
@@ -141,6 +154,9 @@ pub struct FileListener {
     pub name: Option<String>,
     pub bind: Vec<(String, SocketAddr)>,
     pub tcp: Option<String>,
+    pub sni: Option<FileSni>,
+    pub proxy_from: Option<Vec<Network>>,
+    pub handshake: Option<Duration>,
     pub allow: Option<Vec<Network>>,
     pub deny: Option<Vec<Network>>,
     pub max_connections: Option<u64>,
@@ -323,8 +339,9 @@ impl Reader<'_> {
             "hold",
             "ramp",
             "limits",
+            "send_proxy",
         ];
-        let Some(fields) = self.fields(node, &known, &["tls", "send_proxy", "http", "replay"]) else { return pool };
+        let Some(fields) = self.fields(node, &known, &["tls", "http", "replay"]) else { return pool };
         match fields.get("cells") {
             Some(node) => pool.cells = self.entries(&node, Self::cell),
             None => self.missing(&fields, "cells", "a pool is served by at least one cell"),
@@ -382,6 +399,9 @@ impl Reader<'_> {
             pool.hold_first = self.duration_at(&fields, "first", 10, DAY);
             pool.hold_longest = self.duration_at(&fields, "longest", 10, DAY);
         }
+        pool.send_proxy = fields
+            .get("send_proxy")
+            .and_then(|node| self.word(&node, &[("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)]));
         pool.ramp = self.duration_at(&fields, "ramp", 0, DAY);
         if let Some(node) = fields.get("limits")
             && let Some(fields) = self.fields(&node, &["max_connections"], &["queue", "queue_timeout"])
@@ -395,141 +415,22 @@ impl Reader<'_> {
     fn affinity(&mut self, node: &Node<'_>) -> Option<super::Affinity> {
         let fields = self.fields(node, &["by"], &[])?;
         let Some(node) = fields.get("by") else {
-            self.missing(&fields, "by", "expected none or client_ip");
+            self.missing(&fields, "by", "expected none, client_ip or sni");
             return None;
         };
         let later = match node.value {
-            Value::String(text) => text == "sni",
             Value::Mapping(map) => map.contains_key("header") || map.contains_key("cookie"),
             _ => false,
         };
         if later {
             self.error(
                 &node.path,
-                "not in this version: affinity by sni, header or cookie; expected none or client_ip",
+                "not in this version: affinity by header or cookie; expected none, client_ip or sni",
             );
             return None;
         }
-        self.word(&node, &[("none", super::Affinity::None), ("client_ip", super::Affinity::ClientIp)])
-    }
-
-    fn probe(&mut self, node: &Node<'_>) -> FileProbe {
-        let mut probe = FileProbe::default();
-        if let Value::String(text) = node.value {
-            if text == "off" {
-                probe.off = true;
-            } else {
-                self.refuse::<()>(node, "off, or a map such as { http: { path: /healthz } }");
-            }
-            return probe;
-        }
-        let known = ["tcp", "http", "tls", "exchange", "interval", "timeout", "fall", "rise", "port"];
-        let Some(fields) = self.fields(node, &known, &["grpc"]) else { return probe };
-        let kinds = ["tcp", "http", "tls", "exchange"]
-            .into_iter()
-            .filter(|kind| fields.get(kind).is_some())
-            .collect::<Vec<_>>();
-        if kinds.len() > 1 {
-            self.error(&node.path, format!("{} stand side by side; a pool has one kind of probe", kinds.join(" and ")));
-        }
-        if let Some(node) = fields.get("tcp") {
-            self.fields(&node, &[], &[]);
-            probe.kind = Some(FileProbeKind::Whole(super::ProbeKind::Tcp));
-        }
-        if let Some(node) = fields.get("tls") {
-            probe.kind = self.probe_tls(&node);
-        }
-        if let Some(node) = fields.get("http") {
-            probe.kind = self.probe_http(&node).map(FileProbeKind::Whole);
-        }
-        if let Some(node) = fields.get("exchange") {
-            probe.kind = self.probe_exchange(&node).map(FileProbeKind::Whole);
-        }
-        probe.interval = self.duration_at(&fields, "interval", 10, DAY);
-        probe.timeout = self.duration_at(&fields, "timeout", 1, 60_000);
-        probe.fall = fields.get("fall").and_then(|node| self.number(&node, 1, 100));
-        probe.rise = fields.get("rise").and_then(|node| self.number(&node, 1, 100));
-        probe.port = fields.get("port").and_then(|node| self.number(&node, 1, 65_535));
-        probe
-    }
-
-    fn probe_http(&mut self, node: &Node<'_>) -> Option<super::ProbeKind> {
-        let fields = self.fields(node, &["method", "path", "host", "status", "body"], &[])?;
-        let method = fields
-            .get("method")
-            .and_then(|node| self.word(&node, &[("GET", "GET"), ("HEAD", "HEAD"), ("OPTIONS", "OPTIONS")]));
-        let path = fields.get("path").and_then(|node| {
-            let text = self.text(&node)?;
-            if text.starts_with('/') && text.bytes().all(|b| (0x21..0x7f).contains(&b)) && text.len() <= 2_048 {
-                Some(text)
-            } else {
-                self.refuse(&node, "a path that begins with / and holds no spaces, at most 2048 bytes")
-            }
-        });
-        let host = fields.get("host").and_then(|node| self.host(&node));
-        let status = fields.get("status").and_then(|node| self.statuses(&node));
-        let body = fields.get("body").and_then(|node| self.fragment(&node));
-        Some(super::ProbeKind::Http {
-            method: method.unwrap_or("GET").to_owned(),
-            path: path.unwrap_or_else(|| "/".to_owned()),
-            host,
-            status: status.unwrap_or_else(|| vec![(200, 299)]),
-            body,
-        })
-    }
-
-    fn probe_tls(&mut self, node: &Node<'_>) -> Option<FileProbeKind> {
-        let fields = self.fields(node, &["server_name", "verify", "ca"], &[])?;
-        let server_name = fields.get("server_name").and_then(|node| {
-            let text = self.text(&node)?;
-            match rustls::pki_types::ServerName::try_from(text.as_str()) {
-                Ok(_) => Some(text),
-                Err(_) => self.refuse(&node, "a host name, such as shop.internal"),
-            }
-        });
-        let verify = fields.get("verify").and_then(|node| self.flag(&node)).unwrap_or(false);
-        let ca = fields.get("ca").and_then(|node| self.text(&node).map(|text| (node.path, text)));
-        if let (Some((path, _)), false) = (&ca, verify) {
-            self.error(path, "has no effect without `verify: true`; add that, or take `ca` out");
-        }
-        Some(FileProbeKind::Tls { server_name, verify, ca: ca.map(|(_, text)| text) })
-    }
-
-    fn probe_exchange(&mut self, node: &Node<'_>) -> Option<super::ProbeKind> {
-        let fields = self.fields(node, &["send", "expect"], &[])?;
-        let send = fields.get("send").and_then(|node| self.fragment(&node));
-        let Some(expect) = fields.get("expect") else {
-            self.missing(&fields, "expect", "it names the bytes the backend must answer with");
-            return None;
-        };
-        let expect = self.fragment(&expect)?;
-        Some(super::ProbeKind::Exchange { send: send.unwrap_or_default(), expect })
-    }
-
-    /// `200`, `200-299`, or a list of both.
-    fn statuses(&mut self, node: &Node<'_>) -> Option<Vec<(u16, u16)>> {
-        let wanted = "a status such as 200, a range such as 200-299, or a list of both, within 100 and 599";
-        let items = if node.value.is_sequence() {
-            self.list(node)
-        } else {
-            vec![Node { value: node.value, path: node.path.clone() }]
-        };
-        let mut ranges = Vec::new();
-        for item in &items {
-            let text = match item.value {
-                Value::Number(number) => number.to_string(),
-                Value::String(text) => text.clone(),
-                _ => return self.refuse(item, wanted),
-            };
-            let (low, high) = text.split_once('-').unwrap_or((&text, &text));
-            match (low.trim().parse::<u16>(), high.trim().parse::<u16>()) {
-                (Ok(low), Ok(high)) if (100..=599).contains(&low) && low <= high && high <= 599 => {
-                    ranges.push((low, high))
-                }
-                _ => return self.refuse(item, wanted),
-            }
-        }
-        if ranges.is_empty() { self.refuse(node, wanted) } else { Some(ranges) }
+        use super::Affinity;
+        self.word(&node, &[("none", Affinity::None), ("client_ip", Affinity::ClientIp), ("sni", Affinity::Sni)])
     }
 
     fn host(&mut self, node: &Node<'_>) -> Option<String> {
@@ -539,14 +440,6 @@ impl Reader<'_> {
         } else {
             self.refuse(node, "a host name without spaces, at most 255 bytes")
         }
-    }
-
-    fn fragment(&mut self, node: &Node<'_>) -> Option<String> {
-        let text = self.text(node)?;
-        if text.is_empty() || text.len() > 4_096 {
-            return self.refuse(node, "1 to 4096 bytes of text");
-        }
-        Some(text)
     }
 
     fn cell(&mut self, node: &Node<'_>) -> FileCell {
@@ -593,73 +486,6 @@ impl Reader<'_> {
         };
         let address = self.address(&address, false)?;
         Some(FileBackend { address, name, weight, max_connections })
-    }
-
-    fn listener(&mut self, node: &Node<'_>) -> FileListener {
-        let mut listener = FileListener { path: node.path.clone(), ..FileListener::default() };
-        let known = ["name", "bind", "tcp", "allow", "deny", "limits", "timeouts"];
-        let Some(fields) = self.fields(node, &known, &["sni", "http", "tls", "proxy_protocol"]) else {
-            return listener;
-        };
-        listener.name = fields.get("name").and_then(|node| self.name(&node));
-        match fields.get("bind") {
-            Some(node) if node.value.is_sequence() => {
-                for item in self.list(&node) {
-                    let address = self.address(&item, true);
-                    listener.bind.extend(address.map(|address| (item.path.clone(), address)));
-                }
-                if listener.bind.is_empty() && node.value.as_sequence().is_some_and(Vec::is_empty) {
-                    self.error(&node.path, "the list is empty; a listener has at least one address");
-                }
-            }
-            Some(node) => {
-                let address = self.address(&node, true);
-                listener.bind.extend(address.map(|address| (node.path.clone(), address)));
-            }
-            None => self.missing(&fields, "bind", "expected IP:PORT or a list of them"),
-        }
-        let faces = ["sni", "http"].into_iter().any(|key| fields.get(key).is_some());
-        match fields.get("tcp") {
-            Some(node) => listener.tcp = self.name(&node),
-            None if faces => {}
-            None => self.missing(&fields, "tcp", "it names the pool that this listener carries its connections to"),
-        }
-        listener.allow = fields.get("allow").map(|node| self.networks(&node));
-        listener.deny = fields.get("deny").map(|node| self.networks(&node));
-        if let Some(node) = fields.get("limits")
-            && let Some(fields) = self.fields(&node, &["max_connections", "wait"], &["per_client"])
-        {
-            listener.max_connections =
-                fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
-            listener.wait = self.duration_at(&fields, "wait", 0, 60_000);
-        }
-        if let Some(node) = fields.get("timeouts")
-            && let Some(fields) = self.fields(&node, &["handshake", "header", "keepalive", "idle"], &[])
-        {
-            for key in ["handshake", "header", "keepalive"] {
-                if self.duration_at(&fields, key, 1, DAY).is_some() {
-                    let reason =
-                        "has no effect on a tcp listener; it belongs to tls and http, which this version has not";
-                    self.warnings.push((join(&fields.path, key), reason.into()));
-                }
-            }
-            listener.idle = self.duration_at(&fields, "idle", 10, 30 * DAY);
-        }
-        listener
-    }
-
-    fn networks(&mut self, node: &Node<'_>) -> Vec<Network> {
-        let mut networks = Vec::new();
-        for item in self.list(node) {
-            let found = self.text(&item).and_then(|text| match Network::parse(&text) {
-                Some(network) => Some(network),
-                None => {
-                    self.refuse(&item, "an address or a network such as 10.0.0.0/8 or 2001:db8::/32 (no host bits set)")
-                }
-            });
-            networks.extend(found);
-        }
-        networks
     }
 
     fn admin(&mut self, node: &Node<'_>) -> FileAdmin {

@@ -206,6 +206,7 @@ fn resolve_pool(
             fall: probe.fall.unwrap_or(2) as u32,
             rise: probe.rise.unwrap_or(2) as u32,
             port: probe.port.map(|port| port as u16),
+            send_proxy: pool.send_proxy,
         }
     });
 
@@ -252,6 +253,7 @@ fn resolve_pool(
             half_close: pool.half_close.unwrap_or(Duration::from_secs(30)),
             unacked: pool.unacked.unwrap_or(Duration::from_secs(15)),
         },
+        send_proxy: pool.send_proxy,
         on_down: pool.on_down.unwrap_or(OnDown::Stuck),
         when_all_down: pool.when_all_down.unwrap_or(WhenAllDown::TryAll),
         hold,
@@ -267,22 +269,39 @@ fn resolve_listener(
     say: &mut impl FnMut(&str, String),
 ) -> Listener {
     let bind = listener.bind.into_iter().map(|(_, address)| address).collect::<Vec<_>>();
-    let tcp = listener.tcp.unwrap_or_default();
-    // Without any pool the mistake lies elsewhere, and has been told of.
-    if !tcp.is_empty() && !pools.is_empty() && !pools.iter().any(|pool| pool.name == tcp) {
+    let mut known = |path: &str, pool: &str| {
+        // Without any pool the mistake lies elsewhere, and has been told of.
+        if pool.is_empty() || pools.is_empty() || pools.iter().any(|known| known.name == pool) {
+            return;
+        }
         let names = pools.iter().map(|pool| pool.name.as_str()).collect::<Vec<_>>();
-        let nearest = names.iter().map(|name| (strsim::damerau_levenshtein(&tcp, name), *name)).min();
+        let nearest = names.iter().map(|name| (strsim::damerau_levenshtein(pool, name), *name)).min();
         let hint = match nearest {
             Some((edits, name)) if edits <= 2 => format!("did you mean {name:?}?"),
             _ if names.len() > 8 => format!("the file has {} pools, such as {}", names.len(), names[0]),
             _ => format!("expected {}", names.join(" | ")),
         };
-        say(&format!("{path}.tcp"), format!("there is no pool {tcp:?}; {hint}"));
-    }
+        say(path, format!("there is no pool {pool:?}; {hint}"));
+    };
+    let face = match listener.sni {
+        Some(sni) => {
+            sni.routes.iter().for_each(|(path, _, pool)| known(path, pool));
+            sni.default.iter().for_each(|pool| known(&format!("{path}.sni.default"), pool));
+            let routes = sni.routes.into_iter().map(|(_, name, pool)| (name, pool)).collect();
+            Face::Sni { routes, default: sni.default }
+        }
+        None => {
+            let pool = listener.tcp.unwrap_or_default();
+            known(&format!("{path}.tcp"), &pool);
+            Face::Tcp(pool)
+        }
+    };
     Listener {
         name: listener.name.unwrap_or_else(|| bind.first().map(ToString::to_string).unwrap_or_default()),
         bind,
-        tcp,
+        face,
+        proxy_from: listener.proxy_from.unwrap_or_default(),
+        handshake: listener.handshake.unwrap_or(Duration::from_secs(10)),
         allow: listener.allow.unwrap_or_default(),
         deny: listener.deny.unwrap_or_default(),
         max_connections: listener.max_connections.map(|n| n as u32),

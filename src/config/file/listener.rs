@@ -1,0 +1,124 @@
+//! The keys of a listener.
+
+use serde_yaml::Value;
+
+use super::super::Network;
+use super::{DAY, FileListener, FileSni, MAX_CONNECTIONS, Node, Reader, describe, join};
+use crate::sniff;
+
+impl Reader<'_> {
+    pub(super) fn listener(&mut self, node: &Node<'_>) -> FileListener {
+        let mut listener = FileListener { path: node.path.clone(), ..FileListener::default() };
+        let known = ["name", "bind", "tcp", "sni", "proxy_protocol", "allow", "deny", "limits", "timeouts"];
+        let Some(fields) = self.fields(node, &known, &["http", "tls"]) else { return listener };
+        listener.name = fields.get("name").and_then(|node| self.name(&node));
+        match fields.get("bind") {
+            Some(node) if node.value.is_sequence() => {
+                for item in self.list(&node) {
+                    let address = self.address(&item, true);
+                    listener.bind.extend(address.map(|address| (item.path.clone(), address)));
+                }
+                if listener.bind.is_empty() && node.value.as_sequence().is_some_and(Vec::is_empty) {
+                    self.error(&node.path, "the list is empty; a listener has at least one address");
+                }
+            }
+            Some(node) => {
+                let address = self.address(&node, true);
+                listener.bind.extend(address.map(|address| (node.path.clone(), address)));
+            }
+            None => self.missing(&fields, "bind", "expected IP:PORT or a list of them"),
+        }
+        match (fields.get("tcp"), fields.get("sni")) {
+            (Some(_), Some(node)) => {
+                self.error(&node.path, "`tcp` and `sni` stand side by side; a listener has one of them")
+            }
+            (Some(node), None) => listener.tcp = self.name(&node),
+            (None, Some(node)) => listener.sni = Some(self.sni(&node)),
+            (None, None) if fields.get("http").is_some() => {}
+            (None, None) => {
+                self.missing(&fields, "tcp", "it names the pool that this listener carries its connections to");
+            }
+        }
+        if let Some(node) = fields.get("proxy_protocol")
+            && let Some(fields) = self.fields(&node, &["accept_from"], &[])
+        {
+            match fields.get("accept_from") {
+                Some(node) => listener.proxy_from = Some(self.networks(&node)),
+                None => self.missing(&fields, "accept_from", "it lists the networks whose PROXY header is believed"),
+            }
+        }
+        listener.allow = fields.get("allow").map(|node| self.networks(&node));
+        listener.deny = fields.get("deny").map(|node| self.networks(&node));
+        if let Some(node) = fields.get("limits")
+            && let Some(fields) = self.fields(&node, &["max_connections", "wait"], &["per_client"])
+        {
+            listener.max_connections =
+                fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
+            listener.wait = self.duration_at(&fields, "wait", 0, 60_000);
+        }
+        if let Some(node) = fields.get("timeouts")
+            && let Some(fields) = self.fields(&node, &["handshake", "header", "keepalive", "idle"], &[])
+        {
+            listener.handshake = self.duration_at(&fields, "handshake", 10, DAY);
+            if listener.handshake.is_some() && listener.sni.is_none() && listener.proxy_from.is_none() {
+                let reason = "has no effect on a listener that reads neither server names nor PROXY headers";
+                self.warnings.push((join(&fields.path, "handshake"), reason.into()));
+            }
+            for key in ["header", "keepalive"] {
+                if self.duration_at(&fields, key, 1, DAY).is_some() {
+                    let reason = "has no effect on tcp; it belongs to http, which this version has not";
+                    self.warnings.push((join(&fields.path, key), reason.into()));
+                }
+            }
+            listener.idle = self.duration_at(&fields, "idle", 10, 30 * DAY);
+        }
+        listener
+    }
+
+    fn networks(&mut self, node: &Node<'_>) -> Vec<Network> {
+        let mut networks = Vec::new();
+        for item in self.list(node) {
+            let found = self.text(&item).and_then(|text| match Network::parse(&text) {
+                Some(network) => Some(network),
+                None => {
+                    self.refuse(&item, "an address or a network such as 10.0.0.0/8 or 2001:db8::/32 (no host bits set)")
+                }
+            });
+            networks.extend(found);
+        }
+        networks
+    }
+
+    fn sni(&mut self, node: &Node<'_>) -> FileSni {
+        let mut sni = FileSni::default();
+        let Some(fields) = self.fields(node, &["routes", "default"], &[]) else { return sni };
+        sni.default = fields.get("default").and_then(|node| self.name(&node));
+        let Some(routes) = fields.get("routes") else {
+            self.missing(&fields, "routes", "a map from server name to pool, such as { shop.example: shop }");
+            return sni;
+        };
+        let Value::Mapping(map) = routes.value else {
+            self.refuse::<()>(&routes, "a map from server name to pool");
+            return sni;
+        };
+        for (key, value) in map {
+            let name = key.as_str().unwrap_or_default().to_ascii_lowercase();
+            let path = join(&routes.path, key.as_str().unwrap_or_default());
+            let host = name.strip_prefix("*.").unwrap_or(&name);
+            if !sniff::is_host_name(host) {
+                let wanted = "expected a host name such as shop.example, or *.example for all names under it";
+                self.error(&path, format!("found {}; {wanted}", describe(key)));
+                continue;
+            }
+            if sni.routes.iter().any(|(_, known, _)| *known == name) {
+                self.error(
+                    &path,
+                    format!("the name {name} stands here a second time; upper and lower case are the same"),
+                );
+            }
+            let pool = self.name(&Node { value, path: path.clone() });
+            sni.routes.extend(pool.map(|pool| (path, name, pool)));
+        }
+        sni
+    }
+}
