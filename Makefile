@@ -44,10 +44,11 @@ deb: build packages-deb
 smoke: deb packages-smoke
 	./packaging/smoke.sh target/deb/*.deb
 
-# What needs other programs: metrics, rules and board against a real Prometheus.
+# What needs other programs: metrics, rules and board against a real Prometheus, PROXY headers against HAProxy and nginx.
 interop: build packages-interop
 	cd packaging && promtool check rules prometheus-rules.yaml && promtool test rules prometheus-tests.yaml
 	python3 tests/interop/prometheus.py
+	python3 tests/interop/proxy_header.py
 
 bench: build packages-bench
 	python3 benches/compare/run.py --out benches/runs/latest

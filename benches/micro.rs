@@ -34,7 +34,7 @@ fn load(backends: usize, more: &str) -> config::Loaded {
 fn built(backends: usize, more: &str) -> Table {
     let loaded = load(backends, more);
     let now = Time(1_000_000);
-    let (table, _) = table::build(Arc::new(loaded.config), loaded.hash, None, 100_000, now);
+    let (table, _) = table::build(Arc::new(loaded.config), loaded.hash, None, 100_000, now).expect("a table");
     for pool in &table.pools {
         for member in &pool.members {
             member.backend.success(&pool.policy.health, Source::Probe, Depth::Connect, now, now);

@@ -5,7 +5,7 @@ case "$1" in
     test) wanted="iproute2 nftables util-linux" ;;
     deb) wanted="debhelper dpkg-dev lintian" ;;
     smoke) wanted="debootstrap systemd-container procps util-linux" ;;
-    interop) wanted="prometheus python3" ;;
+    interop) wanted="prometheus haproxy nginx libnginx-mod-stream python3" ;;
     bench) wanted="haproxy nginx libnginx-mod-stream wrk python3" ;;
     fuzz) wanted="g++" ;;
     *) echo "no such set of packages: $1" >&2; exit 64 ;;

@@ -282,6 +282,11 @@ pub fn check(flags: &Check) -> ExitCode {
     for file in &flags.files {
         match config::load(file, flags.max_config_bytes) {
             Ok(loaded) => {
+                if !loaded.ended.is_empty() {
+                    good = false;
+                    loaded.ended.iter().for_each(|problem| eprintln!("{}", problem.with_file(file)));
+                    continue;
+                }
                 let unreadable = eyes.as_ref().map_or_else(Vec::new, |eyes| unreadable(&loaded, eyes));
                 if !unreadable.is_empty() {
                     good = false;

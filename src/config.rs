@@ -194,7 +194,7 @@ pub enum ProbeKind {
 }
 
 /// The content of a PEM file, as it was when the configuration was read.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Pem {
     /// The file.
     pub file: String,
@@ -202,6 +202,13 @@ pub struct Pem {
     pub digest: u128,
     /// What it held.
     pub bytes: Arc<[u8]>,
+}
+
+/// Some hold keys, which belong into no log.
+impl fmt::Debug for Pem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file)
+    }
 }
 
 /// The digest stands for the content: thousands of backends may share one long list.
@@ -301,9 +308,11 @@ pub struct Listener {
     pub face: Face,
     /// Who must send a PROXY header first; empty: nobody may.
     pub proxy_from: Vec<Network>,
-    /// For a PROXY header and a ClientHello.
+    /// For a PROXY header, a ClientHello, and a handshake.
     #[serde(serialize_with = "as_text")]
     pub handshake: Duration,
+    /// Ends TLS here; `None`: what comes is passed on as it is.
+    pub tls: Option<ListenerTls>,
     /// Clients that may connect; empty: everybody.
     pub allow: Vec<Network>,
     /// Clients that may not; wins over `allow`.
@@ -316,6 +325,34 @@ pub struct Listener {
     /// Without a byte either way, where that is shorter than the pool's; `None`: the pool's.
     #[serde(serialize_with = "as_optional_text")]
     pub idle: Option<Duration>,
+}
+
+/// TLS that ends at a listener.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ListenerTls {
+    /// At least one; the first is for names that no other has.
+    pub certificates: Vec<Pair>,
+    /// Whether TLS 1.2 is refused.
+    pub only_1_3: bool,
+    /// Certificates of clients; `None`: they are not asked for.
+    pub client: Option<ClientCertificates>,
+}
+
+/// A chain of certificates and its key.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[allow(missing_docs)]
+pub struct Pair {
+    pub certificate: Pem,
+    pub key: Pem,
+}
+
+/// What is asked of clients.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ClientCertificates {
+    /// Authorities that a certificate must come from.
+    pub ca: Pem,
+    /// Whether a client without one is refused.
+    pub require: bool,
 }
 
 /// How a listener finds the pool of a connection, by the names of pools.
@@ -477,6 +514,8 @@ pub struct Loaded {
     pub hash: String,
     /// Keys that are right but change nothing where they stand.
     pub warnings: Vec<Problem>,
+    /// Certificates that have ended: mistakes, but where there is nothing better to serve.
+    pub ended: Vec<Problem>,
     /// Every file that was read, the main one first.
     pub files: Vec<PathBuf>,
     /// Every directory in which files were looked for.
@@ -568,11 +607,12 @@ fn judge(bytes: &[u8], max_bytes: usize, path: Option<&Path>) -> Result<Loaded, 
     }
     let warnings =
         file.warnings.iter().map(|(source, path, reason)| sources.problem(*source, path, reason.clone())).collect();
-    let config = resolve::resolve(file, &mut sources, &mut problems);
+    let mut ended = Vec::new();
+    let config = resolve::resolve(file, &mut sources, &mut problems, &mut ended);
     if problems.is_empty() {
         sources.digests().for_each(|digest| hash.update(&digest.to_le_bytes()));
         let hash = format!("{:016x}", hash.digest());
-        return Ok(Loaded { config, hash, warnings, files: sources.files(), directories: sources.listed() });
+        return Ok(Loaded { config, hash, warnings, ended, files: sources.files(), directories: sources.listed() });
     }
     problems.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
     problems.dedup();

@@ -50,13 +50,17 @@ impl Greeting {
 ///
 /// # Errors
 /// How the connection ends.
-pub async fn read(stream: &TcpStream, peer: SocketAddr, listener: &Listener) -> Result<Greeting, End> {
+pub async fn read(
+    stream: &TcpStream,
+    peer: SocketAddr,
+    listener: &Listener,
+    deadline: Instant,
+) -> Result<Greeting, End> {
     let mut greeting = Greeting::unread(peer);
     let mut expects_header = listener.expects_header(peer.ip());
     if !expects_header && matches!(listener.face, Face::Tcp(_)) {
         return Ok(greeting);
     }
-    let deadline = Instant::now() + listener.handshake;
     let mut held = Held { prefix: witness::prefix(peer.ip()), bytes: 0 };
     let mut hello = HelloReader::default();
     loop {
@@ -88,7 +92,9 @@ pub async fn read(stream: &TcpStream, peer: SocketAddr, listener: &Listener) -> 
                 }
             }
         }
-        match timeout_at(deadline, more(stream, &mut greeting.bytes)).await {
+        // What follows the header is the handshake's, where TLS ends here.
+        let most = if listener.tls.is_some() { sniff::header_lacks(&greeting.bytes) } else { PART };
+        match timeout_at(deadline, more(stream, &mut greeting.bytes, most)).await {
             Err(_) => return Err(End::Handshake),
             Ok(Ok(0)) => return Err(End::ClientGone),
             Ok(Ok(_)) => {}
@@ -120,13 +126,17 @@ fn refuse(listener: &Listener, peer: SocketAddr, why: &str) -> End {
     End::Malformed
 }
 
-async fn more(stream: &TcpStream, bytes: &mut Vec<u8>) -> io::Result<usize> {
+async fn more(stream: &TcpStream, bytes: &mut Vec<u8>, most: usize) -> io::Result<usize> {
+    let mut part = [0; PART];
     loop {
         stream.readable().await?;
-        bytes.reserve(PART);
-        match stream.try_read_buf(bytes) {
+        match stream.try_read(&mut part[..most.min(PART)]) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            read => return read,
+            Err(error) => return Err(error),
+            Ok(n) => {
+                bytes.extend_from_slice(&part[..n]);
+                return Ok(n);
+            }
         }
     }
 }

@@ -16,13 +16,13 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
 use crate::host::Host;
 use crate::session::{Handle, WAITS_BACKEND, WAITS_CLIENT};
 use crate::splice::Pipe;
 use crate::table::End;
+use crate::tls::Stream;
 
 /// The worker's buffer.
 const BUFFER: usize = 64 << 10;
@@ -85,6 +85,8 @@ struct Direction {
     full_reads: u8,
     small_fills: u8,
     cautious: bool,
+    /// The sink may hold bytes that it has taken.
+    unflushed: bool,
     /// No pipe was to be had; ask no more.
     no_pipe: bool,
     finished: bool,
@@ -103,8 +105,8 @@ enum Broken {
 /// else, and so many of its bytes at the front are not the client's.
 #[allow(clippy::too_many_arguments)] // One call site; a struct would only name them a second time.
 pub async fn relay(
-    client: &mut TcpStream,
-    server: &mut TcpStream,
+    client: &mut Stream,
+    server: &mut Stream,
     first: (Vec<u8>, usize),
     bounds: Bounds,
     host: &Host,
@@ -137,8 +139,10 @@ pub async fn relay(
             return Poll::Ready(end);
         }
         if !up.done {
-            match up.poll(context, client, server, host, down.done) {
+            match up.poll(context, client, server, host, down.done && server.plain().is_some()) {
                 Poll::Ready(Ok(())) => up.done = true,
+                // Many clients of TLS leave without a word once they have their answer.
+                Poll::Ready(Err(Broken::Source)) if down.done && client.plain().is_none() => up.done = true,
                 Poll::Ready(Err(Broken::Source)) => {
                     carried.client_left_first = !down.done;
                     return Poll::Ready(End::ClientReset);
@@ -160,7 +164,8 @@ pub async fn relay(
         }
         if !down.done {
             // After a reset of the backend's no FIN may tell the client that this was all.
-            let result = down.poll(context, server, client, host, up.done || server_reset);
+            let leave = server_reset || up.done && client.plain().is_some();
+            let result = down.poll(context, server, client, host, leave);
             if carried.answered.is_none() && down.moved > 0 {
                 carried.answered = Some(Instant::now());
                 notice(Notice::Answered, carried);
@@ -234,12 +239,12 @@ fn tick(bound: Duration) -> Duration {
 
 impl Direction {
     /// Moves what can be moved. Ready when the source has finished, all is written, and the sink knows; `last` says
-    /// that the other direction is done, so that the close will tell it.
+    /// that the close will tell it (or must not), because the other direction is done.
     fn poll(
         &mut self,
         context: &mut Context<'_>,
-        source: &mut TcpStream,
-        sink: &mut TcpStream,
+        source: &mut Stream,
+        sink: &mut Stream,
         host: &Host,
         last: bool,
     ) -> Poll<Result<(), Broken>> {
@@ -247,10 +252,14 @@ impl Direction {
             self.waits = true;
             ready!(self.poll_aside(context, sink)).map_err(|error| Broken::Sink(error.kind()))?;
             ready!(self.poll_pipe(context, sink, host)).map_err(|error| Broken::Sink(error.kind()))?;
+            if self.unflushed {
+                // TLS holds what the socket did not take; without it this is nothing.
+                ready!(Pin::new(&mut *sink).poll_flush(context)).map_err(|error| Broken::Sink(error.kind()))?;
+                self.unflushed = false;
+            }
             self.waits = false;
             if self.finished {
                 self.release_pipe();
-                // When the other direction is done too, the close that follows says the same.
                 if last {
                     return Poll::Ready(Ok(()));
                 }
@@ -258,7 +267,8 @@ impl Direction {
                 let _ = ready!(Pin::new(&mut *sink).poll_shutdown(context));
                 return Poll::Ready(Ok(()));
             }
-            if self.full_reads >= FULL_READS && self.pipe.is_none() && !self.no_pipe {
+            let piped = source.plain().is_some() && sink.plain().is_some();
+            if piped && self.full_reads >= FULL_READS && self.pipe.is_none() && !self.no_pipe {
                 self.pipe = Pipe::take();
                 self.small_fills = 0;
                 if self.pipe.is_none() {
@@ -281,8 +291,8 @@ impl Direction {
     fn poll_copy(
         &mut self,
         context: &mut Context<'_>,
-        source: &mut TcpStream,
-        sink: &mut TcpStream,
+        source: &mut Stream,
+        sink: &mut Stream,
     ) -> Poll<Result<(), Broken>> {
         SHARED.with(|shared| {
             let mut shared = shared.borrow_mut();
@@ -297,6 +307,7 @@ impl Direction {
             self.moved += bytes.len() as u64;
             self.full_reads = if bytes.len() == BUFFER { self.full_reads.saturating_add(1) } else { 0 };
             self.cautious = false;
+            self.unflushed = sink.plain().is_none();
             let taken = match Pin::new(sink).poll_write(context, bytes) {
                 Poll::Ready(Ok(taken)) => taken,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(Broken::Sink(error.kind()))),
@@ -310,13 +321,14 @@ impl Direction {
         })
     }
 
-    fn poll_aside(&mut self, context: &mut Context<'_>, sink: &mut TcpStream) -> Poll<io::Result<()>> {
+    fn poll_aside(&mut self, context: &mut Context<'_>, sink: &mut Stream) -> Poll<io::Result<()>> {
         while self.written < self.aside.len() {
             let rest = &self.aside[self.written..];
             match ready!(Pin::new(&mut *sink).poll_write(context, rest))? {
                 0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 n => self.written += n,
             }
+            self.unflushed = sink.plain().is_none();
         }
         if !self.aside.is_empty() {
             // Freed, not kept: an idle connection holds no buffer.
@@ -327,8 +339,8 @@ impl Direction {
     }
 
     /// Moves what the pipe holds to the sink.
-    fn poll_pipe(&mut self, context: &mut Context<'_>, sink: &mut TcpStream, host: &Host) -> Poll<io::Result<()>> {
-        let Some(pipe) = &mut self.pipe else { return Poll::Ready(Ok(())) };
+    fn poll_pipe(&mut self, context: &mut Context<'_>, sink: &Stream, host: &Host) -> Poll<io::Result<()>> {
+        let (Some(pipe), Some(sink)) = (&mut self.pipe, sink.plain()) else { return Poll::Ready(Ok(())) };
         while pipe.held() > 0 {
             match sink.try_io(Interest::WRITABLE, || pipe.empty(sink.as_fd())) {
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
@@ -340,8 +352,8 @@ impl Direction {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_fill(&mut self, context: &mut Context<'_>, source: &mut TcpStream) -> Poll<Result<(), Broken>> {
-        let Some(pipe) = &mut self.pipe else { return Poll::Ready(Ok(())) };
+    fn poll_fill(&mut self, context: &mut Context<'_>, source: &Stream) -> Poll<Result<(), Broken>> {
+        let (Some(pipe), Some(source)) = (&mut self.pipe, source.plain()) else { return Poll::Ready(Ok(())) };
         loop {
             match source.try_io(Interest::READABLE, || pipe.fill(source.as_fd())) {
                 Ok(0) => {

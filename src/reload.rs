@@ -69,13 +69,20 @@ pub fn prepare(
     let loaded = config::load(&origin.file, origin.max_bytes).map_err(|refused| {
         refused.problems.iter().map(|problem| problem.with_file(&origin.file)).collect::<Vec<_>>()
     })?;
-    let warnings = loaded.warnings.iter().map(|problem| problem.with_file(&origin.file)).collect();
+    let mut warnings: Vec<String> = loaded.warnings.iter().map(|problem| problem.with_file(&origin.file)).collect();
+    let ended = loaded.ended.iter().map(|problem| problem.with_file(&origin.file));
+    // A certificate that has ended is no reason to give up one that has not; at the start there is none, and a door that
+    // some clients refuse is better than none.
+    if previous.is_some() && !loaded.ended.is_empty() {
+        return Err(ended.collect());
+    }
+    warnings.extend(ended);
     let config = Arc::new(loaded.config);
     let listening = config.listeners.iter().map(|listener| listener.bind.len()).sum::<usize>() * workers;
     let backends = config.pools.iter().filter(|pool| pool.probe.is_some());
     let at_most = backends.flat_map(|pool| &pool.cells).map(|cell| cell.backends.len()).sum();
     let limits = descriptor_limits(open_files, listening, at_most);
-    let (table, difference) = table::build(config, loaded.hash, previous, limits.connections, clock::now());
+    let (table, difference) = table::build(config, loaded.hash, previous, limits.connections, clock::now())?;
     let probers = probe::wanted(&table)?;
     Ok(Prepared { table: Arc::new(table), difference, limits, probers, warnings })
 }

@@ -22,6 +22,7 @@ use crate::pool::{self, Choice, Member, Pool};
 use crate::reload::Report;
 use crate::session::Row;
 use crate::table::{End, Listener, Table};
+use crate::tls;
 
 /// What control knows besides the table, copied for the renderers.
 #[derive(Clone, Debug, Default)]
@@ -199,7 +200,11 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
 
 /// The certificate that a TLS probe saw last.
 fn certificate(backend: &Backend) -> Value {
-    let expiry = backend.certificate_expiry.load(Relaxed);
+    ends(backend.certificate_expiry.load(Relaxed))
+}
+
+/// A certificate by its end, in seconds since 1970; 0: there is none.
+fn ends(expiry: i64) -> Value {
     if expiry == 0 {
         return Value::Null;
     }
@@ -221,6 +226,7 @@ fn listeners_status(table: &Table, info: &Info) -> Vec<Value> {
                 "local": local,
                 "pool": pool_names(listener),
                 "connections": listener.shared.connections.used(),
+                "certificates": certificates(listener),
                 "at_cap": listener.shared.at_cap.load(Relaxed) > 0,
             }))
         })
@@ -346,6 +352,18 @@ fn why(pool: &Pool, member: &Member, chosen: bool, chance: f64, now: clock::Time
         reasons.push(format!("tier {}: the tiers before it carry all", cell.tier));
     }
     reasons.join("; ")
+}
+
+/// What a listener serves under TLS.
+fn certificates(listener: &Listener) -> Vec<Value> {
+    let identities = listener.tls.iter().flat_map(|tls| &tls.identities);
+    identities
+        .map(|identity| {
+            let mut shown = ends(identity.valid.1.clamp(1, tls::LAST_SECOND - 1));
+            shown["names"] = json!(identity.names);
+            shown
+        })
+        .collect()
 }
 
 /// The pools of a listener, in words.
@@ -488,8 +506,17 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
     t.family(
         "sailover_certificate_expiry_timestamp_seconds",
         "gauge",
-        "When the certificate ends that a TLS probe of the backend saw last.",
+        "When a certificate ends: one that a listener serves, or that a TLS probe of the backend saw last.",
     );
+    let mut served: Vec<_> = table.listeners.values().collect();
+    served.sort_by(|a, b| a.name.cmp(&b.name));
+    served.dedup_by(|a, b| a.name == b.name);
+    for listener in served {
+        for identity in listener.tls.iter().flat_map(|tls| &tls.identities) {
+            let labels = [("listener", &*listener.name), ("name", identity.names.first().map_or("", String::as_str))];
+            t.sample("sailover_certificate_expiry_timestamp_seconds", &labels, identity.valid.1);
+        }
+    }
     for (labels, backend) in members() {
         let expiry = backend.certificate_expiry.load(Relaxed);
         if expiry != 0 {

@@ -206,6 +206,20 @@ pub fn proxied(stream: &[u8]) -> Verdict<Proxied> {
     }
 }
 
+/// How many bytes more surely belong to the header that `stream` begins with; at least 1, which suits who must not take
+/// a byte of what follows it.
+pub fn header_lacks(stream: &[u8]) -> usize {
+    let least = if stream.len() < 16 {
+        // The shortest header of either version.
+        15 - stream.len().min(14)
+    } else if stream.starts_with(V2_SIGNATURE) {
+        16 + usize::from(u16::from_be_bytes([stream[14], stream[15]])) - stream.len().min(16 + 65_535)
+    } else {
+        1
+    };
+    least.max(1)
+}
+
 fn version_1(line: &[u8]) -> Option<Option<(SocketAddr, SocketAddr)>> {
     let line = std::str::from_utf8(line).ok()?;
     let rest = line.strip_prefix("PROXY ")?;

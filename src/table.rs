@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
+use rustls::ServerConfig;
+use rustls::server::ProducesTickets;
 use serde::Serialize;
 
 use crate::backend::{Backend, Counters, PoolShared};
@@ -18,6 +20,7 @@ use crate::health::{self, Depth};
 use crate::limits::Gauge;
 use crate::metrics::Counter;
 use crate::pool::{Cell, Member, NewCell, Policy, Pool};
+use crate::tls::{self, Identity};
 
 /// One generation.
 #[derive(Debug)]
@@ -32,6 +35,8 @@ pub struct Table {
     pub config: Arc<Config>,
     /// Hash of the file.
     pub hash: String,
+    /// Makes the tickets of all its listeners; taken over from table to table.
+    pub tickets: Arc<dyn ProducesTickets>,
 }
 
 /// What a listener does with a connection.
@@ -43,8 +48,10 @@ pub struct Listener {
     pub face: Face,
     /// Who must send a PROXY header first; empty: nobody may.
     pub proxy_from: Vec<Network>,
-    /// For a PROXY header and a ClientHello.
+    /// For a PROXY header, a ClientHello, and a handshake.
     pub handshake: Duration,
+    /// Ends TLS here.
+    pub tls: Option<ListenerTls>,
     /// Clients that may connect; empty: everybody.
     pub allow: Vec<Network>,
     /// Clients that may not.
@@ -56,6 +63,15 @@ pub struct Listener {
     idle: Option<Duration>,
     /// What survives it.
     pub shared: Arc<ListenerShared>,
+}
+
+/// TLS of a listener.
+#[derive(Debug)]
+pub struct ListenerTls {
+    /// What its handshakes are made by.
+    pub server: Arc<ServerConfig>,
+    /// What it serves, the default first.
+    pub identities: Vec<Identity>,
 }
 
 /// How a listener finds the pool of a connection.
@@ -146,11 +162,13 @@ pub enum End {
     Malformed,
     /// No route has the server name that it asked for.
     NoRoute,
+    /// Its TLS handshake failed.
+    Tls,
 }
 
 impl End {
     /// All, in the order of the counters.
-    pub const ALL: [End; 18] = [
+    pub const ALL: [End; 19] = [
         End::ClientClosed,
         End::BackendClosed,
         End::ClientReset,
@@ -169,6 +187,7 @@ impl End {
         End::Handshake,
         End::Malformed,
         End::NoRoute,
+        End::Tls,
     ];
 
     /// The word for logs and metrics.
@@ -192,6 +211,7 @@ impl End {
             End::Handshake => "handshake_timeout",
             End::Malformed => "malformed",
             End::NoRoute => "no_route",
+            End::Tls => "tls_failed",
         }
     }
 
@@ -260,13 +280,21 @@ pub struct Counts {
 /// Builds a table. `process_limit` is the most connections that the process may hold.
 ///
 /// Takes time in the order of the number of backends; runs on a helper thread.
+///
+/// # Errors
+/// A sentence for each listener whose TLS cannot be made.
 pub fn build(
     config: Arc<Config>,
     hash: String,
     previous: Option<&Table>,
     process_limit: u32,
     now: Time,
-) -> (Table, Difference) {
+) -> Result<(Table, Difference), Vec<String>> {
+    let tickets = match previous {
+        Some(table) => table.tickets.clone(),
+        None => tls::tickets().map_err(|error| vec![error])?,
+    };
+    let mut errors = Vec::new();
     let mut pools = Vec::with_capacity(config.pools.len());
     for wanted in &config.pools {
         let before = previous.and_then(|table| {
@@ -291,6 +319,13 @@ pub fn build(
             name: wanted.name.as_str().into(),
             face,
             proxy_from: wanted.proxy_from.clone(),
+            tls: wanted.tls.as_ref().and_then(|tls| match listener_tls(tls, &tickets) {
+                Ok(tls) => Some(tls),
+                Err(error) => {
+                    errors.push(format!("listener {}: {error}", wanted.name));
+                    None
+                }
+            }),
             handshake: wanted.handshake,
             allow: wanted.allow.clone(),
             deny: wanted.deny.clone(),
@@ -301,9 +336,23 @@ pub fn build(
         });
         listeners.extend(wanted.bind.iter().map(|bind| (*bind, listener.clone())));
     }
+    if !errors.is_empty() {
+        return Err(errors);
+    }
     let difference = previous.map_or_else(Difference::default, |table| difference(&table.config, &config));
     let generation = previous.map_or(1, |table| table.generation + 1);
-    (Table { generation, pools, listeners, config, hash }, difference)
+    Ok((Table { generation, pools, listeners, config, hash, tickets }, difference))
+}
+
+fn listener_tls(wanted: &config::ListenerTls, tickets: &Arc<dyn ProducesTickets>) -> Result<ListenerTls, String> {
+    let read = |pair: &config::Pair| {
+        let identity = tls::identity(&pair.certificate.bytes, &pair.key.bytes);
+        identity.map_err(|(_, error)| format!("{} {error}", pair.certificate.file))
+    };
+    let identities = wanted.certificates.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    let client = wanted.client.as_ref().map(|client| (&*client.ca.bytes, client.require));
+    let terms = tls::Terms { only_1_3: wanted.only_1_3, client, tickets: tickets.clone() };
+    Ok(ListenerTls { server: tls::server(&identities, &terms)?, identities })
 }
 
 fn face(wanted: &config::Face, pools: &[Arc<Pool>]) -> Option<Face> {

@@ -18,6 +18,8 @@ use std::time::Duration;
 use fastrand::Rng;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsAcceptor;
 
 use crate::backend::Backend;
 use crate::clock::{self, Time};
@@ -33,6 +35,7 @@ use crate::session;
 use crate::sniff;
 use crate::sys;
 use crate::table::{End, Face, Listener};
+use crate::tls::Stream;
 use crate::witness;
 
 /// A first byte is expected within this many learned 99th percentiles, within the bounds below.
@@ -46,7 +49,7 @@ thread_local! {
 
 /// Serves one accepted connection to its end.
 pub async fn serve(
-    mut client: TcpStream,
+    client: TcpStream,
     peer: SocketAddr,
     listener: Arc<Listener>,
     host: Arc<Host>,
@@ -57,94 +60,132 @@ pub async fn serve(
     let shared = listener.shared.clone();
     let mut record = AccessRecord::new(listener.name.clone(), peer);
 
-    let end = match choose(&client, peer, &listener, &mut record).await {
-        Ok((pool, greeting)) => {
-            if let Some(_place) = pool.shared.connections.take(pool.policy.max_connections) {
+    let (end, client) = match choose(client, peer, &listener, &mut record).await {
+        Ok(Chosen { mut client, pool, greeting }) => {
+            let end = if let Some(_place) = pool.shared.connections.take(pool.policy.max_connections) {
                 let idle = listener.idle(&pool);
                 drop(listener);
                 connect_and_relay(&mut client, greeting, pool, idle, &host, &mut record, began).await
             } else {
                 pool.shared.refused_full.add(1);
                 End::Full
-            }
+            };
+            (end, Some(client))
         }
-        Err(end) => end,
+        Err((end, client)) => (end, client.map(Stream::Plain)),
     };
 
     shared.ends[end as usize].add(1);
     shared.bytes[0].add(record.bytes_in);
     shared.bytes[1].add(record.bytes_out);
     let in_peace = [End::ClientClosed, End::BackendClosed, End::Idle, End::HalfClosed, End::NoRoute];
-    if record.cut || !in_peace.contains(&end) {
-        reset(&client);
+    if let Some(client) = client.filter(|_| record.cut || !in_peace.contains(&end)) {
+        reset(client.socket());
     }
-    drop(client);
     host.access.write(record, end, clock::now().since(began));
 }
 
-/// The pool of a connection, after what the client says first where the listener has to know it.
+/// A connection that has found its pool.
+struct Chosen {
+    client: Stream,
+    pool: Arc<Pool>,
+    /// What was learned on the way; boxed and mostly absent, because every session keeps the room.
+    greeting: Option<Box<Greeting>>,
+}
+
+/// The pool of a connection, after what the client says first where the listener has to know it, and after the handshake
+/// where TLS ends here. A connection that ends before gives back what is left of it.
 async fn choose(
-    client: &TcpStream,
+    client: TcpStream,
     peer: SocketAddr,
     listener: &Listener,
     record: &mut AccessRecord,
-) -> Result<(Arc<Pool>, Greeting), End> {
-    let (pool, greeting) = match &listener.face {
-        Face::Tcp(pool) if listener.proxy_from.is_empty() => (pool, Greeting::unread(peer)),
-        face => {
-            let greeting = hello::read(client, peer, listener).await?;
-            record.client = greeting.client;
-            let pool = match face {
-                Face::Tcp(pool) => Some(pool),
-                Face::Sni(routes) => routes.pool(greeting.name.as_deref()),
-            };
-            let Some(pool) = pool else {
-                hello::name_is_unknown(client).await;
-                return Err(End::NoRoute);
-            };
-            (pool, greeting)
+) -> Result<Chosen, (End, Option<TcpStream>)> {
+    if let (Face::Tcp(pool), true, None) = (&listener.face, listener.proxy_from.is_empty(), &listener.tls) {
+        record.pool = Some(pool.name.clone());
+        return Ok(Chosen { client: Stream::Plain(client), pool: pool.clone(), greeting: None });
+    }
+    // Boxed, because every session keeps the room that its beginning took.
+    Box::pin(choose_by_first_bytes(client, peer, listener, record)).await
+}
+
+async fn choose_by_first_bytes(
+    client: TcpStream,
+    peer: SocketAddr,
+    listener: &Listener,
+    record: &mut AccessRecord,
+) -> Result<Chosen, (End, Option<TcpStream>)> {
+    let deadline = Instant::now() + listener.handshake;
+    let mut greeting = match hello::read(&client, peer, listener, deadline).await {
+        Ok(greeting) => greeting,
+        Err(end) => return Err((end, Some(client))),
+    };
+    record.client = greeting.client;
+    let client = match &listener.tls {
+        None => Stream::Plain(client),
+        Some(tls) => {
+            let accepted = timeout_at(deadline, TlsAcceptor::from(tls.server.clone()).accept(client)).await;
+            let stream = accepted.map_err(|_| (End::Handshake, None))?.map_err(|error| {
+                tracing::debug!(listener = &*listener.name, client = %greeting.client, %error, "TLS handshake failed");
+                (End::Tls, None)
+            })?;
+            greeting.name = stream.get_ref().1.server_name().map(str::to_ascii_lowercase);
+            Stream::Tls(Box::new(stream.into()))
         }
     };
+    let pool = match &listener.face {
+        Face::Tcp(pool) => Some(pool),
+        Face::Sni(routes) => routes.pool(greeting.name.as_deref()),
+    };
+    let Some(pool) = pool else {
+        hello::name_is_unknown(client.socket()).await;
+        return Err((End::NoRoute, None));
+    };
     record.pool = Some(pool.name.clone());
-    Ok((pool.clone(), greeting))
+    Ok(Chosen { client, pool: pool.clone(), greeting: Some(Box::new(greeting)) })
 }
 
 /// What goes to the backend before anything the client says from now on, and how much of it is ours.
-fn first_bytes(policy: &Policy, greeting: &mut Greeting, client: &TcpStream) -> (Vec<u8>, usize) {
-    let bytes = std::mem::take(&mut greeting.bytes);
-    let Some(version) = policy.send_proxy else { return (bytes, 0) };
+fn first_bytes(policy: &Policy, greeting: Option<Box<Greeting>>, client: &TcpStream) -> (Vec<u8>, usize) {
+    let Some(version) = policy.send_proxy else {
+        return (greeting.map(|greeting| greeting.bytes).unwrap_or_default(), 0);
+    };
+    // A socket that cannot tell its own addresses is about to end anyway; then the header names nobody.
+    let greeting = greeting.or_else(|| Some(Box::new(Greeting::unread(client.peer_addr().ok()?))));
+    let Some(greeting) = greeting else { return (sniff::proxy_header(version, None, &[]), 0) };
     let destination = greeting.destination.or_else(|| client.local_addr().ok());
     let addresses = destination.map(|destination| (greeting.client, destination));
     let mut first = sniff::proxy_header(version, addresses, &greeting.tlvs);
     let ours = first.len();
-    first.extend_from_slice(&bytes);
+    first.extend_from_slice(&greeting.bytes);
     (first, ours)
 }
 
 async fn connect_and_relay(
-    client: &mut TcpStream,
-    mut greeting: Greeting,
+    client: &mut Stream,
+    mut greeting: Option<Box<Greeting>>,
     pool: Arc<Pool>,
     idle: Duration,
     host: &Host,
     record: &mut AccessRecord,
     began: Time,
 ) -> End {
-    let peer = greeting.client;
+    let peer = record.client;
     let mut timer = std::pin::pin!(tokio::time::sleep(pool.policy.connect_timeout));
     let pin = match pool.policy.affinity {
         Affinity::None => None,
         Affinity::ClientIp => Some(pool::pin(peer.ip())),
-        Affinity::Sni => greeting.name.as_deref().map(pool::pin_name),
+        Affinity::Sni => greeting.as_ref().and_then(|greeting| greeting.name.as_deref()).map(pool::pin_name),
     };
     let mut story = Story::default();
     let mut rng = RNG.with(|rng| rng.borrow_mut().fork());
     let dialled =
-        dial::dial(&Kernel, host, &pool, pin, &Waiting(client), timer.as_mut(), &mut rng, &mut story, began).await;
+        dial::dial(&Kernel, host, &pool, pin, &Waiting(client.socket()), timer.as_mut(), &mut rng, &mut story, began)
+            .await;
     record.attempts = story.attempts;
     record.raced = story.raced;
     record.failures = story.failures;
-    let mut dialled = match dialled {
+    let dialled = match dialled {
         Ok(dialled) => dialled,
         Err(DialError::Full) => {
             pool.shared.refused_full.add(1);
@@ -168,20 +209,20 @@ async fn connect_and_relay(
         peer,
         backend.clone(),
         policy.clone(),
-        client.as_raw_fd(),
+        client.socket().as_raw_fd(),
         dialled.connection.as_raw_fd(),
         began,
     );
     let bounds = Bounds { idle, half_close: policy.half_close };
-    let first = first_bytes(&policy, &mut greeting, client);
-    drop(greeting);
+    let first = first_bytes(&policy, greeting.take(), client.socket());
     let mut carried = Carried::default();
     let connected = dialled.connected.instant();
     let prefix = witness::prefix(peer.ip());
     let attempt_began = dialled.began;
+    let mut server = Stream::Plain(dialled.connection);
     let end = relay::relay(
         client,
-        &mut dialled.connection,
+        &mut server,
         first,
         bounds,
         host,
@@ -208,7 +249,7 @@ async fn connect_and_relay(
     drop(session);
     record.cut = carried.cut;
     if carried.cut || !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
-        reset(&dialled.connection);
+        reset(server.socket());
     }
     record.bytes_in = carried.up;
     record.bytes_out = carried.down;

@@ -1,12 +1,23 @@
-//! TLS towards backends: the client's side of a probe.
+//! TLS: the client's side of a probe towards backends, and the server's side towards clients.
 
+use std::collections::HashMap;
+use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::{ClientHello, ProducesTickets, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, Error, RootCertStore, ServerConfig, SignatureScheme, SupportedProtocolVersion,
+};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsStream;
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
@@ -43,7 +54,7 @@ pub fn client(authorities: Option<&[u8]>) -> Result<Arc<ClientConfig>, String> {
 }
 
 /// The end of the year 9999, in seconds since 1970.
-const LAST_SECOND: i64 = 253_402_300_800;
+pub const LAST_SECOND: i64 = 253_402_300_800;
 
 /// When a certificate ends, in seconds since 1970; `None` when it cannot be read.
 pub fn expiry(certificate: &CertificateDer<'_>) -> Option<i64> {
@@ -88,5 +99,203 @@ impl ServerCertVerifier for AnyCertificate {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+// ---- towards clients ----
+
+/// A chain of certificates with its key, ready to serve.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    key: Arc<CertifiedKey>,
+    /// DNS names of its first certificate, in lower case.
+    pub names: Vec<String>,
+    /// When its first certificate begins and ends, in seconds since 1970.
+    pub valid: (i64, i64),
+}
+
+/// Reads a chain and its key from PEM.
+///
+/// # Errors
+/// A sentence about the chain, or about the key: which of the two, and what is wrong.
+pub fn identity(chain: &[u8], key: &[u8]) -> Result<Identity, (Part, String)> {
+    let certificates = CertificateDer::pem_slice_iter(chain)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| (Part::Certificate, format!("is no PEM file of certificates: {error}")))?;
+    let Some(first) = certificates.first() else {
+        return Err((Part::Certificate, "holds no certificate in PEM form".into()));
+    };
+    let unreadable = |_| (Part::Certificate, "holds a certificate that cannot be read".to_owned());
+    let (_, read) = x509_parser::parse_x509_certificate(first).map_err(unreadable)?;
+    let valid = (read.validity().not_before.timestamp(), read.validity().not_after.timestamp());
+    let names = names(&read);
+    let key = PrivateKeyDer::from_pem_slice(key)
+        .map_err(|error| (Part::Key, format!("holds no private key in PEM form: {error}")))?;
+    let key = provider()
+        .key_provider
+        .load_private_key(key)
+        .map_err(|error| (Part::Key, format!("holds a private key that cannot be used: {error}")))?;
+    let key = CertifiedKey::new(certificates, key);
+    match key.keys_match() {
+        Ok(()) => Ok(Identity { key: Arc::new(key), names, valid }),
+        Err(_) => Err((Part::Key, "is not the key of the certificate".into())),
+    }
+}
+
+/// The file that an error is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The chain.
+    Certificate,
+    /// The key.
+    Key,
+}
+
+fn names(certificate: &x509_parser::certificate::X509Certificate<'_>) -> Vec<String> {
+    let Ok(Some(extension)) = certificate.subject_alternative_name() else { return Vec::new() };
+    let names = extension.value.general_names.iter().filter_map(|name| match name {
+        x509_parser::extensions::GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
+        _ => None,
+    });
+    names.collect()
+}
+
+/// What a listener serves, besides its identities.
+pub struct Terms<'a> {
+    /// Whether TLS 1.2 is refused.
+    pub only_1_3: bool,
+    /// PEM of the authorities that clients' certificates must come from, and whether a client must have one.
+    pub client: Option<(&'a [u8], bool)>,
+    /// Encrypts tickets; the same for all listeners and generations, so that a reload ends nobody's resumption.
+    pub tickets: Arc<dyn ProducesTickets>,
+}
+
+/// Makes tickets for the whole process: keys of its own, renewed every six hours.
+///
+/// # Errors
+/// A sentence, when the system has no randomness.
+pub fn tickets() -> Result<Arc<dyn ProducesTickets>, String> {
+    rustls::crypto::aws_lc_rs::Ticketer::new().map_err(|error| format!("TLS tickets: {error}"))
+}
+
+/// The server's side for a listener. The first identity is for names that no identity has, and for clients that name
+/// none.
+///
+/// # Errors
+/// A sentence.
+pub fn server(identities: &[Identity], terms: &Terms<'_>) -> Result<Arc<ServerConfig>, String> {
+    let provider = provider();
+    let versions: &[&SupportedProtocolVersion] =
+        if terms.only_1_3 { &[&rustls::version::TLS13] } else { &[&rustls::version::TLS13, &rustls::version::TLS12] };
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(versions)
+        .map_err(|error| format!("TLS: {error}"))?;
+    let builder = match terms.client {
+        None => builder.with_no_client_auth(),
+        Some((authorities, required)) => {
+            let mut roots = RootCertStore::empty();
+            roots.add_parsable_certificates(CertificateDer::pem_slice_iter(authorities).flatten());
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            let verifier = if required { verifier } else { verifier.allow_unauthenticated() };
+            builder.with_client_cert_verifier(verifier.build().map_err(|error| format!("TLS clients: {error}"))?)
+        }
+    };
+    let mut config = builder.with_cert_resolver(Arc::new(ByName::new(identities).ok_or("TLS without a certificate")?));
+    config.ticketer = terms.tickets.clone();
+    Ok(Arc::new(config))
+}
+
+/// Finds the identity for a server name: exactly, then by a wildcard for its first label, then the first of all.
+#[derive(Debug)]
+struct ByName {
+    exact: HashMap<String, Arc<CertifiedKey>>,
+    wildcards: HashMap<String, Arc<CertifiedKey>>,
+    first: Arc<CertifiedKey>,
+}
+
+impl ByName {
+    fn new(identities: &[Identity]) -> Option<ByName> {
+        let mut found =
+            ByName { exact: HashMap::new(), wildcards: HashMap::new(), first: identities.first()?.key.clone() };
+        for identity in identities {
+            for name in &identity.names {
+                // The earlier one in the file keeps a name.
+                match name.strip_prefix("*.") {
+                    Some(rest) => found.wildcards.entry(rest.to_owned()).or_insert_with(|| identity.key.clone()),
+                    None => found.exact.entry(name.clone()).or_insert_with(|| identity.key.clone()),
+                };
+            }
+        }
+        Some(found)
+    }
+}
+
+impl ResolvesServerCert for ByName {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let name = hello.server_name().map(str::to_ascii_lowercase);
+        let named = name.as_deref().and_then(|name| {
+            let of_wildcard = || name.split_once('.').and_then(|(_, rest)| self.wildcards.get(rest));
+            self.exact.get(name).or_else(of_wildcard)
+        });
+        Some(named.unwrap_or(&self.first).clone())
+    }
+}
+
+/// A client's connection, as it is or under TLS.
+#[derive(Debug)]
+pub enum Stream {
+    /// As it is.
+    Plain(TcpStream),
+    /// Under TLS; boxed, because it is large and the other is not.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Stream {
+    /// The connection under it.
+    pub fn socket(&self) -> &TcpStream {
+        match self {
+            Stream::Plain(socket) => socket,
+            Stream::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
+    /// The connection, where nothing stands between it and the bytes.
+    pub fn plain(&self) -> Option<&TcpStream> {
+        match self {
+            Stream::Plain(socket) => Some(socket),
+            Stream::Tls(_) => None,
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(socket) => Pin::new(socket).poll_read(context, buffer),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Stream::Plain(socket) => Pin::new(socket).poll_write(context, bytes),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(socket) => Pin::new(socket).poll_flush(context),
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Plain(socket) => Pin::new(socket).poll_shutdown(context),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+        }
     }
 }

@@ -188,7 +188,8 @@ fn a_listener_without_an_idle_time_has_its_pools() {
             None,
             1_000,
             sailover::clock::now(),
-        );
+        )
+        .unwrap();
         table.listeners.values().next().unwrap().idle(&table.pools[0]).as_secs() / 3_600
     };
     assert_eq!((idle(""), idle("timeouts: { idle: 2h }"), idle("timeouts: { idle: 9h }")), (8, 2, 8));
@@ -281,7 +282,7 @@ listeners:
   - bind: shop.example:443
     tcp: shopp
   - { bind: 10.0.0.1:80, tcp: shop, allow: [ 10.0.0.1/8 ] }
-  - { bind: 10.0.0.1:80, tcp: shop, tls: {} }
+  - { bind: 10.0.0.1:80, tcp: shop, http: {} }
 "#;
     let found = errors(text);
     let lines: Vec<usize> = found.iter().map(|error| error.split(':').next().unwrap().parse().unwrap()).collect();
@@ -293,7 +294,7 @@ listeners:
         (12, "did you mean two_choices?"),
         (15, "a duration with its unit"),
         (24, "did you mean \"shop\"?"),
-        (26, "`tls` is not in this version"),
+        (26, "`http` is not in this version"),
     ] {
         assert!(
             found.iter().any(|e| e.starts_with(&format!("{line}:")) && e.contains(words)),
@@ -325,7 +326,6 @@ fn what_belongs_to_later_versions_is_refused_by_name() {
     };
     let files = [
         listener("http: {}"),
-        listener("tls: {}"),
         listener("limits: { per_client: { connections: 3 } }"),
         pool("tls: {}"),
         pool("limits: { queue: 3 }"),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use sailover::sniff::{ProxyVersion, proxy_header};
+use sailover::sniff::{HelloReader, ProxyVersion, Verdict, proxy_header};
 
 use crate::support::backend::{Backend, Mode, get, read_all};
 use crate::support::proxy::Proxy;
@@ -107,6 +107,19 @@ fn server_names_choose_the_pool() {
     }
     let shown = String::from_utf8(proxy.command(&["explain", "127.0.0.1"]).stdout).unwrap();
     assert!(["pool exact", "pool wild", "pool deep"].iter().all(|pool| shown.contains(pool)), "{shown}");
+}
+
+#[test]
+fn real_hellos_are_read_at_every_cut() {
+    for post_quantum in [false, true] {
+        let hello = client_hello("shop.example", post_quantum);
+        let wanted = Verdict::Done(Some("shop.example".to_owned()));
+        for cut in 0..hello.len() {
+            let mut reader = HelloReader::default();
+            assert_eq!(reader.read(&hello[..cut]), Verdict::More, "{cut}");
+            assert_eq!(reader.read(&hello), wanted, "{cut}");
+        }
+    }
 }
 
 #[test]

@@ -76,6 +76,14 @@ const KEYS: &[(&str, &str)] = &[
     ("listeners.sni", "server_names_choose_the_pool"),
     ("listeners.sni.routes", "server_names_choose_the_pool"),
     ("listeners.sni.default", "other_names_and_none_go_to_the_default"),
+    ("listeners.tls", "tls_ends_here_and_each_name_has_its_certificate"),
+    ("listeners.tls.certificates", "tls_ends_here_and_each_name_has_its_certificate"),
+    ("listeners.tls.certificate", "bad_pairs_are_told_apart_and_leave_the_old_one_serving"),
+    ("listeners.tls.key", "bad_pairs_are_told_apart_and_leave_the_old_one_serving"),
+    ("listeners.tls.min_version", "versions_and_certificates_of_clients_are_asked_for"),
+    ("listeners.tls.client", "versions_and_certificates_of_clients_are_asked_for"),
+    ("listeners.tls.ca", "versions_and_certificates_of_clients_are_asked_for"),
+    ("listeners.tls.require", "versions_and_certificates_of_clients_are_asked_for"),
     ("listeners.proxy_protocol", "a_proxy_header_names_the_client_where_it_is_believed"),
     ("listeners.proxy_protocol.accept_from", "a_proxy_header_names_the_client_where_it_is_believed"),
     ("pools.*.send_proxy", "a_backend_is_told_who_its_client_is"),
@@ -159,7 +167,7 @@ fn every_key_of_the_reference_has_a_test() {
     let missing: Vec<_> = keys.difference(&listed).collect();
     let surplus: Vec<_> = listed.difference(&keys).collect();
     assert!(missing.is_empty() && surplus.is_empty(), "without a test: {missing:?}; not in the reference: {surplus:?}");
-    let tests = ["keys.rs", "operate.rs", "tcp.rs", "hello.rs", "drills/mod.rs"]
+    let tests = ["keys.rs", "operate.rs", "tcp.rs", "hello.rs", "tls.rs", "drills/mod.rs"]
         .map(|file| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(file)).unwrap());
     for (key, test) in KEYS {
         let there = tests.iter().any(|text| text.contains(&format!("#[test]\nfn {test}()")));

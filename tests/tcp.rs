@@ -203,12 +203,13 @@ fn garbage_from_one_client_moves_no_backend() {
 #[test]
 fn a_reset_that_a_write_has_met_is_not_a_clean_end() {
     use sailover::relay::{Bounds, Carried, relay};
+    use sailover::tls::Stream;
     use sailover::{clock, config, host::Host, log::AccessLog, session, table};
     use std::os::fd::AsRawFd;
     use std::sync::Arc;
 
     let loaded = config::parse(yaml(&["127.0.0.1:1".parse().unwrap()], "", "").as_bytes(), 9_999).unwrap();
-    let (table, _) = table::build(Arc::new(loaded.config), loaded.hash, None, 9, clock::now());
+    let (table, _) = table::build(Arc::new(loaded.config), loaded.hash, None, 9, clock::now()).unwrap();
     let pool = table.pools[0].clone();
     let host = Host::new(Arc::new(table), 1, AccessLog::off());
     let pair = || {
@@ -226,8 +227,8 @@ fn a_reset_that_a_write_has_met_is_not_a_clean_end() {
         socket2::SockRef::from(&backend).set_linger(Some(Duration::ZERO)).unwrap();
         drop(backend);
         outside.write_all(b"more").unwrap();
-        let mut client = tokio::net::TcpStream::from_std(client).unwrap();
-        let mut server = tokio::net::TcpStream::from_std(server).unwrap();
+        let client = tokio::net::TcpStream::from_std(client).unwrap();
+        let server = tokio::net::TcpStream::from_std(server).unwrap();
         let backend = pool.members[0].backend.clone();
         let session = session::enter(
             "l".into(),
@@ -243,6 +244,7 @@ fn a_reset_that_a_write_has_met_is_not_a_clean_end() {
         let (begin, mut carried) = (tokio::time::Instant::now(), Carried::default());
         client.readable().await.unwrap();
         server.readable().await.unwrap();
+        let (mut client, mut server) = (Stream::Plain(client), Stream::Plain(server));
         let end = relay(
             &mut client,
             &mut server,

@@ -22,5 +22,7 @@ mod show;
 mod sim;
 /// The normal path of bytes: half-close, large transfers, slow readers, many connections.
 mod tcp;
+/// TLS that ends here.
+mod tls;
 /// Rules of the tree that no compiler checks.
 mod tidy;

@@ -35,16 +35,16 @@ fn the_import_table_holds() {
         ("witness", &["clock", "health"]),
         ("backend", &["clock", "estimate", "health", "limits", "metrics", "witness"]),
         ("pool", &["backend", "clock", "config", "health", "metrics", "sniff"]),
-        ("table", &["backend", "clock", "config", "health", "limits", "metrics", "pool"]),
+        ("table", &["backend", "clock", "config", "health", "limits", "metrics", "pool", "tls"]),
         ("splice", &["host"]),
         ("session", &["backend", "clock", "config", "health", "pool", "sys", "table"]),
-        ("relay", &["host", "session", "splice", "table"]),
+        ("relay", &["host", "session", "splice", "table", "tls"]),
         ("dial", &["backend", "clock", "health", "host", "limits", "pool"]),
         (
             "tcp",
             &[
                 "backend", "clock", "config", "dial", "hello", "host", "limits", "log", "pool", "relay", "session",
-                "sniff", "sys", "table", "witness",
+                "sniff", "sys", "table", "tls", "witness",
             ],
         ),
         ("listen", &["host", "limits", "table", "tcp"]),
@@ -62,11 +62,11 @@ fn the_import_table_holds() {
             "report",
             &[
                 "backend", "clock", "config", "drain", "health", "host", "log", "metrics", "pool", "reload", "session",
-                "table",
+                "table", "tls",
             ],
         ),
         ("admin", &["clock", "host", "reload", "report", "session", "table", "worker"]),
-        ("config", &["file", "resolve", "scan", "sniff", "sources"]),
+        ("config", &["file", "resolve", "scan", "sniff", "sources", "tls"]),
         ("cli", &["admin", "config", "session"]),
         ("demo", &["admin", "config", "server", "sys"]),
     ];

@@ -16,9 +16,9 @@ fuzz_target!(|bytes: &[u8]| {
     match config::parse(bytes, 64 << 10) {
         Ok(loaded) => {
             let config = Arc::new(loaded.config);
-            let (table, _) = table::build(config.clone(), loaded.hash.clone(), None, 1_000, clock::now());
+            let (table, _) = table::build(config.clone(), loaded.hash.clone(), None, 1_000, clock::now()).expect("no TLS without files");
             // The same again changes nothing.
-            let (_, difference) = table::build(config, loaded.hash, Some(&table), 1_000, clock::now());
+            let (_, difference) = table::build(config, loaded.hash, Some(&table), 1_000, clock::now()).expect("the same again");
             assert_eq!(difference, table::Difference::default());
         }
         Err(problems) => {

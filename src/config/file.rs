@@ -128,6 +128,17 @@ pub struct FileProbe {
     pub port: Option<u64>,
 }
 
+/// TLS that ends at a listener; what it names has still to be read.
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileTls {
+    /// Each with its path: certificate and key.
+    pub certificates: Vec<(String, String, String)>,
+    pub only_1_3: bool,
+    pub client_ca: Option<String>,
+    pub require: bool,
+}
+
 #[derive(Debug, Default)]
 #[allow(missing_docs)]
 pub struct FileSni {
@@ -155,6 +166,7 @@ pub struct FileListener {
     pub bind: Vec<(String, SocketAddr)>,
     pub tcp: Option<String>,
     pub sni: Option<FileSni>,
+    pub tls: Option<FileTls>,
     pub proxy_from: Option<Vec<Network>>,
     pub handshake: Option<Duration>,
     pub allow: Option<Vec<Network>>,

@@ -5,13 +5,14 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use super::file::{File, FileListener, FilePool, FileProbe, FileProbeKind};
+use super::file::{File, FileListener, FilePool, FileProbe, FileProbeKind, FileTls};
 use super::*;
+use crate::tls::{self, Part};
 
 /// Default of `admin.socket`.
 const ADMIN_SOCKET: &str = "/run/sailover/admin.sock";
@@ -19,7 +20,12 @@ const ADMIN_SOCKET: &str = "/run/sailover/admin.sock";
 /// The authorities that Debian and most others trust.
 const AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
-pub(super) fn resolve(file: File, sources: &mut Sources, problems: &mut Vec<Problem>) -> Config {
+pub(super) fn resolve(
+    file: File,
+    sources: &mut Sources,
+    problems: &mut Vec<Problem>,
+    ended: &mut Vec<Problem>,
+) -> Config {
     let known_cells =
         file.cells.as_ref().map(|cells| cells.iter().map(|(name, _)| name.clone()).collect::<HashSet<_>>());
     // What is missing in one file is told of by its reader; what is missing in all of them, here.
@@ -66,8 +72,10 @@ pub(super) fn resolve(file: File, sources: &mut Sources, problems: &mut Vec<Prob
     let mut listeners = Vec::new();
     let mut binds: HashMap<SocketAddr, (usize, String)> = HashMap::new();
     let mut names: HashMap<String, (usize, String)> = HashMap::new();
-    for listener in file.listeners {
+    for mut listener in file.listeners {
         let (source, path) = (listener.part, listener.path.clone());
+        let tls =
+            listener.tls.take().map(|tls| resolve_tls(tls, &format!("{path}.tls"), source, sources, problems, ended));
         let mut say = |path: &str, message: String| problems.push(sources.problem(source, path, message));
         let named = listener.name.is_some();
         for (path, address) in &listener.bind {
@@ -76,7 +84,8 @@ pub(super) fn resolve(file: File, sources: &mut Sources, problems: &mut Vec<Prob
                 say(path, format!("{address} is already bound by {place}; each address belongs to one listener"));
             }
         }
-        let listener = resolve_listener(&path, listener, &pools, &mut say);
+        let mut listener = resolve_listener(&path, listener, &pools, &mut say);
+        listener.tls = tls;
         // A name that is the address has been told of with the address.
         if let Some((of, first)) = names.insert(listener.name.clone(), (source, path.clone())).filter(|_| named) {
             let place = sources.place(of, &first, source);
@@ -131,6 +140,65 @@ fn resolve_kind(
         Ok(_) => Err((key, format!("{} holds no certificate in PEM form", pem.file))),
         Err(error) => Err((key, format!("{} is no PEM file of certificates: {error}", pem.file))),
     }
+}
+
+/// Reads and judges what the TLS of a listener names.
+fn resolve_tls(
+    tls: FileTls,
+    path: &str,
+    source: usize,
+    sources: &mut Sources,
+    problems: &mut Vec<Problem>,
+    ended: &mut Vec<Problem>,
+) -> ListenerTls {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
+    let mut certificates = Vec::new();
+    for (at, certificate, key) in tls.certificates {
+        let mut read = |key: &str, name: &str| match sources.read_pem(source, name) {
+            Ok(pem) => Some(pem),
+            Err(message) => {
+                problems.push(sources.problem(source, &format!("{at}.{key}"), message));
+                None
+            }
+        };
+        let (Some(certificate), Some(key)) = (read("certificate", &certificate), read("key", &key)) else { continue };
+        match tls::identity(&certificate.bytes, &key.bytes) {
+            Ok(identity) => {
+                let (begins, ends) = identity.valid;
+                if !(begins..ends).contains(&now) {
+                    let day = |at: i64| {
+                        let at = UNIX_EPOCH + Duration::from_secs(at.clamp(0, tls::LAST_SECOND - 1) as u64);
+                        humantime::format_rfc3339_seconds(at).to_string()
+                    };
+                    let message = format!("{} is valid from {} to {} only", certificate.file, day(begins), day(ends));
+                    ended.push(sources.problem(source, &format!("{at}.certificate"), message));
+                }
+                certificates.push(Pair { certificate, key });
+            }
+            Err((Part::Certificate, message)) => {
+                let message = format!("{} {message}", certificate.file);
+                problems.push(sources.problem(source, &format!("{at}.certificate"), message));
+            }
+            Err((Part::Key, message)) => {
+                problems.push(sources.problem(source, &format!("{at}.key"), format!("{} {message}", key.file)));
+            }
+        }
+    }
+    let client = tls.client_ca.and_then(|ca| match sources.read_pem(source, &ca) {
+        Ok(pem) if CertificateDer::pem_slice_iter(&pem.bytes).flatten().next().is_some() => {
+            Some(ClientCertificates { ca: pem, require: tls.require })
+        }
+        Ok(pem) => {
+            let message = format!("{} holds no certificate in PEM form", pem.file);
+            problems.push(sources.problem(source, &format!("{path}.client.ca"), message));
+            None
+        }
+        Err(message) => {
+            problems.push(sources.problem(source, &format!("{path}.client.ca"), message));
+            None
+        }
+    });
+    ListenerTls { certificates, only_1_3: tls.only_1_3, client }
 }
 
 fn resolve_pool(
@@ -302,6 +370,7 @@ fn resolve_listener(
         face,
         proxy_from: listener.proxy_from.unwrap_or_default(),
         handshake: listener.handshake.unwrap_or(Duration::from_secs(10)),
+        tls: None,
         allow: listener.allow.unwrap_or_default(),
         deny: listener.deny.unwrap_or_default(),
         max_connections: listener.max_connections.map(|n| n as u32),

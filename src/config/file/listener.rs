@@ -3,14 +3,14 @@
 use serde_yaml::Value;
 
 use super::super::Network;
-use super::{DAY, FileListener, FileSni, MAX_CONNECTIONS, Node, Reader, describe, join};
+use super::{DAY, FileListener, FileSni, FileTls, MAX_CONNECTIONS, Node, Reader, describe, join};
 use crate::sniff;
 
 impl Reader<'_> {
     pub(super) fn listener(&mut self, node: &Node<'_>) -> FileListener {
         let mut listener = FileListener { path: node.path.clone(), ..FileListener::default() };
-        let known = ["name", "bind", "tcp", "sni", "proxy_protocol", "allow", "deny", "limits", "timeouts"];
-        let Some(fields) = self.fields(node, &known, &["http", "tls"]) else { return listener };
+        let known = ["name", "bind", "tcp", "sni", "tls", "proxy_protocol", "allow", "deny", "limits", "timeouts"];
+        let Some(fields) = self.fields(node, &known, &["http"]) else { return listener };
         listener.name = fields.get("name").and_then(|node| self.name(&node));
         match fields.get("bind") {
             Some(node) if node.value.is_sequence() => {
@@ -39,6 +39,12 @@ impl Reader<'_> {
                 self.missing(&fields, "tcp", "it names the pool that this listener carries its connections to");
             }
         }
+        if let Some(node) = fields.get("tls") {
+            if listener.sni.is_some() {
+                self.error(&node.path, "`tls` ends TLS here and `sni` passes it on; a listener has one of them");
+            }
+            listener.tls = Some(self.tls(&node));
+        }
         if let Some(node) = fields.get("proxy_protocol")
             && let Some(fields) = self.fields(&node, &["accept_from"], &[])
         {
@@ -60,8 +66,12 @@ impl Reader<'_> {
             && let Some(fields) = self.fields(&node, &["handshake", "header", "keepalive", "idle"], &[])
         {
             listener.handshake = self.duration_at(&fields, "handshake", 10, DAY);
-            if listener.handshake.is_some() && listener.sni.is_none() && listener.proxy_from.is_none() {
-                let reason = "has no effect on a listener that reads neither server names nor PROXY headers";
+            if listener.handshake.is_some()
+                && listener.sni.is_none()
+                && listener.tls.is_none()
+                && listener.proxy_from.is_none()
+            {
+                let reason = "has no effect on a listener without tls, sni or proxy_protocol";
                 self.warnings.push((join(&fields.path, "handshake"), reason.into()));
             }
             for key in ["header", "keepalive"] {
@@ -87,6 +97,56 @@ impl Reader<'_> {
             networks.extend(found);
         }
         networks
+    }
+
+    fn tls(&mut self, node: &Node<'_>) -> FileTls {
+        let mut tls = FileTls::default();
+        let Some(fields) = self.fields(node, &["certificates", "min_version", "client"], &[]) else { return tls };
+        match fields.get("certificates") {
+            Some(node) => {
+                let items = self.list(&node);
+                if items.is_empty() && node.value.is_sequence() {
+                    self.error(&node.path, "the list is empty; a listener that ends TLS has at least one certificate");
+                }
+                for item in items {
+                    let Some(fields) = self.fields(&item, &["certificate", "key"], &[]) else { continue };
+                    let files = ["certificate", "key"].map(|key| match fields.get(key) {
+                        Some(node) => self.text(&node),
+                        None => {
+                            self.missing(&fields, key, "it names a PEM file");
+                            None
+                        }
+                    });
+                    if let [Some(certificate), Some(key)] = files {
+                        tls.certificates.push((item.path.clone(), certificate, key));
+                    }
+                }
+            }
+            None => self.missing(&fields, "certificates", "write at least one, as { certificate: c.pem, key: k.pem }"),
+        }
+        if let Some(node) = fields.get("min_version") {
+            // Without quotes YAML takes a version for a number.
+            let text = match node.value {
+                Value::Number(number) => number.to_string(),
+                Value::String(text) => text.clone(),
+                _ => String::new(),
+            };
+            match text.as_str() {
+                "1.2" => {}
+                "1.3" => tls.only_1_3 = true,
+                _ => drop(self.refuse::<()>(&node, "1.2 or 1.3")),
+            }
+        }
+        if let Some(node) = fields.get("client")
+            && let Some(fields) = self.fields(&node, &["ca", "require"], &[])
+        {
+            match fields.get("ca") {
+                Some(node) => tls.client_ca = self.text(&node),
+                None => self.missing(&fields, "ca", "it names the authorities that clients' certificates come from"),
+            }
+            tls.require = fields.get("require").and_then(|node| self.flag(&node)).unwrap_or(true);
+        }
+        tls
     }
 
     fn sni(&mut self, node: &Node<'_>) -> FileSni {
