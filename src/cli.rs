@@ -284,7 +284,7 @@ pub fn check(flags: &Check) -> ExitCode {
             Ok(loaded) => {
                 if !loaded.ended.is_empty() {
                     good = false;
-                    loaded.ended.iter().for_each(|problem| eprintln!("{}", problem.with_file(file)));
+                    loaded.ended.iter().for_each(|(_, problem)| eprintln!("{}", problem.with_file(file)));
                     continue;
                 }
                 let unreadable = eyes.as_ref().map_or_else(Vec::new, |eyes| unreadable(&loaded, eyes));

@@ -515,7 +515,8 @@ pub struct Loaded {
     /// Keys that are right but change nothing where they stand.
     pub warnings: Vec<Problem>,
     /// Certificates that have ended: mistakes, but where there is nothing better to serve.
-    pub ended: Vec<Problem>,
+    /// Each with the digest of its file.
+    pub ended: Vec<(u128, Problem)>,
     /// Every file that was read, the main one first.
     pub files: Vec<PathBuf>,
     /// Every directory in which files were looked for.

@@ -46,16 +46,17 @@ impl Greeting {
     }
 }
 
-/// Reads what this listener has to know.
+/// Reads what this listener has to know. `client` is who connected, and becomes the one that a PROXY header names.
 ///
 /// # Errors
 /// How the connection ends.
 pub async fn read(
     stream: &TcpStream,
-    peer: SocketAddr,
+    client: &mut SocketAddr,
     listener: &Listener,
     deadline: Instant,
 ) -> Result<Greeting, End> {
+    let peer = *client;
     let mut greeting = Greeting::unread(peer);
     let mut expects_header = listener.expects_header(peer.ip());
     if !expects_header && matches!(listener.face, Face::Tcp(_)) {
@@ -70,6 +71,7 @@ pub async fn read(
                 Verdict::Wrong(why) => return Err(refuse(listener, peer, why)),
                 Verdict::Done(header) => {
                     take_header(&mut greeting, header);
+                    *client = greeting.client;
                     expects_header = false;
                     // From here on the client counts, and not the balancer before us.
                     held = Held { prefix: witness::prefix(greeting.client.ip()), bytes: 0 };
@@ -92,6 +94,9 @@ pub async fn read(
                 }
             }
         }
+        if !held.grow(greeting.bytes.capacity() + hello.memory()) {
+            return Err(refuse(listener, peer, "its network holds too many unfinished beginnings"));
+        }
         // What follows the header is the handshake's, where TLS ends here.
         let most = if listener.tls.is_some() { sniff::header_lacks(&greeting.bytes) } else { PART };
         match timeout_at(deadline, more(stream, &mut greeting.bytes, most)).await {
@@ -99,9 +104,6 @@ pub async fn read(
             Ok(Ok(0)) => return Err(End::ClientGone),
             Ok(Ok(_)) => {}
             Ok(Err(_)) => return Err(End::ClientReset),
-        }
-        if !held.grow(greeting.bytes.capacity()) {
-            return Err(refuse(listener, peer, "its network holds too many unfinished beginnings"));
         }
     }
 }

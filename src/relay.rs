@@ -129,6 +129,7 @@ pub async fn relay(
     timer.as_mut().reset(begin + every);
     let mut first_poll = true;
     let mut server_reset = false;
+    let mut cut = false;
 
     let end = poll_fn(|context| {
         if !registered {
@@ -142,7 +143,10 @@ pub async fn relay(
             match up.poll(context, client, server, host, down.done && server.plain().is_some()) {
                 Poll::Ready(Ok(())) => up.done = true,
                 // Many clients of TLS leave without a word once they have their answer.
-                Poll::Ready(Err(Broken::Source)) if down.done && client.plain().is_none() => up.done = true,
+                Poll::Ready(Err(Broken::Source)) if down.done && client.plain().is_none() => {
+                    // But whether it had said all is not known, so the backend is not told so.
+                    (up.done, cut) = (true, true);
+                }
                 Poll::Ready(Err(Broken::Source)) => {
                     carried.client_left_first = !down.done;
                     return Poll::Ready(End::ClientReset);
@@ -229,7 +233,7 @@ pub async fn relay(
     })
     .await;
     (carried.up, carried.down) = (up.moved - ours, down.moved);
-    carried.cut = up.held() + down.held() > 0;
+    carried.cut = cut || up.held() + down.held() > 0 || up.unflushed || down.unflushed;
     end
 }
 
@@ -254,7 +258,9 @@ impl Direction {
             ready!(self.poll_pipe(context, sink, host)).map_err(|error| Broken::Sink(error.kind()))?;
             if self.unflushed {
                 // TLS holds what the socket did not take; without it this is nothing.
-                ready!(Pin::new(&mut *sink).poll_flush(context)).map_err(|error| Broken::Sink(error.kind()))?;
+                let flushed = Pin::new(&mut *sink).poll_flush(context);
+                self.cautious |= flushed.is_pending();
+                ready!(flushed).map_err(|error| Broken::Sink(error.kind()))?;
                 self.unflushed = false;
             }
             self.waits = false;
@@ -264,7 +270,9 @@ impl Direction {
                     return Poll::Ready(Ok(()));
                 }
                 // An error here means that the sink is gone; whoever reads from it will see that.
+                self.waits = true;
                 let _ = ready!(Pin::new(&mut *sink).poll_shutdown(context));
+                self.waits = false;
                 return Poll::Ready(Ok(()));
             }
             let piped = source.plain().is_some() && sink.plain().is_some();

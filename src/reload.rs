@@ -70,13 +70,19 @@ pub fn prepare(
         refused.problems.iter().map(|problem| problem.with_file(&origin.file)).collect::<Vec<_>>()
     })?;
     let mut warnings: Vec<String> = loaded.warnings.iter().map(|problem| problem.with_file(&origin.file)).collect();
-    let ended = loaded.ended.iter().map(|problem| problem.with_file(&origin.file));
-    // A certificate that has ended is no reason to give up one that has not; at the start there is none, and a door that
-    // some clients refuse is better than none.
-    if previous.is_some() && !loaded.ended.is_empty() {
-        return Err(ended.collect());
+    // One that has ended is no reason to give up one that has not. But where it is served already, or nothing is, a door
+    // that some clients refuse is better than none, and no other change must wait for it.
+    let served = |digest: &u128| {
+        let listeners = previous.iter().flat_map(|table| &table.config.listeners);
+        let mut pairs = listeners.filter_map(|listener| listener.tls.as_ref()).flat_map(|tls| &tls.certificates);
+        pairs.any(|pair| pair.certificate.digest == *digest)
+    };
+    let (old, new): (Vec<_>, Vec<_>) =
+        loaded.ended.iter().partition(|(digest, _)| previous.is_none() || served(digest));
+    if !new.is_empty() {
+        return Err(new.iter().map(|(_, problem)| problem.with_file(&origin.file)).collect());
     }
-    warnings.extend(ended);
+    warnings.extend(old.iter().map(|(_, problem)| problem.with_file(&origin.file)));
     let config = Arc::new(loaded.config);
     let listening = config.listeners.iter().map(|listener| listener.bind.len()).sum::<usize>() * workers;
     let backends = config.pools.iter().filter(|pool| pool.probe.is_some());

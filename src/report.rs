@@ -512,8 +512,10 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
     served.sort_by(|a, b| a.name.cmp(&b.name));
     served.dedup_by(|a, b| a.name == b.name);
     for listener in served {
-        for identity in listener.tls.iter().flat_map(|tls| &tls.identities) {
-            let labels = [("listener", &*listener.name), ("name", identity.names.first().map_or("", String::as_str))];
+        for (number, identity) in listener.tls.iter().flat_map(|tls| &tls.identities).enumerate() {
+            let name = identity.names.first().map_or("", String::as_str);
+            let number = number.to_string();
+            let labels = [("listener", &*listener.name), ("certificate", &*number), ("name", name)];
             t.sample("sailover_certificate_expiry_timestamp_seconds", &labels, identity.valid.1);
         }
     }

@@ -81,6 +81,11 @@ impl HelloReader {
         }
     }
 
+    /// Bytes that it holds.
+    pub fn memory(&self) -> usize {
+        self.message.capacity()
+    }
+
     fn wait(&self, stream: &[u8]) -> Verdict<Option<String>> {
         // What will never be a handshake is told at its first byte.
         match stream.get(self.taken) {

@@ -35,8 +35,8 @@ pub struct Table {
     pub config: Arc<Config>,
     /// Hash of the file.
     pub hash: String,
-    /// Makes the tickets of all its listeners; taken over from table to table.
-    pub tickets: Arc<dyn ProducesTickets>,
+    /// Makers of tickets; taken over from table to table.
+    pub tickets: Tickets,
 }
 
 /// What a listener does with a connection.
@@ -64,6 +64,10 @@ pub struct Listener {
     /// What survives it.
     pub shared: Arc<ListenerShared>,
 }
+
+/// Who makes the tickets of a listener: one maker for each name and what is asked of its clients. A ticket spares its bearer
+/// the question for a certificate, so it must not open a door that asks for more than the one it came from.
+pub type Tickets = HashMap<(String, Option<(u128, bool)>), Arc<dyn ProducesTickets>>;
 
 /// TLS of a listener.
 #[derive(Debug)]
@@ -226,6 +230,8 @@ impl End {
 pub struct ListenerShared {
     /// Connections now.
     pub connections: Arc<Gauge>,
+    /// Connections whose first bytes or handshake are awaited.
+    pub beginnings: Arc<Gauge>,
     /// Connections by end.
     pub ends: [Counter; End::ALL.len()],
     /// Bytes from clients, and to clients.
@@ -290,10 +296,7 @@ pub fn build(
     process_limit: u32,
     now: Time,
 ) -> Result<(Table, Difference), Vec<String>> {
-    let tickets = match previous {
-        Some(table) => table.tickets.clone(),
-        None => tls::tickets().map_err(|error| vec![error])?,
-    };
+    let mut tickets = Tickets::new();
     let mut errors = Vec::new();
     let mut pools = Vec::with_capacity(config.pools.len());
     for wanted in &config.pools {
@@ -319,11 +322,13 @@ pub fn build(
             name: wanted.name.as_str().into(),
             face,
             proxy_from: wanted.proxy_from.clone(),
-            tls: wanted.tls.as_ref().and_then(|tls| match listener_tls(tls, &tickets) {
-                Ok(tls) => Some(tls),
-                Err(error) => {
-                    errors.push(format!("listener {}: {error}", wanted.name));
-                    None
+            tls: wanted.tls.as_ref().and_then(|tls| {
+                match listener_tls(wanted, tls, previous.map(|table| &table.tickets), &mut tickets) {
+                    Ok(tls) => Some(tls),
+                    Err(error) => {
+                        errors.push(format!("listener {}: {error}", wanted.name));
+                        None
+                    }
                 }
             }),
             handshake: wanted.handshake,
@@ -344,14 +349,26 @@ pub fn build(
     Ok((Table { generation, pools, listeners, config, hash, tickets }, difference))
 }
 
-fn listener_tls(wanted: &config::ListenerTls, tickets: &Arc<dyn ProducesTickets>) -> Result<ListenerTls, String> {
+fn listener_tls(
+    listener: &config::Listener,
+    wanted: &config::ListenerTls,
+    before: Option<&Tickets>,
+    tickets: &mut Tickets,
+) -> Result<ListenerTls, String> {
+    let asked = wanted.client.as_ref().map(|client| (client.ca.digest, client.require));
+    let key = (listener.name.clone(), asked);
+    let maker = match before.and_then(|before| before.get(&key)) {
+        Some(maker) => maker.clone(),
+        None => tls::tickets()?,
+    };
+    tickets.insert(key, maker.clone());
     let read = |pair: &config::Pair| {
         let identity = tls::identity(&pair.certificate.bytes, &pair.key.bytes);
         identity.map_err(|(_, error)| format!("{} {error}", pair.certificate.file))
     };
     let identities = wanted.certificates.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let client = wanted.client.as_ref().map(|client| (&*client.ca.bytes, client.require));
-    let terms = tls::Terms { only_1_3: wanted.only_1_3, client, tickets: tickets.clone() };
+    let terms = tls::Terms { only_1_3: wanted.only_1_3, client, tickets: maker };
     Ok(ListenerTls { server: tls::server(&identities, &terms)?, identities })
 }
 

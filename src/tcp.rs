@@ -12,6 +12,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -60,7 +61,7 @@ pub async fn serve(
     let shared = listener.shared.clone();
     let mut record = AccessRecord::new(listener.name.clone(), peer);
 
-    let (end, client) = match choose(client, peer, &listener, &mut record).await {
+    let (end, client) = match choose(client, &listener, &host, &mut record).await {
         Ok(Chosen { mut client, pool, greeting }) => {
             let end = if let Some(_place) = pool.shared.connections.take(pool.policy.max_connections) {
                 let idle = listener.idle(&pool);
@@ -97,37 +98,42 @@ struct Chosen {
 /// where TLS ends here. A connection that ends before gives back what is left of it.
 async fn choose(
     client: TcpStream,
-    peer: SocketAddr,
     listener: &Listener,
+    host: &Host,
     record: &mut AccessRecord,
 ) -> Result<Chosen, (End, Option<TcpStream>)> {
     if let (Face::Tcp(pool), true, None) = (&listener.face, listener.proxy_from.is_empty(), &listener.tls) {
         record.pool = Some(pool.name.clone());
         return Ok(Chosen { client: Stream::Plain(client), pool: pool.clone(), greeting: None });
     }
+    // Those who have not begun yet, and may never, leave room for the others, of this listener and of all.
+    let half = (host.max_connections.load(Relaxed).min(listener.max_connections) / 2).max(1);
+    let Some(_beginning) = listener.shared.beginnings.take(half) else { return Err((End::Cap, Some(client))) };
     // Boxed, because every session keeps the room that its beginning took.
-    Box::pin(choose_by_first_bytes(client, peer, listener, record)).await
+    Box::pin(choose_by_first_bytes(client, listener, record)).await
 }
 
 async fn choose_by_first_bytes(
     client: TcpStream,
-    peer: SocketAddr,
     listener: &Listener,
     record: &mut AccessRecord,
 ) -> Result<Chosen, (End, Option<TcpStream>)> {
     let deadline = Instant::now() + listener.handshake;
-    let mut greeting = match hello::read(&client, peer, listener, deadline).await {
+    let mut greeting = match hello::read(&client, &mut record.client, listener, deadline).await {
         Ok(greeting) => greeting,
         Err(end) => return Err((end, Some(client))),
     };
-    record.client = greeting.client;
     let client = match &listener.tls {
         None => Stream::Plain(client),
         Some(tls) => {
             let accepted = timeout_at(deadline, TlsAcceptor::from(tls.server.clone()).accept(client)).await;
             let stream = accepted.map_err(|_| (End::Handshake, None))?.map_err(|error| {
                 tracing::debug!(listener = &*listener.name, client = %greeting.client, %error, "TLS handshake failed");
-                (End::Tls, None)
+                match error.kind() {
+                    io::ErrorKind::UnexpectedEof => (End::ClientGone, None),
+                    io::ErrorKind::ConnectionReset => (End::ClientReset, None),
+                    _ => (End::Tls, None),
+                }
             })?;
             greeting.name = stream.get_ref().1.server_name().map(str::to_ascii_lowercase);
             Stream::Tls(Box::new(stream.into()))
@@ -171,6 +177,8 @@ async fn connect_and_relay(
     began: Time,
 ) -> End {
     let peer = record.client;
+    // What the client took for its own beginning is no time of a backend's.
+    let dialling = if greeting.is_some() { clock::now() } else { began };
     let mut timer = std::pin::pin!(tokio::time::sleep(pool.policy.connect_timeout));
     let pin = match pool.policy.affinity {
         Affinity::None => None,
@@ -179,9 +187,18 @@ async fn connect_and_relay(
     };
     let mut story = Story::default();
     let mut rng = RNG.with(|rng| rng.borrow_mut().fork());
-    let dialled =
-        dial::dial(&Kernel, host, &pool, pin, &Waiting(client.socket()), timer.as_mut(), &mut rng, &mut story, began)
-            .await;
+    let dialled = dial::dial(
+        &Kernel,
+        host,
+        &pool,
+        pin,
+        &Waiting(client.socket()),
+        timer.as_mut(),
+        &mut rng,
+        &mut story,
+        dialling,
+    )
+    .await;
     record.attempts = story.attempts;
     record.raced = story.raced;
     record.failures = story.failures;

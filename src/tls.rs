@@ -160,17 +160,23 @@ fn names(certificate: &x509_parser::certificate::X509Certificate<'_>) -> Vec<Str
     names.collect()
 }
 
+/// Whether a PEM file holds an authority that can be used.
+pub fn has_authority(pem: &[u8]) -> bool {
+    RootCertStore::empty().add_parsable_certificates(CertificateDer::pem_slice_iter(pem).flatten()).0 > 0
+}
+
 /// What a listener serves, besides its identities.
 pub struct Terms<'a> {
     /// Whether TLS 1.2 is refused.
     pub only_1_3: bool,
     /// PEM of the authorities that clients' certificates must come from, and whether a client must have one.
     pub client: Option<(&'a [u8], bool)>,
-    /// Encrypts tickets; the same for all listeners and generations, so that a reload ends nobody's resumption.
+    /// Encrypts tickets; the same for all generations that ask the same of their clients, so that a reload ends nobody's
+    /// resumption. Whoever shares one shares its clients' certificates.
     pub tickets: Arc<dyn ProducesTickets>,
 }
 
-/// Makes tickets for the whole process: keys of its own, renewed every six hours.
+/// A maker of tickets with keys of its own, renewed every six hours.
 ///
 /// # Errors
 /// A sentence, when the system has no randomness.
@@ -208,22 +214,22 @@ pub fn server(identities: &[Identity], terms: &Terms<'_>) -> Result<Arc<ServerCo
 /// Finds the identity for a server name: exactly, then by a wildcard for its first label, then the first of all.
 #[derive(Debug)]
 struct ByName {
-    exact: HashMap<String, Arc<CertifiedKey>>,
-    wildcards: HashMap<String, Arc<CertifiedKey>>,
-    first: Arc<CertifiedKey>,
+    exact: HashMap<String, Vec<Arc<CertifiedKey>>>,
+    wildcards: HashMap<String, Vec<Arc<CertifiedKey>>>,
+    first: Vec<Arc<CertifiedKey>>,
 }
 
 impl ByName {
     fn new(identities: &[Identity]) -> Option<ByName> {
         let mut found =
-            ByName { exact: HashMap::new(), wildcards: HashMap::new(), first: identities.first()?.key.clone() };
+            ByName { exact: HashMap::new(), wildcards: HashMap::new(), first: vec![identities.first()?.key.clone()] };
         for identity in identities {
             for name in &identity.names {
-                // The earlier one in the file keeps a name.
-                match name.strip_prefix("*.") {
-                    Some(rest) => found.wildcards.entry(rest.to_owned()).or_insert_with(|| identity.key.clone()),
-                    None => found.exact.entry(name.clone()).or_insert_with(|| identity.key.clone()),
+                let list = match name.strip_prefix("*.") {
+                    Some(rest) => found.wildcards.entry(rest.to_owned()).or_default(),
+                    None => found.exact.entry(name.clone()).or_default(),
                 };
+                list.push(identity.key.clone());
             }
         }
         Some(found)
@@ -232,12 +238,15 @@ impl ByName {
 
 impl ResolvesServerCert for ByName {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let name = hello.server_name().map(str::to_ascii_lowercase);
+        let name = hello.server_name().map(|name| name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase());
         let named = name.as_deref().and_then(|name| {
             let of_wildcard = || name.split_once('.').and_then(|(_, rest)| self.wildcards.get(rest));
             self.exact.get(name).or_else(of_wildcard)
         });
-        Some(named.unwrap_or(&self.first).clone())
+        // A name may have a certificate for each kind of key; the client says which it understands.
+        let list = named.unwrap_or(&self.first);
+        let understood = |key: &&Arc<CertifiedKey>| key.key.choose_scheme(hello.signature_schemes()).is_some();
+        list.iter().find(understood).or(list.first()).cloned()
     }
 }
 

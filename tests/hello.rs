@@ -157,6 +157,41 @@ fn a_slow_hello_ends_at_its_deadline() {
     }
 }
 
+/// What a client takes for its own beginning is no time of a backend's.
+#[test]
+fn a_slow_beginning_leaves_the_dialling_its_time() {
+    let backend = Backend::start("a");
+    backend.set(Mode::Echo);
+    let proxy = Proxy::start(&format!(
+        "pools: {{ p: {{ cells: {{ c: [ {} ] }}, connect: {{ timeout: 100ms }} }} }}\n\
+         listeners: [ {{ name: l, bind: 127.0.0.1:0, sni: {{ routes: {{ shop.example: p }} }} }} ]\n\
+         log: {{ access: stdout }}\n",
+        backend.address
+    ));
+    let hello = client_hello("shop.example", true);
+    let mut stream = TcpStream::connect(proxy.address_cached()).unwrap();
+    stream.write_all(&hello[..600]).unwrap();
+    // A reader that waits on purpose: longer than a dial may take.
+    stream.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
+    assert!(stream.read(&mut [0; 1]).is_err());
+    stream.write_all(&hello[600..]).unwrap();
+    crate::support::backend::finish(&stream);
+    assert_eq!(read_all(&mut stream).unwrap(), hello);
+    proxy.wait_log("\"attempts\":1,\"raced\":false");
+}
+
+/// Unfinished beginnings take half of a listener's places, and no more.
+#[test]
+fn unfinished_beginnings_leave_room_for_others() {
+    let backend = Backend::start("a");
+    let proxy = sni(&[("p", backend.address)], "sni: { routes: { shop.example: p } }, limits: { max_connections: 8 }");
+    let held: Vec<TcpStream> = (0..7).map(|_| TcpStream::connect(proxy.address_cached()).unwrap()).collect();
+    crate::support::eventually("those beyond the half are refused", Duration::from_secs(5), || {
+        (proxy.metric("sailover_connections_total", &["end=\"cap\""]) == 3.0).then_some(())
+    });
+    drop(held);
+}
+
 #[test]
 fn the_beginnings_of_one_network_have_a_bound_on_memory() {
     let backend = Backend::start("a");
@@ -230,7 +265,7 @@ fn a_proxy_header_names_the_client_where_it_is_believed() {
 
 #[test]
 fn a_backend_is_told_who_its_client_is() {
-    let (address, received) = recorder(27 + 16);
+    let (address, received) = recorder(1 << 16);
     let within = Duration::from_secs(5);
     let start = |pool: &str, listener: &str| {
         let text = yaml(&[address], &format!("probe: off\n    {pool}"), "");

@@ -221,6 +221,10 @@ fn bad_pairs_are_told_apart_and_leave_the_old_one_serving() {
     let proxy = start(&backend, &format!("certificates: [ {ended} ]"), "");
     proxy.wait_log("is valid from ");
     assert!(connect(&config, &proxy, "shop.example").is_err());
+    // And no other change must wait for it.
+    proxy.write(&yaml(&backend, &format!("certificates: [ {ended} ]"), "deny: [ 192.0.2.1 ]"));
+    let output = proxy.command(&["reload"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -312,6 +316,47 @@ fn versions_and_certificates_of_clients_are_asked_for() {
             "{require}"
         );
     }
+}
+
+/// A ticket spares its bearer the question for a certificate, so it opens no door that asks for more.
+#[test]
+fn a_ticket_of_one_listener_or_of_before_does_not_stand_for_a_certificate() {
+    let (directory, authority, backend) = (Directory::new(), Authority::new(), echo());
+    let pair = authority.write(&directory.0, "c", &["shop.example"], 30);
+    std::fs::write(directory.0.join("ca.pem"), &authority.pem).unwrap();
+    let client = format!(", client: {{ ca: {}/ca.pem }}", directory.0.display());
+    let listener = |name: &str, ip: &str, client: &str| {
+        format!("  - {{ name: {name}, bind: {ip}:0, tcp: p, tls: {{ certificates: [ {pair} ]{client} }} }}\n")
+    };
+    let pools = format!("pools: {{ p: {{ cells: {{ c: [ {} ] }} }} }}\nlisteners:\n", backend.address);
+    let proxy =
+        Proxy::start(&(pools.clone() + &listener("open", "127.0.0.1", "") + &listener("closed", "127.0.0.2", &client)));
+    let config = authority.client(|_| {});
+    let at = |ip: &str| -> std::net::SocketAddr {
+        let status = proxy.status();
+        let listeners = status["listeners"].as_array().unwrap().clone();
+        let found = listeners.iter().find(|l| l["address"].as_str().unwrap().starts_with(ip)).unwrap();
+        found["address"].as_str().unwrap().parse().unwrap()
+    };
+    let served = |ip: &str| {
+        let mut socket = TcpStream::connect(at(ip)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let name = ServerName::try_from("shop.example").unwrap();
+        let mut connection = ClientConnection::new(config.clone(), name).unwrap();
+        while connection.is_handshaking() {
+            if connection.complete_io(&mut socket).is_err() {
+                return false;
+            }
+        }
+        exchange(Tls::new(connection, socket), b"x").is_ok_and(|answer| answer == b"x")
+    };
+    assert!(served("127.0.0.1:") && served("127.0.0.1:"), "the door without a lock, and its ticket");
+    assert!(!served("127.0.0.2:"), "the ticket of another door");
+    assert!(served("127.0.0.1:"));
+    // The same door, once it asks.
+    proxy.write(&(pools + &listener("open", "127.0.0.1", &client) + &listener("closed", "127.0.0.2", &client)));
+    assert!(proxy.command(&["reload"]).status.success());
+    assert!(!served("127.0.0.1:"), "the ticket of before");
 }
 
 #[test]

@@ -24,7 +24,7 @@ pub(super) fn resolve(
     file: File,
     sources: &mut Sources,
     problems: &mut Vec<Problem>,
-    ended: &mut Vec<Problem>,
+    ended: &mut Vec<(u128, Problem)>,
 ) -> Config {
     let known_cells =
         file.cells.as_ref().map(|cells| cells.iter().map(|(name, _)| name.clone()).collect::<HashSet<_>>());
@@ -149,7 +149,7 @@ fn resolve_tls(
     source: usize,
     sources: &mut Sources,
     problems: &mut Vec<Problem>,
-    ended: &mut Vec<Problem>,
+    ended: &mut Vec<(u128, Problem)>,
 ) -> ListenerTls {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
     let mut certificates = Vec::new();
@@ -171,7 +171,7 @@ fn resolve_tls(
                         humantime::format_rfc3339_seconds(at).to_string()
                     };
                     let message = format!("{} is valid from {} to {} only", certificate.file, day(begins), day(ends));
-                    ended.push(sources.problem(source, &format!("{at}.certificate"), message));
+                    ended.push((certificate.digest, sources.problem(source, &format!("{at}.certificate"), message)));
                 }
                 certificates.push(Pair { certificate, key });
             }
@@ -185,11 +185,9 @@ fn resolve_tls(
         }
     }
     let client = tls.client_ca.and_then(|ca| match sources.read_pem(source, &ca) {
-        Ok(pem) if CertificateDer::pem_slice_iter(&pem.bytes).flatten().next().is_some() => {
-            Some(ClientCertificates { ca: pem, require: tls.require })
-        }
+        Ok(pem) if tls::has_authority(&pem.bytes) => Some(ClientCertificates { ca: pem, require: tls.require }),
         Ok(pem) => {
-            let message = format!("{} holds no certificate in PEM form", pem.file);
+            let message = format!("{} holds no certificate that can be used, in PEM form", pem.file);
             problems.push(sources.problem(source, &format!("{path}.client.ca"), message));
             None
         }
@@ -274,7 +272,8 @@ fn resolve_pool(
             fall: probe.fall.unwrap_or(2) as u32,
             rise: probe.rise.unwrap_or(2) as u32,
             port: probe.port.map(|port| port as u16),
-            send_proxy: pool.send_proxy,
+            // Another port is another service, which expects no header.
+            send_proxy: pool.send_proxy.filter(|_| probe.port.is_none()),
         }
     });
 

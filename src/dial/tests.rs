@@ -104,7 +104,7 @@ impl Rig {
             listeners: HashMap::new(),
             config: Arc::new(config.config),
             hash: String::new(),
-            tickets: crate::tls::tickets().expect("randomness"),
+            tickets: HashMap::new(),
         };
         let host = Host::new(Arc::new(table), 1, AccessLog::off());
         host.max_extra.store(100, Relaxed);
