@@ -23,6 +23,14 @@ fn two(pool: &str) -> ([Backend; 2], Proxy) {
     (backends, proxy)
 }
 
+/// The user that runs the tests: number and name.
+fn me() -> (u32, String) {
+    let uid = std::os::unix::fs::MetadataExt::uid(&std::fs::metadata("/proc/self").unwrap());
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let mine = passwd.lines().find(|line| line.split(':').nth(2) == Some(&uid.to_string()));
+    (uid, mine.map_or(format!("user {uid}"), |line| line.split(':').next().unwrap().to_owned()))
+}
+
 fn done(proxy: &Proxy, arguments: &[&str]) -> String {
     let output = proxy.command(arguments);
     assert!(output.status.success(), "{arguments:?}: {}", text(&output));
@@ -122,10 +130,11 @@ fn a_drain_says_who_when_and_why_and_an_undrain_ends_it() {
     );
     let shown = done(&proxy, &["status"]);
     let line = shown.lines().find(|line| line.starts_with('*')).unwrap();
-    for part in ["drained c0 in pool p", "by root", "ago, ends in 1h59m", ": new racks"] {
+    let by = format!("by {}", me().1);
+    for part in ["drained c0 in pool p", &by, "ago, ends in 1h59m", ": new racks"] {
         assert!(line.contains(part), "{part} in {line}");
     }
-    proxy.wait_log("\"by_uid\":0");
+    proxy.wait_log(&format!("\"by_uid\":{}", me().0));
     proxy.wait_log("\"reason\":\"new racks\"");
     assert!(shown.lines().any(|line| line.starts_with("c0") && line.ends_with("drained")), "{shown}");
     assert!(refused(&proxy, &["drain", "c1"], 1).contains("--force"));
@@ -173,7 +182,7 @@ fn a_drain_under_load_costs_nobody_and_survives_a_kill() {
     drop(proxy);
     let proxy = start();
     assert!((0..40).all(|_| get(proxy.address_cached()).unwrap() == "b"));
-    assert!(done(&proxy, &["status"]).contains("* drained c0, by root"));
+    assert!(done(&proxy, &["status"]).contains(&format!("* drained c0, by {}", me().1)));
 }
 
 #[test]
@@ -182,7 +191,7 @@ fn a_weight_moves_the_share_and_ends_by_itself() {
     let share = |proxy: &Proxy| proxy.status()["pools"][0]["cells"][0]["share"]["now"].as_f64().unwrap();
     assert!(done(&proxy, &["weight", "p/c0", "25", "--reason", "small"]).contains("25 % of its configured weight"));
     assert_eq!(share(&proxy), 0.2);
-    assert!(done(&proxy, &["status"]).contains("* p/c0 has 25% of its weight, by root"));
+    assert!(done(&proxy, &["status"]).contains(&format!("* p/c0 has 25% of its weight, by {}", me().1)));
     done(&proxy, &["weight", "p/c0", "0"]);
     assert_eq!(share(&proxy), 0.0);
     assert!((0..40).all(|_| get(proxy.address_cached()).unwrap() == "b"));
