@@ -205,7 +205,8 @@ pub fn proxied(stream: &[u8]) -> Verdict<Proxied> {
             _ => Verdict::Wrong("no PROXY header"),
         };
     };
-    match version_1(&line[..end]) {
+    // A line feed before the line's end would end the line for another reader.
+    match version_1(&line[..end]).filter(|_| !line[..end].contains(&b'\n')) {
         Some(addresses) => Verdict::Done(Proxied { length: end + 2, addresses, tlvs: Vec::new() }),
         None => Verdict::Wrong("a malformed PROXY header"),
     }
@@ -510,6 +511,7 @@ mod tests {
             "PROXY TCP6 192.0.2.1 198.51.100.2 5000 443\r\n",
             "PROXY TCP4 192.0.2.1 198.51.100.2 5000 443 \r\n",
             "PROXY UNKNOWNX\r\n",
+            "PROXY UNKNOWN a\nb\r\n",
             "PROXY UDP4 192.0.2.1 198.51.100.2 5000 443\r\n",
             "proxy TCP4 192.0.2.1 198.51.100.2 5000 443\r\n",
             "PROXY TCP4 192.0.2.1 198.51.100.2 5000 443\n",
