@@ -316,8 +316,16 @@ impl Admin {
                 let order = Order::Sessions { filter: Arc::new(order.filter), kick, most, by, reply };
                 self.orders.send(order).await.map_err(|_| stopping())?;
                 let mut found = Sessions::default();
-                // The channel ends when the last worker has answered.
-                while let Some(part) = timeout(PATIENCE, answers.recv()).await.unwrap_or_default() {
+                // The channel ends when the last worker has answered; a part is no answer.
+                loop {
+                    let part = match timeout(PATIENCE, answers.recv()).await {
+                        Ok(Some(part)) => part,
+                        Ok(None) => break,
+                        Err(_) => {
+                            let text = "a worker does not answer; `sailover status` shows which does not beat\n";
+                            return Err(plain(StatusCode::SERVICE_UNAVAILABLE, text));
+                        }
+                    };
                     found.rows.extend(part.rows);
                     found.count += part.count;
                 }

@@ -134,13 +134,17 @@ async fn play(show: Show) -> Result<usize, String> {
             print(&chart.draw(show, begin.elapsed().min(show.length), &ledger.borrow().entries));
         }
     };
-    tokio::select! {
-        () = director => {}
-        () = drawing => {}
+    let ended = tokio::select! {
+        () = director => None,
+        () = drawing => None,
         // An interrupt stops the proxy too, which knows the signals.
-        _ = &mut stage.ended => {}
-    }
+        ended = &mut stage.ended => Some(ended.unwrap_or_else(|_| Err("the proxy's thread ended".into()))),
+    };
     client.abort();
+    if let Some(Err(text)) = ended {
+        print(&chart.close());
+        return Err(text);
+    }
     let played = begin.elapsed().min(show.length);
     if played < show.length {
         // What an interrupt cut off failed nobody's expectations.
@@ -312,7 +316,7 @@ async fn answer(name: char, mut stream: TcpStream) {
 /// The proxy in this process, with its files; they are removed with it.
 struct Stage {
     directory: PathBuf,
-    ended: oneshot::Receiver<String>,
+    ended: oneshot::Receiver<Result<(), String>>,
 }
 
 impl Stage {
@@ -332,7 +336,7 @@ impl Stage {
             .name("proxy".into())
             .spawn(move || {
                 let ended = server::run(file, crate::config::DEFAULT_MAX_BYTES);
-                let _ = tell.send(format!("the proxy ended: {ended:?}"));
+                let _ = tell.send(ended.map_err(|fatal| format!("the proxy ended: {fatal:?}")));
             })
             .map_err(|error| format!("thread: {error}"))?;
         Ok(stage)
@@ -346,8 +350,8 @@ impl Stage {
     async fn ready(&mut self, cells: usize) -> Result<Vec<SocketAddr>, String> {
         let deadline = Instant::now() + START;
         loop {
-            if let Ok(text) = self.ended.try_recv() {
-                return Err(text);
+            if let Ok(ended) = self.ended.try_recv() {
+                return Err(ended.err().unwrap_or_else(|| "the proxy was stopped before it was ready".into()));
             }
             let answer = admin::ask(&self.socket(), Method::GET, "/status", Vec::new()).await;
             let status: Value =

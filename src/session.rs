@@ -318,9 +318,11 @@ pub fn kick(filter: &Filter, worker: usize) -> usize {
         let mut marked = 0;
         for (key, entry) in sessions.iter_mut() {
             if entry.ended.is_none() && filter.covers(entry, numbers.as_ref()) {
-                entry.kicked = true;
                 marked += 1;
-                DOOMED.with(|doomed| doomed.borrow_mut().push_back(key));
+                // Asked twice, it still waits once.
+                if !std::mem::replace(&mut entry.kicked, true) {
+                    DOOMED.with(|doomed| doomed.borrow_mut().push_back(key));
+                }
             }
         }
         marked
