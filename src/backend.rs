@@ -5,7 +5,7 @@
 //! takes the backend's own short mutex and runs `health::step` on the thread that saw it.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +16,8 @@ use crate::estimate::Estimate;
 use crate::health::{self, Depth, Evidence, Health, Policy, Seen, Source, State, Transition};
 use crate::limits::{Budget, Gauge, Window};
 use crate::metrics::{Counter, DETECT_BOUNDS, Histogram};
+use crate::ratio::Ratio;
+use crate::silence::Silence;
 use crate::witness::{Answered, Failing};
 
 /// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
@@ -162,6 +164,14 @@ pub struct Backend {
     pub first_byte: Estimate,
     /// Clients that it answered.
     pub answered: Answered,
+    /// Requests that wait for their first byte.
+    pub silence: Silence,
+    /// Rises when its connections are no longer to be trusted: then nobody takes an idle one again.
+    pub retired: AtomicU32,
+    /// Answers without an error that `ratio` does not know of yet, and whether it must know at once.
+    good: AtomicU64,
+    watched: AtomicBool,
+    ratio: Mutex<Ratio>,
     /// Wakes its prober, when it has one.
     pub prober: Mutex<Option<Arc<Notify>>>,
     /// When it is probed next, in milliseconds since the process began; 0: never.
@@ -202,6 +212,11 @@ impl Backend {
             handshake: Estimate::default(),
             first_byte: Estimate::default(),
             answered: Answered::default(),
+            silence: Silence::default(),
+            retired: AtomicU32::new(0),
+            good: AtomicU64::new(0),
+            watched: AtomicBool::new(false),
+            ratio: Mutex::default(),
             prober: Mutex::default(),
             next_probe_ms: AtomicU64::new(0),
             certificate_expiry: AtomicI64::new(0),
@@ -266,6 +281,51 @@ impl Backend {
         if view.state != State::Up || view.open_run == Some(Depth::FirstByte) {
             self.success(policy, Source::Traffic, Depth::FirstByte, began, now);
         }
+    }
+
+    /// The first byte of an answer to a request, after `took`, and whether the answer is an error.
+    pub fn replied(&self, policy: &Policy, prefix: u32, took: Duration, error: bool, began: Time, now: Time) {
+        self.silence.heard();
+        if !error {
+            self.first_byte.record(took);
+            self.answered.note(prefix, now);
+            self.shared.failing.answered(prefix, self.id);
+            if self.watched.load(Relaxed) {
+                let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
+                ratio.good(self.good.swap(0, Relaxed) + 1);
+                self.watched.store(ratio.open(), Relaxed);
+            } else {
+                self.good.fetch_add(1, Relaxed);
+            }
+            let view = self.view();
+            if view.state != State::Up || view.open_run.is_some() {
+                self.success(policy, Source::Traffic, Depth::Answer, began, now);
+            }
+            return;
+        }
+        let blame = self.shared.failing.failed(prefix, self.id, &self.answered, now);
+        // Nobody but this prefix may ever have asked it: then there is no past, and no others.
+        let blame = blame.unwrap_or(health::Blame { prefix, others: true, elsewhere: 0.0 });
+        let doubted = matches!(self.view().state, State::Suspect | State::Down);
+        let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
+        ratio.good(self.good.swap(0, Relaxed));
+        let alarm = if doubted {
+            ratio.known();
+            true
+        } else {
+            ratio.bad(blame)
+        };
+        self.watched.store(ratio.open(), Relaxed);
+        drop(ratio);
+        if alarm {
+            let evidence = Evidence { source: Source::Traffic, depth: Depth::Answer, seen: Seen::Errors, began };
+            self.observe(policy, &evidence, now);
+        }
+    }
+
+    /// Whether clients of other prefixes than this were answered lately.
+    pub fn others_than(&self, prefix: u32, now: Time) -> bool {
+        self.answered.others(prefix, now)
     }
 
     /// A session that the backend ended before its first byte; `spoke` says whether client bytes came before.
@@ -362,6 +422,9 @@ impl Backend {
             self.shared.detect.record(detected);
         }
         self.shared.epoch.fetch_add(1, Relaxed);
+        if matches!(transition.to, State::Suspect | State::Down) {
+            self.retired.fetch_add(1, Relaxed);
+        }
         if matches!(transition.to, State::Suspect | State::Down | State::Returning) {
             let prober = self.prober.lock().unwrap_or_else(PoisonError::into_inner);
             prober.iter().for_each(|prober| prober.notify_one());

@@ -4,6 +4,7 @@
 //! resolves them together (`resolve`), and reports every problem at once, each with line and path. Nothing here needs the network to be judged.
 
 pub mod file;
+pub mod http;
 mod resolve;
 pub mod scan;
 pub mod sources;
@@ -70,6 +71,8 @@ pub struct Pool {
     pub probe: Option<Probe>,
     /// Dialling.
     pub connect: Connect,
+    /// The HTTP of its backends, for `http` listeners.
+    pub http: HttpVersion,
     /// Bounds on a running session.
     pub timeouts: Timeouts,
     /// Header that tells a backend who its client is.
@@ -126,7 +129,7 @@ pub enum Balance {
 }
 
 /// What pins a client to a cell and the backend in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Affinity {
     /// Nothing.
@@ -135,6 +138,22 @@ pub enum Affinity {
     ClientIp,
     /// The server name that the client asks for; on listeners that read it.
     Sni,
+    /// The value of a header, whose name is in lower case; on `http` listeners.
+    Header(String),
+    /// A cookie of ours that names the cell and the backend; on `http` listeners.
+    Cookie(http::Cookie),
+}
+
+/// The HTTP that a pool's backends speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HttpVersion {
+    /// Under TLS what ALPN says; HTTP/1.1 otherwise.
+    Auto,
+    /// HTTP/1.1.
+    One,
+    /// HTTP/2, without TLS from the first byte on.
+    Two,
 }
 
 /// An active check of every backend of a pool.
@@ -250,6 +269,9 @@ pub struct Connect {
 /// Bounds on a running session.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Timeouts {
+    /// From a whole HTTP request to the head of its answer.
+    #[serde(serialize_with = "as_text")]
+    pub request: Duration,
     /// Without a byte either way.
     #[serde(serialize_with = "as_text")]
     pub idle: Duration,
@@ -322,6 +344,12 @@ pub struct Listener {
     /// How long a new connection waits at the cap before it is reset.
     #[serde(serialize_with = "as_text")]
     pub wait: Duration,
+    /// For the whole head of an HTTP request.
+    #[serde(serialize_with = "as_text")]
+    pub header: Duration,
+    /// Between two HTTP requests of a connection.
+    #[serde(serialize_with = "as_text")]
+    pub keepalive: Duration,
     /// Without a byte either way, where that is shorter than the pool's; `None`: the pool's.
     #[serde(serialize_with = "as_optional_text")]
     pub idle: Option<Duration>,
@@ -353,6 +381,8 @@ pub struct ClientCertificates {
     pub ca: Pem,
     /// Whether a client without one is refused.
     pub require: bool,
+    /// Header that tells backends its subject, in lower case; `None`: they are not told.
+    pub header: Option<String>,
 }
 
 /// How a listener finds the pool of a connection, by the names of pools.
@@ -368,6 +398,8 @@ pub enum Face {
         /// For other names and none; `None`: they are refused.
         default: Option<String>,
     },
+    /// By what each HTTP request says.
+    Http(http::Http),
 }
 
 impl Face {
@@ -375,6 +407,7 @@ impl Face {
     pub fn names(&self) -> Vec<&str> {
         match self {
             Face::Tcp(pool) => vec![pool],
+            Face::Http(http) => http.routes.iter().filter_map(|route| route.action.pool()).collect(),
             Face::Sni { routes, default } => {
                 routes.iter().map(|(_, pool)| pool).chain(default).map(String::as_str).collect()
             }

@@ -144,9 +144,33 @@ enum Event<C> {
     Timer,
 }
 
-/// Connects `client` to a backend of `pool`.
+/// A member that was chosen before dialling, and one of its backend's connections.
+#[derive(Debug)]
+pub struct First {
+    /// Index of the member in the pool.
+    pub member: usize,
+    /// Whether it is in doubt: another attempt belongs beside it.
+    pub doubtful: bool,
+    /// One of the backend's connections.
+    pub permit: Permit,
+}
+
+/// Chooses a member, with room, for one client that nothing is being dialled for.
 ///
-/// `timer` is the connection's own timer, reused for its later waits. `begin` is this moment.
+/// # Errors
+/// [`DialError::Full`] or [`DialError::Unreachable`].
+pub fn choose_first(host: &Host, pool: &Pool, want: &Want<'_>, now: Time, rng: &mut Rng) -> Result<First, DialError> {
+    match choose(host, pool, want, false, now, rng) {
+        Chosen::Member(member, doubtful, permit, _) => Ok(First { member, doubtful, permit }),
+        Chosen::Full => Err(DialError::Full),
+        Chosen::Nothing | Chosen::NoBudget => Err(DialError::Unreachable),
+    }
+}
+
+/// Connects `client` to a backend of `pool`: to `first`, when it was chosen before, or to another.
+///
+/// `timer` is the connection's own timer, reused for its later waits. `begin` is this moment. The members in `tried` are
+/// tried again only when nothing else is left.
 ///
 /// # Errors
 /// [`DialError`]; the details are in `story`.
@@ -156,6 +180,8 @@ pub async fn dial<N: Network>(
     host: &Host,
     pool: &Arc<Pool>,
     pin: Option<u64>,
+    mut first: Option<First>,
+    mut tried: Vec<usize>,
     client: &impl Client,
     mut timer: Pin<&mut Sleep>,
     rng: &mut Rng,
@@ -165,11 +191,9 @@ pub async fn dial<N: Network>(
     let policy = &*pool.policy;
     let deadline = begin + policy.connect_timeout;
     let mut open: [Option<Attempt<N::Opening>>; OPEN] = [const { None }; OPEN];
-    let mut tried: Vec<usize> = Vec::new();
     let mut pause = AGAIN;
     // When the next attempt begins, and whether as a race: now, at a race time, or (`None`) not yet known.
     let mut next = Some((begin, false));
-    pool.shared.budget.client(begin);
 
     // The clock is read after each wait; nothing before a wait takes long.
     let mut now = begin;
@@ -183,8 +207,12 @@ pub async fn dial<N: Network>(
         {
             next = None;
             let silent_cell = open.iter().flatten().next_back().map(|attempt| pool.members[attempt.member].cell);
-            let want = Want { pin, tried: &tried, racing: silent_cell };
-            match choose(host, pool, &want, race, now, rng) {
+            let want = Want { pin, tried: &tried, racing: silent_cell, home: None };
+            let chosen = match first.take() {
+                Some(First { member, doubtful, permit }) => Chosen::Member(member, doubtful, permit, None),
+                None => choose(host, pool, &want, race, now, rng),
+            };
+            match chosen {
                 Chosen::Member(member, doubtful, permit, extra) => {
                     let backend = &pool.members[member].backend;
                     tried.push(member);

@@ -47,6 +47,8 @@ const RESET_SPREAD: Duration = Duration::from_millis(10);
 /// First and longest pause between trials of a backend that no probe can clear.
 const TRIAL_FIRST: Duration = Duration::from_secs(1);
 const TRIAL_LONGEST: Duration = Duration::from_secs(8);
+/// Good answers in a row that a backend owes which was doubted for its errors: one alone proves little of a ratio.
+const PROOF: u32 = 8;
 /// A doubt of traffic's that comes back this soon after a probe denied it is for traffic to settle.
 const DENIAL: Duration = Duration::from_secs(10);
 /// A return to `down` within this many holds of the last return is a relapse.
@@ -132,6 +134,12 @@ pub enum Seen {
     Reset(Blame),
     /// A probe's answer was not the wanted one.
     Wrong,
+    /// Requests wait, and nobody gets a first byte for longer than it takes; judged by `silence`.
+    Mute,
+    /// More answers are errors than used to be, or one more of a backend that is doubted for it; judged by `ratio`.
+    Errors,
+    /// A TLS handshake failed; the words say how.
+    Tls(&'static str),
 }
 
 /// How much a reset says about the backend and not about the client whose bytes came before it.
@@ -293,6 +301,8 @@ pub struct Health {
     /// Whether traffic, and not probes alone, speaks against it.
     seen_by_traffic: bool,
     refusals: u32,
+    /// Clients' TLS handshakes that failed in a row.
+    tls_failures: u32,
     silence: Run,
     resets: Resets,
     first_failure: Option<Time>,
@@ -304,6 +314,8 @@ pub struct Health {
     cleared_by_probe: Option<Time>,
     probe_distrusted: bool,
     successes: u32,
+    /// Good answers to clients that must come before a return; 0: the rest decides.
+    proof: u32,
     loss_quick: f64,
     loss_slow: f64,
     hold: Duration,
@@ -323,6 +335,7 @@ impl Health {
             blamed: Depth::Connect,
             seen_by_traffic: false,
             refusals: 0,
+            tls_failures: 0,
             silence: Run::default(),
             resets: Resets::default(),
             first_failure: None,
@@ -332,6 +345,7 @@ impl Health {
             cleared_by_probe: None,
             probe_distrusted: false,
             successes: 0,
+            proof: 0,
             loss_quick: 0.0,
             loss_slow: 0.0,
             hold: policy.hold_first,
@@ -384,7 +398,10 @@ impl Health {
 
     /// Deepest depth at which a run of failures is open: a success that deep must come through [`Health::step`].
     pub fn open_run(&self) -> Option<Depth> {
-        if self.resets.run.count > 0 || self.probe_failures > 0 && self.probe_failed == Depth::FirstByte {
+        if self.resets.run.count > 0
+            || self.tls_failures > 0
+            || self.probe_failures > 0 && self.probe_failed == Depth::FirstByte
+        {
             Some(Depth::FirstByte)
         } else if self.refusals > 0 || self.silence.count > 0 || self.probe_failures > 0 {
             Some(Depth::Connect)
@@ -449,6 +466,7 @@ impl Health {
         }
         if evidence.depth >= Depth::FirstByte {
             self.resets = Resets::default();
+            self.tls_failures = 0;
         }
         if settled && self.open_run().is_none() {
             self.first_failure = None;
@@ -459,6 +477,16 @@ impl Health {
             State::Up => None,
             State::Returning if now.since(self.since) >= policy.ramp => self.enter(State::Up, cause(1), policy, now),
             State::Returning => None,
+            State::Suspect | State::Down if self.proof > 0 => {
+                if evidence.source == Source::Probe || evidence.depth < Depth::Answer {
+                    return None;
+                }
+                self.successes += 1;
+                self.trial_pause = TRIAL_FIRST;
+                self.trial_at = now;
+                let enough = self.successes >= self.proof.max(policy.rise) && now >= self.hold_until;
+                if enough { self.enter(State::Returning, cause(self.successes), policy, now) } else { None }
+            }
             State::Suspect if evidence.depth >= self.blamed => {
                 let long = now.since(self.since) >= policy.hold_first;
                 if evidence.source == Source::Probe && self.seen_by_traffic {
@@ -508,6 +536,12 @@ impl Health {
                 }
                 ("reset", if probe { self.probe_failures } else { self.resets.run.count })
             }
+            Seen::Tls(kind) => {
+                self.tls_failures += 1;
+                (kind, if probe { self.probe_failures } else { self.tls_failures })
+            }
+            Seen::Mute => ("silent", 1),
+            Seen::Errors => ("errors", 1),
             Seen::Wrong | Seen::Success { .. } => ("wrong answer", self.probe_failures),
         };
         let cause = Cause { source: evidence.source, kind, depth: evidence.depth, times, at: now };
@@ -515,7 +549,12 @@ impl Health {
             State::Unknown | State::Up | State::Returning => {
                 let silent = self.silence.count >= SILENCE_LEAST.max(needed(self.loss(), SUSPECT_ODDS))
                     && self.silence.spread() >= SILENCE_SPREAD;
-                let doubtful = self.refusals >= REFUSALS_SUSPECT || silent || self.resets.convincing();
+                let judged = matches!(evidence.seen, Seen::Mute | Seen::Errors);
+                let doubtful = self.refusals >= REFUSALS_SUSPECT
+                    || silent
+                    || judged
+                    || self.resets.convincing()
+                    || self.tls_failures >= REFUSALS_SUSPECT;
                 let fallen = probe && self.probe_failures >= policy.fall && self.beyond_loss(evidence, SUSPECT_ODDS);
                 if !fallen && !doubtful {
                     return None;
@@ -524,6 +563,7 @@ impl Health {
                 self.seen_by_traffic = !probe;
                 // A probe that denied the same a moment ago does not see what clients see.
                 self.probe_distrusted = !probe && self.cleared_by_probe.is_some_and(|at| now.since(at) < DENIAL);
+                self.owe_proof(evidence);
                 self.trial_pause = TRIAL_FIRST;
                 self.trial_at = now + TRIAL_FIRST;
                 self.enter(if fallen { State::Down } else { State::Suspect }, cause, policy, now)
@@ -540,14 +580,28 @@ impl Health {
                 let fallen = probe && self.probe_failures >= policy.fall && self.beyond_loss(evidence, SUSPECT_ODDS);
                 let enough = self.silence.count >= DOWN_LEAST.max(needed(self.loss(), DOWN_ODDS));
                 let agreed = probe && (!is_silence(evidence) || enough || fallen);
-                let goes_on = self.refusals >= REFUSALS_DOWN || is_silence(evidence) && enough;
+                self.owe_proof(evidence);
+                let judged = matches!(evidence.seen, Seen::Mute | Seen::Errors);
+                let goes_on = self.refusals >= REFUSALS_DOWN
+                    || is_silence(evidence) && enough
+                    || judged
+                    || !probe && self.tls_failures >= REFUSALS_DOWN;
                 if agreed || goes_on { self.enter(State::Down, cause, policy, now) } else { None }
             }
             State::Down => {
                 self.seen_by_traffic |= !probe;
+                self.owe_proof(evidence);
                 self.postpone_trial(evidence, now);
                 None
             }
+        }
+    }
+
+    /// Errors that clients saw are cleared by what clients see, and by more than one good answer.
+    fn owe_proof(&mut self, evidence: &Evidence) {
+        if evidence.seen == Seen::Errors {
+            self.proof = PROOF;
+            self.probe_distrusted = true;
         }
     }
 
@@ -600,6 +654,8 @@ impl Health {
             self.blamed = Depth::Connect;
             self.seen_by_traffic = false;
             self.probe_distrusted = false;
+            self.proof = 0;
+            self.tls_failures = 0;
         }
         self.state = to;
         self.since = now;

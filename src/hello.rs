@@ -59,7 +59,7 @@ pub async fn read(
     let peer = *client;
     let mut greeting = Greeting::unread(peer);
     let mut expects_header = listener.expects_header(peer.ip());
-    if !expects_header && matches!(listener.face, Face::Tcp(_)) {
+    if !expects_header && !matches!(listener.face, Face::Sni(_)) {
         return Ok(greeting);
     }
     let mut held = Held { prefix: witness::prefix(peer.ip()), bytes: 0 };
@@ -82,7 +82,7 @@ pub async fn read(
             }
         }
         if !expects_header {
-            if matches!(listener.face, Face::Tcp(_)) {
+            if !matches!(listener.face, Face::Sni(_)) {
                 return Ok(greeting);
             }
             match hello.read(&greeting.bytes) {

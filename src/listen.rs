@@ -20,8 +20,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::host::Host;
 use crate::limits::Permit;
-use crate::table::{End, Listener, Table};
-use crate::tcp;
+use crate::table::{End, Face, Listener, Table};
+use crate::{http, tcp};
 
 /// Connections that the kernel keeps for us while we do not accept.
 const BACKLOG: i32 = 4_096;
@@ -139,7 +139,7 @@ pub async fn accept(socket: TcpListener, bind: SocketAddr, host: Arc<Host>, mut 
             Some(Ok((client, peer))) => {
                 pause = PAUSE_FIRST;
                 refresh(&mut listener, &mut generation, cache.load(), bind);
-                admit(client, peer, &listener, &host);
+                admit(client, peer, bind, &listener, &host, &stop);
             }
             Some(Err(error)) if is_peers(&error) => {}
             Some(Err(error)) => {
@@ -152,7 +152,7 @@ pub async fn accept(socket: TcpListener, bind: SocketAddr, host: Arc<Host>, mut 
             }
         }
     }
-    farewell(&socket, &listener, &host).await;
+    farewell(&socket, bind, &listener, &host, &stop).await;
 }
 
 /// Ends when `stop` has turned true, or its sender is gone.
@@ -171,7 +171,14 @@ fn refresh(listener: &mut Arc<Listener>, generation: &mut u64, table: &Table, bi
 }
 
 /// Gives a connection its permits and its task.
-fn admit(client: TcpStream, peer: SocketAddr, listener: &Arc<Listener>, host: &Arc<Host>) {
+fn admit(
+    client: TcpStream,
+    peer: SocketAddr,
+    bind: SocketAddr,
+    listener: &Arc<Listener>,
+    host: &Arc<Host>,
+    stop: &Stop,
+) {
     // Of a peer that speaks for its client the client is judged, when it is known.
     if !listener.expects_header(peer.ip()) && !listener.admits(peer.ip()) {
         listener.shared.ends[End::Denied as usize].add(1);
@@ -179,17 +186,17 @@ fn admit(client: TcpStream, peer: SocketAddr, listener: &Arc<Listener>, host: &A
         return;
     }
     match permits(listener, host) {
-        Some(permits) => start(client, peer, listener.clone(), host.clone(), permits),
+        Some(permits) => start(client, peer, bind, listener.clone(), host.clone(), permits, stop.clone()),
         None => {
             // Another worker took the last place since we looked.
-            let (listener, host) = (listener.clone(), host.clone());
+            let (listener, host, stop) = (listener.clone(), host.clone(), stop.clone());
             tokio::spawn(async move {
                 let deadline = Instant::now() + listener.wait;
                 loop {
                     let freed = pin!(host.connections.freed());
                     let freed_here = pin!(listener.shared.connections.freed());
                     if let Some(permits) = permits(&listener, &host) {
-                        return start(client, peer, listener.clone(), host.clone(), permits);
+                        return start(client, peer, bind, listener.clone(), host.clone(), permits, stop);
                     }
                     tokio::select! {
                         () = freed => {}
@@ -213,11 +220,26 @@ fn permits(listener: &Listener, host: &Host) -> Option<[Permit; 2]> {
     Some([of_process, of_listener])
 }
 
-fn start(client: TcpStream, peer: SocketAddr, listener: Arc<Listener>, host: Arc<Host>, permits: [Permit; 2]) {
-    tokio::spawn(async move {
-        let _counted = CountPanic(&host);
-        tcp::serve(client, peer, listener, host.clone(), permits).await;
-    });
+fn start(
+    client: TcpStream,
+    peer: SocketAddr,
+    bind: SocketAddr,
+    listener: Arc<Listener>,
+    host: Arc<Host>,
+    permits: [Permit; 2],
+    stop: Stop,
+) {
+    if matches!(listener.face, Face::Http(_)) {
+        tokio::spawn(async move {
+            let _counted = CountPanic(&host);
+            http::serve::serve(client, peer, bind, listener, host.clone(), permits, stop).await;
+        });
+    } else {
+        tokio::spawn(async move {
+            let _counted = CountPanic(&host);
+            tcp::serve(client, peer, listener, host.clone(), permits).await;
+        });
+    }
 }
 
 /// A panic in a connection's task costs that connection; it is counted because it is a bug of ours.
@@ -283,14 +305,14 @@ async fn accept_now(socket: &TcpListener) -> Option<(TcpStream, SocketAddr)> {
 }
 
 /// Serves what is queued on a socket that is about to be closed: closing it would reset those clients.
-async fn farewell(socket: &TcpListener, listener: &Arc<Listener>, host: &Arc<Host>) {
+async fn farewell(socket: &TcpListener, bind: SocketAddr, listener: &Arc<Listener>, host: &Arc<Host>, stop: &Stop) {
     let deadline = Instant::now() + FAREWELL;
     let mut quiet = 0;
     while quiet < 2 && Instant::now() < deadline {
         quiet += 1;
         while let Some((client, peer)) = accept_now(socket).await {
             quiet = 0;
-            admit(client, peer, listener, host);
+            admit(client, peer, bind, listener, host, stop);
         }
         if quiet < 2 {
             sleep(QUIET).await;

@@ -295,6 +295,14 @@ impl AccessSink {
         };
         AccessSink { access: config.access.clone(), format: config.format, queue }
     }
+
+    fn wants(&self, record: &AccessRecord, end: End) -> bool {
+        match self.access {
+            Access::Off => false,
+            Access::Errors => end.failed() || record.attempts > 1,
+            Access::Stdout | Access::File(_) => true,
+        }
+    }
 }
 
 /// Where the lines of connections go.
@@ -315,8 +323,23 @@ pub struct AccessRecord {
     pub first_byte: Option<Duration>,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// Of an HTTP request.
+    pub http: Option<Box<HttpRecord>>,
     /// Bytes were taken from one side that the other did not get; not a key of the line.
     pub cut: bool,
+}
+
+/// What an HTTP request adds to the record.
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub struct HttpRecord {
+    pub method: String,
+    pub host: String,
+    pub path: String,
+    /// 0: none was sent.
+    pub status: u16,
+    pub retries: u32,
+    pub id: String,
 }
 
 /// The backend that served a connection.
@@ -342,6 +365,7 @@ impl AccessRecord {
             first_byte: None,
             bytes_in: 0,
             bytes_out: 0,
+            http: None,
             cut: false,
         }
     }
@@ -354,16 +378,16 @@ impl AccessLog {
         AccessLog(Arc::new(RwLock::new(AccessSink::new(&config, &Queue::new()))))
     }
 
+    /// Whether what the record tells of gets a line.
+    pub fn wants(&self, record: &AccessRecord, end: End) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).wants(record, end)
+    }
+
     /// Writes the line of a connection that ended, when it is one that gets a line.
     pub fn write(&self, record: AccessRecord, end: End, duration: Duration) {
         // Read locks do not exclude each other; the write lock is held for a moment at a reload.
         let sink = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let wanted = match sink.access {
-            Access::Off => false,
-            Access::Errors => end.failed() || record.attempts > 1,
-            Access::Stdout | Access::File(_) => true,
-        };
-        if wanted {
+        if sink.wants(&record, end) {
             LINE.with_borrow_mut(|text| {
                 text.clear();
                 line(text, sink.format, &record, end, duration);
@@ -384,9 +408,17 @@ fn line(text: &mut Vec<u8>, format: Format, record: &AccessRecord, end: End, dur
     let mut fields = Fields { text, json: format == Format::Json, first: true };
     let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
     fields.word("time", clock::now().rfc3339());
-    fields.word("kind", "connection");
+    fields.word("kind", if record.http.is_some() { "request" } else { "connection" });
     fields.word("listener", &record.listener);
     fields.word("client", record.client);
+    if let Some(http) = &record.http {
+        fields.said("method", &http.method);
+        fields.said("host", &http.host);
+        fields.said("path", &http.path);
+        fields.bare("status", http.status);
+        fields.bare("retries", http.retries);
+        fields.said("id", &http.id);
+    }
     match &record.pool {
         Some(pool) => fields.word("pool", pool),
         None => fields.bare("pool", "null"),
@@ -434,6 +466,12 @@ impl Fields<'_> {
     fn word(&mut self, key: &str, value: impl Display) {
         self.key(key);
         let _ = write!(self.text, "\"{value}\"");
+    }
+
+    /// What a client said may hold anything.
+    fn said(&mut self, key: &str, value: &str) {
+        self.key(key);
+        let _ = serde_json::to_writer(&mut *self.text, value);
     }
 
     fn bare(&mut self, key: &str, value: impl Display) {

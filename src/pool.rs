@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::backend::{Backend, PoolShared};
 use crate::clock::Time;
-use crate::config::{Affinity, Balance, OnDown, WhenAllDown};
+use crate::config::{Affinity, Balance, HttpVersion, OnDown, WhenAllDown};
 use crate::health::{self, State};
 use crate::metrics::{Histogram, TIME_BOUNDS};
 use crate::sniff::ProxyVersion;
@@ -52,6 +52,8 @@ pub struct Policy {
     pub race: bool,
     pub source: Vec<IpAddr>,
     pub send_proxy: Option<ProxyVersion>,
+    pub http: HttpVersion,
+    pub request_timeout: Duration,
     pub idle: Duration,
     pub half_close: Duration,
     pub unacked: Duration,
@@ -73,6 +75,8 @@ impl Default for Policy {
             race: true,
             source: Vec::new(),
             send_proxy: None,
+            http: HttpVersion::Auto,
+            request_timeout: Duration::from_secs(30),
             idle: Duration::from_secs(3_600),
             half_close: Duration::from_secs(30),
             unacked: Duration::from_secs(15),
@@ -214,6 +218,8 @@ pub struct Want<'a> {
     pub tried: &'a [usize],
     /// For a race: the cell that is silent.
     pub racing: Option<usize>,
+    /// The member where the client was before, and where it belongs.
+    pub home: Option<usize>,
 }
 
 /// A choice.
@@ -321,6 +327,9 @@ impl Pool {
             if let Some(choice) = want.pin.and_then(|pin| self.pinned(plan, pin, now)) {
                 return choice;
             }
+            if let Some(choice) = want.home.and_then(|home| self.at_home(plan, home, want, rng, &mut full)) {
+                return choice;
+            }
         }
         // With affinity a race stays in the cell that the client is pinned to, when that has another backend.
         if let (Some(cell), true) = (want.racing, want.pin.is_some())
@@ -371,6 +380,19 @@ impl Pool {
             }
         }
         if full { Choice::Full } else { Choice::Nothing }
+    }
+
+    /// Where a client was before: the same backend, or another of its cell.
+    fn at_home(&self, plan: &Plan, home: usize, want: &Want<'_>, rng: &mut Rng, full: &mut bool) -> Option<Choice> {
+        let member = &self.members[home];
+        if !member.backend.drained.load(Relaxed) && self.has_room(home) {
+            match member.backend.view().state {
+                State::Up | State::Returning => return Some(Choice::Member(home)),
+                State::Suspect => return Some(Choice::Doubtful(home)),
+                State::Unknown | State::Down => {}
+            }
+        }
+        self.in_cell(plan, member.cell, want, rng, full).map(Choice::Member)
     }
 
     /// Whether some backend other than `id` is fit; used before sessions are reset.

@@ -41,6 +41,13 @@ impl TcpInfo {
     }
 }
 
+/// Ends a TCP connection both ways and leaves its descriptor open: whoever reads from it sees an end.
+pub fn shut_down(descriptor: std::os::fd::RawFd) {
+    // SAFETY: shutdown(2) reads no memory. The caller knows the descriptor for open, and for a socket: it stands in the
+    // list of the worker's connections, which an entry leaves before its descriptor is closed, on the same thread.
+    unsafe { libc::shutdown(descriptor, libc::SHUT_RDWR) };
+}
+
 /// Asks the kernel about the TCP connection of `socket`.
 ///
 /// # Errors

@@ -13,10 +13,14 @@ use rustls::ServerConfig;
 use rustls::server::ProducesTickets;
 use serde::Serialize;
 
+use http::HeaderName;
+
 use crate::backend::{Backend, Counters, PoolShared};
 use crate::clock::Time;
+use crate::config::http::{Forwarded, Page};
 use crate::config::{self, Config, Network, ProbeKind};
 use crate::health::{self, Depth};
+use crate::http::route::Routes;
 use crate::limits::Gauge;
 use crate::metrics::Counter;
 use crate::pool::{Cell, Member, NewCell, Policy, Pool};
@@ -60,6 +64,10 @@ pub struct Listener {
     pub max_connections: u32,
     /// How long a new connection waits at the cap.
     pub wait: Duration,
+    /// For the whole head of an HTTP request.
+    pub header: Duration,
+    /// Between two HTTP requests.
+    pub keepalive: Duration,
     idle: Option<Duration>,
     /// What survives it.
     pub shared: Arc<ListenerShared>,
@@ -76,6 +84,8 @@ pub struct ListenerTls {
     pub server: Arc<ServerConfig>,
     /// What it serves, the default first.
     pub identities: Vec<Identity>,
+    /// Header that tells backends the subject of a client's certificate.
+    pub subject_header: Option<HeaderName>,
 }
 
 /// How a listener finds the pool of a connection.
@@ -85,6 +95,21 @@ pub enum Face {
     Tcp(Arc<Pool>),
     /// By the server name of the ClientHello, which is passed on as it came.
     Sni(SniRoutes),
+    /// By what each HTTP request says.
+    Http(Box<Http>),
+}
+
+/// What an `http` listener does with a request.
+#[derive(Debug)]
+pub struct Http {
+    /// Its routes.
+    pub routes: Routes,
+    /// Whether a client on a plain connection may begin with HTTP/2.
+    pub h2c: bool,
+    /// What backends are told about the client.
+    pub forwarded: Forwarded,
+    /// Bodies of answers of our own, by status.
+    pub pages: Vec<(u16, Page)>,
 }
 
 /// Server names and their pools. An exact name comes first, then the longest `*.suffix`, then the default.
@@ -112,18 +137,21 @@ impl Face {
     pub fn pools(&self) -> Vec<&Arc<Pool>> {
         match self {
             Face::Tcp(pool) => vec![pool],
+            Face::Http(http) => distinct(http.routes.pools()),
             Face::Sni(routes) => {
                 let named = routes.exact.values().chain(routes.suffixes.values());
-                let mut pools: Vec<&Arc<Pool>> = routes.default.iter().chain(named).collect();
-                let first = pools.first().map(|pool| pool.name.clone());
-                pools.sort_by(|a, b| {
-                    (Some(&a.name) != first.as_ref(), &a.name).cmp(&(Some(&b.name) != first.as_ref(), &b.name))
-                });
-                pools.dedup_by(|a, b| a.name == b.name);
-                pools
+                distinct(routes.default.iter().chain(named).collect())
             }
         }
     }
+}
+
+/// The first pool, then the others by name, each once.
+fn distinct(mut pools: Vec<&Arc<Pool>>) -> Vec<&Arc<Pool>> {
+    let first = pools.first().map(|pool| pool.name.clone());
+    pools.sort_by(|a, b| (Some(&a.name) != first.as_ref(), &a.name).cmp(&(Some(&b.name) != first.as_ref(), &b.name)));
+    pools.dedup_by(|a, b| a.name == b.name);
+    pools
 }
 
 /// How a client's connection ended: who ended it, and how.
@@ -168,11 +196,17 @@ pub enum End {
     NoRoute,
     /// Its TLS handshake failed.
     Tls,
+    /// A request got its backend's whole answer.
+    Answered,
+    /// A request got an answer of our own, as its route says.
+    Responded,
+    /// No answer came in the request's time.
+    Timeout,
 }
 
 impl End {
     /// All, in the order of the counters.
-    pub const ALL: [End; 19] = [
+    pub const ALL: [End; 22] = [
         End::ClientClosed,
         End::BackendClosed,
         End::ClientReset,
@@ -192,6 +226,9 @@ impl End {
         End::Malformed,
         End::NoRoute,
         End::Tls,
+        End::Answered,
+        End::Responded,
+        End::Timeout,
     ];
 
     /// The word for logs and metrics.
@@ -216,12 +253,16 @@ impl End {
             End::Malformed => "malformed",
             End::NoRoute => "no_route",
             End::Tls => "tls_failed",
+            End::Answered => "answered",
+            End::Responded => "responded",
+            End::Timeout => "request_timeout",
         }
     }
 
     /// Whether the client did not get what it came for.
     pub fn failed(self) -> bool {
-        !matches!(self, End::ClientClosed | End::BackendClosed | End::ClientReset | End::Idle | End::ClientGone)
+        use End::*;
+        !matches!(self, ClientClosed | BackendClosed | ClientReset | Idle | ClientGone | Answered | Responded)
     }
 }
 
@@ -236,6 +277,10 @@ pub struct ListenerShared {
     pub ends: [Counter; End::ALL.len()],
     /// Bytes from clients, and to clients.
     pub bytes: [Counter; 2],
+    /// HTTP requests by the class of their status: none, 1xx to 5xx.
+    pub requests: [Counter; 6],
+    /// HTTP requests that were sent to a second backend.
+    pub retries: Counter,
     /// Accept loops in which new connections wait at a cap.
     pub at_cap: AtomicU32,
 }
@@ -244,6 +289,11 @@ impl Listener {
     /// Longest time without a byte either way: the shorter of its own and the pool's.
     pub fn idle(&self, pool: &Pool) -> Duration {
         self.idle.map_or(pool.policy.idle, |idle| idle.min(pool.policy.idle))
+    }
+
+    /// Longest time without a byte either way during an HTTP request.
+    pub fn http_idle(&self) -> Duration {
+        self.idle.unwrap_or(Duration::from_secs(3_600))
     }
 
     /// Whether this peer must send a PROXY header first. Then the client that it names is judged, and not the peer.
@@ -336,6 +386,8 @@ pub fn build(
             deny: wanted.deny.clone(),
             max_connections: wanted.max_connections.unwrap_or(u32::MAX),
             wait: wanted.wait,
+            header: wanted.header,
+            keepalive: wanted.keepalive,
             idle: wanted.idle,
             shared,
         });
@@ -368,14 +420,23 @@ fn listener_tls(
     };
     let identities = wanted.certificates.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let client = wanted.client.as_ref().map(|client| (&*client.ca.bytes, client.require));
-    let terms = tls::Terms { only_1_3: wanted.only_1_3, client, tickets: maker };
-    Ok(ListenerTls { server: tls::server(&identities, &terms)?, identities })
+    let http = matches!(listener.face, config::Face::Http(_));
+    let terms = tls::Terms { only_1_3: wanted.only_1_3, client, tickets: maker, http };
+    let header = wanted.client.as_ref().and_then(|client| client.header.as_ref());
+    let subject_header = header.and_then(|name| HeaderName::from_bytes(name.as_bytes()).ok());
+    Ok(ListenerTls { server: tls::server(&identities, &terms)?, identities, subject_header })
 }
 
 fn face(wanted: &config::Face, pools: &[Arc<Pool>]) -> Option<Face> {
     let named = |name: &str| pools.iter().find(|pool| *pool.name == *name).cloned();
     match wanted {
         config::Face::Tcp(pool) => Some(Face::Tcp(named(pool)?)),
+        config::Face::Http(http) => Some(Face::Http(Box::new(Http {
+            routes: Routes::new(&http.routes, pools)?,
+            h2c: http.h2c,
+            forwarded: http.forwarded.clone(),
+            pages: http.errors.clone(),
+        }))),
         config::Face::Sni { routes, default } => {
             let mut found = SniRoutes { exact: HashMap::new(), suffixes: HashMap::new(), default: None };
             for (name, pool) in routes {
@@ -415,12 +476,14 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
             probe_elsewhere: elsewhere,
         },
         balance: pool.balance,
-        affinity: pool.affinity,
+        affinity: pool.affinity.clone(),
         connect_timeout: pool.connect.timeout,
         attempts: pool.connect.attempts,
         race: pool.connect.race,
         source: pool.connect.source.clone(),
         send_proxy: pool.send_proxy,
+        http: pool.http,
+        request_timeout: pool.timeouts.request,
         idle: pool.timeouts.idle,
         half_close: pool.timeouts.half_close,
         unacked: pool.timeouts.unacked,

@@ -48,6 +48,11 @@ thread_local! {
     static RNG: RefCell<Rng> = RefCell::new(Rng::new());
 }
 
+/// A source of randomness for one client, out of the thread's own.
+pub fn fork_rng() -> Rng {
+    RNG.with(|rng| rng.borrow_mut().fork())
+}
+
 /// Serves one accepted connection to its end.
 pub async fn serve(
     client: TcpStream,
@@ -94,6 +99,27 @@ struct Chosen {
     greeting: Option<Box<Greeting>>,
 }
 
+/// What has to come before a connection can be served, whatever its face: a PROXY header, a ClientHello, a handshake. A
+/// connection that ends before gives back what is left of it.
+///
+/// # Errors
+/// How it ended.
+pub async fn begin(
+    client: TcpStream,
+    listener: &Listener,
+    host: &Host,
+    record: &mut AccessRecord,
+) -> Result<(Stream, Greeting), (End, Option<TcpStream>)> {
+    if listener.tls.is_none() && listener.proxy_from.is_empty() && !matches!(listener.face, Face::Sni(_)) {
+        let greeting = Greeting::unread(record.client);
+        return Ok((Stream::Plain(client), greeting));
+    }
+    // Those who have not begun yet, and may never, leave room for the others, of this listener and of all.
+    let half = (host.max_connections.load(Relaxed).min(listener.max_connections) / 2).max(1);
+    let Some(_beginning) = listener.shared.beginnings.take(half) else { return Err((End::Cap, Some(client))) };
+    greet(client, listener, record).await
+}
+
 /// The pool of a connection, after what the client says first where the listener has to know it, and after the handshake
 /// where TLS ends here. A connection that ends before gives back what is left of it.
 async fn choose(
@@ -106,18 +132,26 @@ async fn choose(
         record.pool = Some(pool.name.clone());
         return Ok(Chosen { client: Stream::Plain(client), pool: pool.clone(), greeting: None });
     }
-    // Those who have not begun yet, and may never, leave room for the others, of this listener and of all.
-    let half = (host.max_connections.load(Relaxed).min(listener.max_connections) / 2).max(1);
-    let Some(_beginning) = listener.shared.beginnings.take(half) else { return Err((End::Cap, Some(client))) };
     // Boxed, because every session keeps the room that its beginning took.
-    Box::pin(choose_by_first_bytes(client, listener, record)).await
+    let (client, greeting) = Box::pin(begin(client, listener, host, record)).await?;
+    let pool = match &listener.face {
+        Face::Tcp(pool) => Some(pool),
+        Face::Sni(routes) => routes.pool(greeting.name.as_deref()),
+        Face::Http(_) => None,
+    };
+    let Some(pool) = pool else {
+        hello::name_is_unknown(client.socket()).await;
+        return Err((End::NoRoute, None));
+    };
+    record.pool = Some(pool.name.clone());
+    Ok(Chosen { client, pool: pool.clone(), greeting: Some(Box::new(greeting)) })
 }
 
-async fn choose_by_first_bytes(
+async fn greet(
     client: TcpStream,
     listener: &Listener,
     record: &mut AccessRecord,
-) -> Result<Chosen, (End, Option<TcpStream>)> {
+) -> Result<(Stream, Greeting), (End, Option<TcpStream>)> {
     let deadline = Instant::now() + listener.handshake;
     let mut greeting = match hello::read(&client, &mut record.client, listener, deadline).await {
         Ok(greeting) => greeting,
@@ -139,16 +173,7 @@ async fn choose_by_first_bytes(
             Stream::Tls(Box::new(stream.into()))
         }
     };
-    let pool = match &listener.face {
-        Face::Tcp(pool) => Some(pool),
-        Face::Sni(routes) => routes.pool(greeting.name.as_deref()),
-    };
-    let Some(pool) = pool else {
-        hello::name_is_unknown(client.socket()).await;
-        return Err((End::NoRoute, None));
-    };
-    record.pool = Some(pool.name.clone());
-    Ok(Chosen { client, pool: pool.clone(), greeting: Some(Box::new(greeting)) })
+    Ok((client, greeting))
 }
 
 /// What goes to the backend before anything the client says from now on, and how much of it is ours.
@@ -180,18 +205,21 @@ async fn connect_and_relay(
     // What the client took for its own beginning is no time of a backend's.
     let dialling = if greeting.is_some() { clock::now() } else { began };
     let mut timer = std::pin::pin!(tokio::time::sleep(pool.policy.connect_timeout));
-    let pin = match pool.policy.affinity {
-        Affinity::None => None,
+    let pin = match &pool.policy.affinity {
+        Affinity::None | Affinity::Header(_) | Affinity::Cookie(_) => None,
         Affinity::ClientIp => Some(pool::pin(peer.ip())),
         Affinity::Sni => greeting.as_ref().and_then(|greeting| greeting.name.as_deref()).map(pool::pin_name),
     };
     let mut story = Story::default();
-    let mut rng = RNG.with(|rng| rng.borrow_mut().fork());
+    let mut rng = fork_rng();
+    pool.shared.budget.client(dialling);
     let dialled = dial::dial(
         &Kernel,
         host,
         &pool,
         pin,
+        None,
+        Vec::new(),
         &Waiting(client.socket()),
         timer.as_mut(),
         &mut rng,

@@ -142,6 +142,12 @@ pub fn identity(chain: &[u8], key: &[u8]) -> Result<Identity, (Part, String)> {
     }
 }
 
+/// Subject of a certificate, as RFC 4514 writes it.
+pub fn subject(certificate: &CertificateDer<'_>) -> Option<String> {
+    let (_, read) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    Some(read.subject().to_string())
+}
+
 /// The file that an error is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
@@ -174,6 +180,8 @@ pub struct Terms<'a> {
     /// Encrypts tickets; the same for all generations that ask the same of their clients, so that a reload ends nobody's
     /// resumption. Whoever shares one shares its clients' certificates.
     pub tickets: Arc<dyn ProducesTickets>,
+    /// Whether it speaks HTTP, and so offers HTTP/2.
+    pub http: bool,
 }
 
 /// A maker of tickets with keys of its own, renewed every six hours.
@@ -208,6 +216,9 @@ pub fn server(identities: &[Identity], terms: &Terms<'_>) -> Result<Arc<ServerCo
     };
     let mut config = builder.with_cert_resolver(Arc::new(ByName::new(identities).ok_or("TLS without a certificate")?));
     config.ticketer = terms.tickets.clone();
+    if terms.http {
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    }
     Ok(Arc::new(config))
 }
 

@@ -52,7 +52,8 @@ impl Answered {
         slot >> 32 == u64::from(prefix) && (slot & 0xffff_ffff) + ANSWERED >= now.seconds()
     }
 
-    fn others(&self, prefix: u32, now: Time) -> bool {
+    /// Whether other prefixes were answered within the last seconds.
+    pub fn others(&self, prefix: u32, now: Time) -> bool {
         let Some(slots) = self.0.get() else { return false };
         slots
             .iter()

@@ -8,6 +8,7 @@
 //!
 //! The model mirrors the file: what was not written is `None`. Defaults and references are `resolve`'s business.
 
+mod http;
 mod listener;
 mod probe;
 
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use serde_yaml::{Mapping, Value};
 
+pub use self::http::FileHttp;
 use super::Network;
 use super::scan::{Index, MAX_PROBLEMS, Problem, join, scan};
 use crate::sniff::ProxyVersion;
@@ -96,6 +98,8 @@ pub struct FilePool {
     pub ramp: Option<Duration>,
     pub max_connections: Option<u64>,
     pub send_proxy: Option<ProxyVersion>,
+    pub http: Option<super::HttpVersion>,
+    pub request: Option<Duration>,
 }
 
 #[derive(Debug, Default)]
@@ -137,6 +141,7 @@ pub struct FileTls {
     pub only_1_3: bool,
     pub client_ca: Option<String>,
     pub require: bool,
+    pub client_header: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -166,9 +171,12 @@ pub struct FileListener {
     pub bind: Vec<(String, SocketAddr)>,
     pub tcp: Option<String>,
     pub sni: Option<FileSni>,
+    pub http: Option<FileHttp>,
     pub tls: Option<FileTls>,
     pub proxy_from: Option<Vec<Network>>,
     pub handshake: Option<Duration>,
+    pub header: Option<Duration>,
+    pub keepalive: Option<Duration>,
     pub allow: Option<Vec<Network>>,
     pub deny: Option<Vec<Network>>,
     pub max_connections: Option<u64>,
@@ -352,8 +360,9 @@ impl Reader<'_> {
             "ramp",
             "limits",
             "send_proxy",
+            "http",
         ];
-        let Some(fields) = self.fields(node, &known, &["tls", "http", "replay"]) else { return pool };
+        let Some(fields) = self.fields(node, &known, &["tls", "replay"]) else { return pool };
         match fields.get("cells") {
             Some(node) => pool.cells = self.entries(&node, Self::cell),
             None => self.missing(&fields, "cells", "a pool is served by at least one cell"),
@@ -388,11 +397,7 @@ impl Reader<'_> {
         if let Some(node) = fields.get("timeouts")
             && let Some(fields) = self.fields(&node, &["request", "idle", "half_close", "unacked"], &[])
         {
-            if self.duration_at(&fields, "request", 1, DAY).is_some() {
-                let reason =
-                    "has no effect on tcp listeners; it bounds an HTTP request, and this version has no http listener";
-                self.warnings.push((join(&fields.path, "request"), reason.into()));
-            }
+            pool.request = self.duration_at(&fields, "request", 10, DAY);
             pool.idle = self.duration_at(&fields, "idle", 10, 30 * DAY);
             pool.half_close = self.duration_at(&fields, "half_close", 10, DAY);
             pool.unacked = self.duration_at(&fields, "unacked", 1_000, DAY);
@@ -414,6 +419,11 @@ impl Reader<'_> {
         pool.send_proxy = fields
             .get("send_proxy")
             .and_then(|node| self.word(&node, &[("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)]));
+        if let Some(node) = fields.get("http")
+            && let Some(fields) = self.fields(&node, &["version"], &[])
+        {
+            pool.http = fields.get("version").and_then(|node| self.http_version(&node));
+        }
         pool.ramp = self.duration_at(&fields, "ramp", 0, DAY);
         if let Some(node) = fields.get("limits")
             && let Some(fields) = self.fields(&node, &["max_connections"], &["queue", "queue_timeout"])
@@ -427,21 +437,18 @@ impl Reader<'_> {
     fn affinity(&mut self, node: &Node<'_>) -> Option<super::Affinity> {
         let fields = self.fields(node, &["by"], &[])?;
         let Some(node) = fields.get("by") else {
-            self.missing(&fields, "by", "expected none, client_ip or sni");
+            self.missing(&fields, "by", "expected none, client_ip, sni, { header: NAME } or { cookie: NAME }");
             return None;
         };
-        let later = match node.value {
-            Value::Mapping(map) => map.contains_key("header") || map.contains_key("cookie"),
-            _ => false,
-        };
-        if later {
-            self.error(
-                &node.path,
-                "not in this version: affinity by header or cookie; expected none, client_ip or sni",
-            );
-            return None;
-        }
         use super::Affinity;
+        if node.value.is_mapping() {
+            let fields = self.fields(&node, &["header", "cookie"], &[])?;
+            return match (fields.get("header"), fields.get("cookie")) {
+                (Some(node), None) => self.affinity_header(&node).map(Affinity::Header),
+                (None, Some(node)) => self.affinity_cookie(&node).map(Affinity::Cookie),
+                _ => self.refuse(&node, "one of { header: NAME } and { cookie: NAME }"),
+            };
+        }
         self.word(&node, &[("none", Affinity::None), ("client_ip", Affinity::ClientIp), ("sni", Affinity::Sni)])
     }
 

@@ -185,7 +185,9 @@ fn resolve_tls(
         }
     }
     let client = tls.client_ca.and_then(|ca| match sources.read_pem(source, &ca) {
-        Ok(pem) if tls::has_authority(&pem.bytes) => Some(ClientCertificates { ca: pem, require: tls.require }),
+        Ok(pem) if tls::has_authority(&pem.bytes) => {
+            Some(ClientCertificates { ca: pem, require: tls.require, header: tls.client_header.clone() })
+        }
         Ok(pem) => {
             let message = format!("{} holds no certificate that can be used, in PEM form", pem.file);
             problems.push(sources.problem(source, &format!("{path}.client.ca"), message));
@@ -315,7 +317,9 @@ fn resolve_pool(
             race: pool.race.unwrap_or(true),
             source,
         },
+        http: pool.http.unwrap_or(HttpVersion::Auto),
         timeouts: Timeouts {
+            request: pool.request.unwrap_or(Duration::from_secs(30)),
             idle: pool.idle.unwrap_or(Duration::from_secs(3_600)),
             half_close: pool.half_close.unwrap_or(Duration::from_secs(30)),
             unacked: pool.unacked.unwrap_or(Duration::from_secs(15)),
@@ -350,14 +354,20 @@ fn resolve_listener(
         };
         say(path, format!("there is no pool {pool:?}; {hint}"));
     };
-    let face = match listener.sni {
-        Some(sni) => {
+    let face = match (listener.sni, listener.http) {
+        (_, Some(http)) => {
+            for (path, route) in http.paths.iter().zip(&http.http.routes) {
+                route.action.pool().iter().for_each(|pool| known(&format!("{path}.pool"), pool));
+            }
+            Face::Http(http.http)
+        }
+        (Some(sni), None) => {
             sni.routes.iter().for_each(|(path, _, pool)| known(path, pool));
             sni.default.iter().for_each(|pool| known(&format!("{path}.sni.default"), pool));
             let routes = sni.routes.into_iter().map(|(_, name, pool)| (name, pool)).collect();
             Face::Sni { routes, default: sni.default }
         }
-        None => {
+        (None, None) => {
             let pool = listener.tcp.unwrap_or_default();
             known(&format!("{path}.tcp"), &pool);
             Face::Tcp(pool)
@@ -370,6 +380,8 @@ fn resolve_listener(
         proxy_from: listener.proxy_from.unwrap_or_default(),
         handshake: listener.handshake.unwrap_or(Duration::from_secs(10)),
         tls: None,
+        header: listener.header.unwrap_or(Duration::from_secs(10)),
+        keepalive: listener.keepalive.unwrap_or(Duration::from_secs(60)),
         allow: listener.allow.unwrap_or_default(),
         deny: listener.deny.unwrap_or_default(),
         max_connections: listener.max_connections.map(|n| n as u32),

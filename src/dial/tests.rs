@@ -115,8 +115,20 @@ impl Rig {
     async fn dial(&self, story: &mut Story) -> Result<usize, DialError> {
         let timer = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
         let mut rng = Rng::with_seed(1);
-        let dialled =
-            dial(&self.network, &self.host, &self.pool, None, &self.client, timer, &mut rng, story, clock::now()).await;
+        let dialled = dial(
+            &self.network,
+            &self.host,
+            &self.pool,
+            None,
+            None,
+            Vec::new(),
+            &self.client,
+            timer,
+            &mut rng,
+            story,
+            clock::now(),
+        )
+        .await;
         dialled.map(|dialled| dialled.member)
     }
 

@@ -9,8 +9,9 @@ use crate::sniff;
 impl Reader<'_> {
     pub(super) fn listener(&mut self, node: &Node<'_>) -> FileListener {
         let mut listener = FileListener { path: node.path.clone(), ..FileListener::default() };
-        let known = ["name", "bind", "tcp", "sni", "tls", "proxy_protocol", "allow", "deny", "limits", "timeouts"];
-        let Some(fields) = self.fields(node, &known, &["http"]) else { return listener };
+        let known =
+            ["name", "bind", "tcp", "sni", "http", "tls", "proxy_protocol", "allow", "deny", "limits", "timeouts"];
+        let Some(fields) = self.fields(node, &known, &[]) else { return listener };
         listener.name = fields.get("name").and_then(|node| self.name(&node));
         match fields.get("bind") {
             Some(node) if node.value.is_sequence() => {
@@ -28,16 +29,15 @@ impl Reader<'_> {
             }
             None => self.missing(&fields, "bind", "expected IP:PORT or a list of them"),
         }
-        match (fields.get("tcp"), fields.get("sni")) {
-            (Some(_), Some(node)) => {
-                self.error(&node.path, "`tcp` and `sni` stand side by side; a listener has one of them")
+        match (fields.get("tcp"), fields.get("sni"), fields.get("http")) {
+            (Some(node), None, None) => listener.tcp = self.name(&node),
+            (None, Some(node), None) => listener.sni = Some(self.sni(&node)),
+            (None, None, Some(node)) => listener.http = Some(self.http(&node)),
+            (None, None, None) => {
+                let faces = "it names the pool that this listener carries its connections to (or `sni`, or `http`)";
+                self.missing(&fields, "tcp", faces);
             }
-            (Some(node), None) => listener.tcp = self.name(&node),
-            (None, Some(node)) => listener.sni = Some(self.sni(&node)),
-            (None, None) if fields.get("http").is_some() => {}
-            (None, None) => {
-                self.missing(&fields, "tcp", "it names the pool that this listener carries its connections to");
-            }
+            _ => self.error(&node.path, "a listener has one of `tcp`, `sni` and `http`; take the others out"),
         }
         if let Some(node) = fields.get("tls") {
             if listener.sni.is_some() {
@@ -74,9 +74,11 @@ impl Reader<'_> {
                 let reason = "has no effect on a listener without tls, sni or proxy_protocol";
                 self.warnings.push((join(&fields.path, "handshake"), reason.into()));
             }
-            for key in ["header", "keepalive"] {
-                if self.duration_at(&fields, key, 1, DAY).is_some() {
-                    let reason = "has no effect on tcp; it belongs to http, which this version has not";
+            listener.header = self.duration_at(&fields, "header", 10, DAY);
+            listener.keepalive = self.duration_at(&fields, "keepalive", 10, DAY);
+            for (key, given) in [("header", listener.header), ("keepalive", listener.keepalive)] {
+                if given.is_some() && listener.http.is_none() {
+                    let reason = "has no effect on a listener that is not http";
                     self.warnings.push((join(&fields.path, key), reason.into()));
                 }
             }
@@ -85,7 +87,7 @@ impl Reader<'_> {
         listener
     }
 
-    fn networks(&mut self, node: &Node<'_>) -> Vec<Network> {
+    pub(super) fn networks(&mut self, node: &Node<'_>) -> Vec<Network> {
         let mut networks = Vec::new();
         for item in self.list(node) {
             let found = self.text(&item).and_then(|text| match Network::parse(&text) {
@@ -138,12 +140,13 @@ impl Reader<'_> {
             }
         }
         if let Some(node) = fields.get("client")
-            && let Some(fields) = self.fields(&node, &["ca", "require"], &[])
+            && let Some(fields) = self.fields(&node, &["ca", "require", "header"], &[])
         {
             match fields.get("ca") {
                 Some(node) => tls.client_ca = self.text(&node),
                 None => self.missing(&fields, "ca", "it names the authorities that clients' certificates come from"),
             }
+            tls.client_header = fields.get("header").and_then(|node| self.header_name(&node));
             tls.require = fields.get("require").and_then(|node| self.flag(&node)).unwrap_or(true);
         }
         tls

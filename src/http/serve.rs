@@ -1,0 +1,303 @@
+//! An accepted connection of an `http` listener, from acceptance to close.
+
+use std::cell::OnceCell;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue};
+use pingora_core::apps::ServerApp;
+use pingora_core::server::configuration::ServerConf;
+use pingora_proxy::{HttpProxy, http_proxy};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+
+use super::stream::{Edge, Link, Patience};
+use super::{Gateway, PASSES, wait};
+use crate::clock;
+use crate::hello::Greeting;
+use crate::host::Host;
+use crate::limits::Permit;
+use crate::listen::Stop;
+use crate::log::{AccessRecord, HttpRecord};
+use crate::table::{End, Face, Listener, ListenerShared};
+use crate::tcp;
+use crate::tls::Stream;
+
+/// What a client says first that speaks HTTP/2 without being asked (RFC 9113, 3.4).
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How long a connection that was told to go may take for its last exchanges, at most.
+const GOING: Duration = Duration::from_secs(3_600);
+/// Idle connections to backends that one worker keeps.
+const IDLE_KEPT: usize = 1_024;
+
+thread_local! {
+    static ENGINE: OnceCell<Arc<HttpProxy<Gateway>>> = const { OnceCell::new() };
+}
+
+/// What is known of a connection for as long as it lives.
+#[derive(Debug)]
+pub struct Connection {
+    /// What the stream and the engine's callbacks tell each other.
+    pub link: Arc<Link>,
+    /// Who connected, or on whose behalf.
+    pub client: SocketAddr,
+    /// The address that the client meant.
+    pub destination: Option<SocketAddr>,
+    /// What else a PROXY header carried.
+    pub tlvs: Vec<u8>,
+    /// How it came by TLS, if it did.
+    pub tls: Option<Secured>,
+    /// The listener's name.
+    pub name: Arc<str>,
+    /// What survives the listener's table.
+    pub shared: Arc<ListenerShared>,
+    bind: SocketAddr,
+    /// The listener, and the generation of the table it was taken from.
+    seen: Mutex<(u64, Arc<Listener>)>,
+}
+
+/// A client's TLS.
+#[derive(Debug)]
+pub struct Secured {
+    /// Subject of the client's certificate, where one was asked for and came.
+    pub subject: Option<String>,
+}
+
+impl Connection {
+    /// The listener as the live table has it; one that is gone serves its last requests as it stood.
+    pub fn listener(&self, host: &Host) -> Arc<Listener> {
+        let table = host.live.load();
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.0 != table.generation {
+            seen.0 = table.generation;
+            if let Some(listener) = table.listeners.get(&self.bind) {
+                seen.1 = listener.clone();
+            }
+        }
+        seen.1.clone()
+    }
+
+    /// The client's address, and the one it meant, for a PROXY header.
+    pub fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
+        self.destination.map(|destination| (self.client, destination))
+    }
+
+    /// The header that tells a backend of the client's certificate, and what it says; `None` where none is asked for.
+    pub fn subject(&self) -> Option<(HeaderName, Option<HeaderValue>)> {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = seen.1.tls.as_ref()?.subject_header.clone()?;
+        let subject = self.tls.as_ref().and_then(|tls| tls.subject.as_ref());
+        Some((name, subject.and_then(|subject| HeaderValue::from_str(subject).ok())))
+    }
+}
+
+/// The engine of this worker; made with its first connection.
+fn engine(host: &Arc<Host>) -> Arc<HttpProxy<Gateway>> {
+    ENGINE.with(|engine| {
+        let make = || {
+            // The engine's own connector takes whatever is the default, and would otherwise choose another.
+            let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+            let conf = ServerConf {
+                threads: 1,
+                max_retries: PASSES,
+                upstream_keepalive_pool_size: IDLE_KEPT,
+                ..ServerConf::default()
+            };
+            tokio::spawn(wait::watch());
+            Arc::new(http_proxy(&Arc::new(conf), Gateway::new(host.clone())))
+        };
+        engine.get_or_init(make).clone()
+    })
+}
+
+/// Serves one accepted connection to its end.
+pub async fn serve(
+    client: TcpStream,
+    peer: SocketAddr,
+    bind: SocketAddr,
+    listener: Arc<Listener>,
+    host: Arc<Host>,
+    permits: [Permit; 2],
+    stop: Stop,
+) {
+    let _permits = permits;
+    let began = clock::now();
+    let shared = listener.shared.clone();
+    let mut record = AccessRecord::new(listener.name.clone(), peer);
+    let end = match tcp::begin(client, &listener, &host, &mut record).await {
+        Ok((stream, greeting)) => {
+            let deadline = Instant::now() + listener.header;
+            match first_bytes(stream, greeting, &listener, deadline).await {
+                Ok(ready) => run(ready, bind, listener, &host, stop, &mut record).await,
+                Err(end) => end,
+            }
+        }
+        Err((end, client)) => {
+            if let Some(client) = client {
+                tcp::reset(&client);
+            }
+            end
+        }
+    };
+    shared.ends[end as usize].add(1);
+    // Requests have their own lines; a connection has one when it came to none of its own accord.
+    if end.failed() {
+        host.access.write(record, end, clock::now().since(began));
+    }
+}
+
+/// A connection that is ready for the engine.
+struct Ready {
+    stream: Stream,
+    greeting: Greeting,
+    h2: bool,
+}
+
+/// Finds out which HTTP it is.
+async fn first_bytes(
+    mut stream: Stream,
+    mut greeting: Greeting,
+    listener: &Listener,
+    deadline: Instant,
+) -> Result<Ready, End> {
+    let Face::Http(face) = &listener.face else { return Err(End::NoRoute) };
+    let mut h2 = stream.alpn() == Some(b"h2");
+    if stream.plain().is_some() && face.h2c {
+        let came = |bytes: &[u8]| bytes.len() >= PREFACE.len() || !PREFACE.starts_with(bytes);
+        while !came(&greeting.bytes) {
+            let mut part = [0; PREFACE.len()];
+            let most = PREFACE.len() - greeting.bytes.len();
+            match timeout_at(deadline, stream.read(&mut part[..most])).await {
+                Err(_) => return Err(End::Handshake),
+                Ok(Ok(0)) => return Err(End::ClientGone),
+                Ok(Ok(read)) => greeting.bytes.extend_from_slice(&part[..read]),
+                Ok(Err(_)) => return Err(End::ClientReset),
+            }
+        }
+        h2 = greeting.bytes.starts_with(PREFACE);
+    }
+    Ok(Ready { stream, greeting, h2 })
+}
+
+async fn run(
+    ready: Ready,
+    bind: SocketAddr,
+    listener: Arc<Listener>,
+    host: &Arc<Host>,
+    mut stop: Stop,
+    record: &mut AccessRecord,
+) -> End {
+    let Ready { stream, greeting, h2 } = ready;
+    let link = Arc::new(Link::default());
+    let destination = greeting.destination.or_else(|| stream.socket().local_addr().ok());
+    let tls = match &stream {
+        Stream::Plain(_) => None,
+        Stream::Tls(_) => Some(Secured { subject: stream.subject() }),
+    };
+    let patience = Patience { header: listener.header, keepalive: listener.keepalive, idle: listener.http_idle() };
+    let connection = Arc::new(Connection {
+        link: link.clone(),
+        client: greeting.client,
+        destination,
+        tlvs: greeting.tlvs,
+        tls,
+        name: listener.name.clone(),
+        shared: listener.shared.clone(),
+        bind,
+        seen: Mutex::new((0, listener)),
+    });
+    let shared = connection.shared.clone();
+    let about: Box<dyn std::any::Any + Send + Sync> = Box::new(connection);
+    let edge = match Edge::new(stream, greeting.bytes, h2, link.clone(), patience, about) {
+        Ok(edge) => edge,
+        Err(_) => return End::ClientGone,
+    };
+    let engine = engine(host);
+    if h2 {
+        // The engine says goodbye to a client of HTTP/2 when this turns true, and never before.
+        let (go, going) = watch::channel(false);
+        tokio::select! {
+            _ = engine.process_new(Box::new(edge), &going) => {}
+            () = send_off(&link, patience.keepalive, &mut stop, &go) => {}
+        }
+    } else {
+        let told = async {
+            let _ = stop.clone().wait_for(|stop| *stop).await.is_ok();
+            link.close_when_idle();
+            sleep(GOING).await;
+        };
+        tokio::select! {
+            _ = engine.process_new(Box::new(edge), &stop) => {}
+            () = told => {}
+        }
+    }
+    for (total, bytes) in shared.bytes.iter().zip(&link.bytes) {
+        total.add(bytes.load(Relaxed));
+    }
+    if let Some((refusal, line)) = link.refused() {
+        let mut words = line.as_deref().unwrap_or("").split(' ');
+        let word = |word: Option<&str>| word.unwrap_or("").chars().take(256).collect::<String>();
+        shared.requests[usize::from(refusal.status / 100)].add(1);
+        record.http = Some(Box::new(HttpRecord {
+            method: word(words.next()),
+            host: String::new(),
+            path: word(words.next()),
+            status: refusal.status,
+            retries: 0,
+            id: String::new(),
+        }));
+        tracing::debug!(listener = &*record.listener, client = %record.client, reason = refusal.reason, "refused");
+        return if refusal.status == 408 { End::Handshake } else { End::Malformed };
+    }
+    if link.timed_out() { End::Idle } else { End::ClientClosed }
+}
+
+/// Sends a client of HTTP/2 off when its listener is given up, or when it has asked for nothing for long enough; ends
+/// when it has had time enough to go.
+async fn send_off(link: &Link, keepalive: Duration, stop: &mut Stop, go: &watch::Sender<bool>) {
+    let mut idle_since = Instant::now();
+    let mut turns = link.turns();
+    loop {
+        let told = async { stop.wait_for(|stop| *stop).await.is_ok() };
+        tokio::select! {
+            _ = told => break,
+            () = sleep_until(idle_since + keepalive) => {
+                let now = link.turns();
+                if link.active.load(Relaxed) == 0 && now == turns {
+                    break;
+                }
+                turns = now;
+                idle_since = Instant::now();
+            }
+        }
+    }
+    let _ = go.send(true);
+    let going = Instant::now() + GOING;
+    // The engine ends when the last exchange has ended and the client has closed; a client that does not is left.
+    let mut quiet = 0;
+    while Instant::now() < going && quiet < 3 {
+        sleep(Duration::from_secs(1)).await;
+        quiet = if link.active.load(Relaxed) == 0 { quiet + 1 } else { 0 };
+    }
+}
+
+/// Reads what a stream says of itself; here because only HTTP asks.
+impl Stream {
+    /// The protocol that the handshake agreed on.
+    pub fn alpn(&self) -> Option<&[u8]> {
+        match self {
+            Stream::Plain(_) => None,
+            Stream::Tls(stream) => stream.get_ref().1.alpn_protocol(),
+        }
+    }
+
+    /// Subject of the client's certificate, as RFC 4514 writes it.
+    fn subject(&self) -> Option<String> {
+        let Stream::Tls(stream) = self else { return None };
+        crate::tls::subject(stream.get_ref().1.peer_certificates()?.first()?)
+    }
+}

@@ -1,0 +1,556 @@
+//! An accepted connection as the engine's IO: judged, bounded in time, buffered on its way out.
+//!
+//! Towards the engine it gives the bytes of one request and no more: what comes behind a whole request waits in `ahead`
+//! until the next may begin. A request that the framer refuses never reaches the engine; it is answered here, the
+//! connection is closed so that the answer arrives, and the engine sees an end.
+
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora_core::protocols::raw_connect::ProxyDigest;
+use pingora_core::protocols::{
+    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, TimingDigest, UniqueID,
+    UniqueIDType,
+};
+use pingora_http::ResponseHeader;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::answer;
+use super::framer::{Framer, Refusal};
+use crate::tls;
+
+/// Bytes on their way to the client are gathered up to this many, until the engine says that they should go.
+const GATHER: usize = 16 * 1024;
+/// Most bytes of next requests that wait while one is served.
+const AHEAD: usize = 64 * 1024;
+/// How long, and for how many bytes, a connection is read after its last answer, so that a reset does not overtake it.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 1 << 20;
+
+/// Bounds on a client's time.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For a whole head, from its first byte; for the first head from the beginning.
+    pub header: Duration,
+    /// Between requests.
+    pub keepalive: Duration,
+    /// During a request, without a byte either way.
+    pub idle: Duration,
+}
+
+/// Where a connection stands in its present request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    /// Nothing of a next request has come.
+    Waiting,
+    /// A head has begun.
+    Head,
+    /// A request is being served.
+    Busy,
+}
+
+/// What the engine's callbacks and the stream tell each other.
+#[derive(Debug, Default)]
+pub struct Link {
+    /// Requests that ended.
+    turns: AtomicU32,
+    /// Requests being served.
+    pub active: AtomicU32,
+    /// Bytes from the client, and to it.
+    pub bytes: [AtomicU64; 2],
+    upgraded: AtomicBool,
+    closing: AtomicBool,
+    timed_out: AtomicBool,
+    waker: Mutex<Option<Waker>>,
+    refused: Mutex<Option<(Refusal, Option<String>)>>,
+}
+
+impl Link {
+    /// Requests that ended.
+    pub fn turns(&self) -> u32 {
+        self.turns.load(Relaxed)
+    }
+
+    /// The present request has been served: the next may begin.
+    pub fn next(&self) {
+        self.turns.fetch_add(1, Relaxed);
+    }
+
+    /// The connection changed its protocol.
+    pub fn upgrade(&self) {
+        self.upgraded.store(true, Relaxed);
+    }
+
+    /// The connection ends as soon as no request is being served.
+    pub fn close_when_idle(&self) {
+        self.closing.store(true, Relaxed);
+        if let Some(waker) = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            waker.wake();
+        }
+    }
+
+    fn wake_by(&self, waker: &Waker) {
+        let mut known = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            *known = Some(waker.clone());
+        }
+    }
+
+    fn refuse(&self, refusal: Refusal, line: Option<String>) {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = Some((refusal, line));
+    }
+
+    /// Why a request was refused before the engine saw it, and the beginning of what was refused.
+    pub fn refused(&self) -> Option<(Refusal, Option<String>)> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Whether the connection ended because a head, a next request or any byte did not come in time.
+    pub fn timed_out(&self) -> bool {
+        self.timed_out.load(Relaxed)
+    }
+}
+
+/// See the module.
+pub struct Edge {
+    inner: tls::Stream,
+    link: Arc<Link>,
+    digest: Arc<ProxyDigest>,
+    h2: bool,
+    framer: Framer,
+    turn: u32,
+    /// Bytes that came before the engine may have them; of those behind `at`, `give` belong to the present request.
+    ahead: Vec<u8>,
+    at: usize,
+    give: usize,
+    out: Vec<u8>,
+    patience: Patience,
+    phase: Phase,
+    since: Instant,
+    timer: Option<Pin<Box<Sleep>>>,
+    /// Sum of bytes when the timer last ran during a request; `None`: it has not run since the request began.
+    seen: Option<u64>,
+    ending: Option<Ending>,
+}
+
+/// The last steps of a connection that was refused.
+#[derive(Debug)]
+struct Ending {
+    answer: Vec<u8>,
+    written: usize,
+    shut: bool,
+    until: Instant,
+    left: usize,
+}
+
+impl fmt::Debug for Edge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Edge").field("phase", &self.phase).field("h2", &self.h2).finish_non_exhaustive()
+    }
+}
+
+impl Edge {
+    /// Wraps an accepted connection. `first` was read from it already. What `about` holds is found in the digest of each
+    /// session.
+    pub fn new(
+        inner: tls::Stream,
+        first: Vec<u8>,
+        h2: bool,
+        link: Arc<Link>,
+        patience: Patience,
+        about: Box<dyn std::any::Any + Send + Sync>,
+    ) -> io::Result<Edge> {
+        let response = ResponseHeader::build(200, Some(0)).map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(Edge {
+            inner,
+            link,
+            digest: Arc::new(ProxyDigest::new(Box::new(response), Some(about))),
+            h2,
+            framer: if h2 { Framer::raw() } else { Framer::default() },
+            turn: 0,
+            ahead: first,
+            at: 0,
+            give: 0,
+            out: Vec::new(),
+            patience,
+            // The first head is due at once, not after a pause between requests.
+            phase: if h2 { Phase::Busy } else { Phase::Head },
+            since: Instant::now(),
+            timer: None,
+            seen: None,
+            ending: None,
+        })
+    }
+
+    fn limit(&self) -> Duration {
+        match self.phase {
+            Phase::Waiting => self.patience.keepalive,
+            Phase::Head => self.patience.header,
+            Phase::Busy => self.patience.idle,
+        }
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        if self.phase == phase {
+            return;
+        }
+        self.phase = phase;
+        self.seen = None;
+        if phase != Phase::Busy {
+            self.since = Instant::now();
+            let deadline = self.since + self.limit();
+            // A timer that runs too early finds its deadline moved; only one that would run too late is set anew.
+            if let Some(timer) = &mut self.timer
+                && timer.deadline() > deadline
+            {
+                timer.as_mut().reset(deadline);
+            }
+        }
+    }
+
+    /// Whether the time is up; registers for it otherwise.
+    fn overdue(&mut self, context: &mut Context<'_>) -> bool {
+        let (limit, since, phase) = (self.limit(), self.since, self.phase);
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(since + limit)));
+        while timer.as_mut().poll(context).is_ready() {
+            let now = Instant::now();
+            if phase != Phase::Busy {
+                if now >= since + limit {
+                    self.link.timed_out.store(true, Relaxed);
+                    return true;
+                }
+                timer.as_mut().reset(since + limit);
+                continue;
+            }
+            let sum = self.link.bytes.iter().map(|bytes| bytes.load(Relaxed)).sum();
+            if self.seen.replace(sum) == Some(sum) {
+                self.link.timed_out.store(true, Relaxed);
+                return true;
+            }
+            timer.as_mut().reset(now + limit);
+        }
+        false
+    }
+
+    /// Reads once from the client; 0 is its end.
+    fn read(&mut self, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<usize>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.inner).poll_read(context, buffer))?;
+        let read = buffer.filled().len() - before;
+        self.link.bytes[0].fetch_add(read as u64, Relaxed);
+        Poll::Ready(Ok(read))
+    }
+
+    /// Reads once into `ahead`.
+    fn read_ahead(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut space = [0; 4096];
+        let mut buffer = ReadBuf::new(&mut space);
+        let read = ready!(self.read(context, &mut buffer))?;
+        self.ahead.extend_from_slice(buffer.filled());
+        Poll::Ready(Ok(read))
+    }
+
+    /// Gives on what of `ahead` belongs to the present request.
+    fn give_on(&mut self, buffer: &mut ReadBuf<'_>) {
+        let given = self.give.min(buffer.remaining());
+        buffer.put_slice(&self.ahead[self.at..self.at + given]);
+        self.at += given;
+        self.give -= given;
+        if self.at == self.ahead.len() {
+            // What waits between requests holds no memory.
+            self.ahead = Vec::new();
+            self.at = 0;
+        }
+    }
+
+    /// Judges what of `bytes`, the beginning of a request or more of one, belongs to it; 0 while its head is not whole.
+    fn judge(framer: &mut Framer, bytes: &[u8]) -> Result<usize, Refusal> {
+        let head = match framer.in_head() {
+            true => match framer.head(bytes)? {
+                Some(head) => head,
+                None => return Ok(0),
+            },
+            false => 0,
+        };
+        Ok(head + framer.body(&bytes[head..])?)
+    }
+
+    /// Answers a request whose head is refused, and ends the connection.
+    fn refuse(&mut self, refusal: Refusal) {
+        let line = self.ahead[self.at..].split(|byte| matches!(byte, b'\r' | b'\n')).find(|line| !line.is_empty());
+        let line = line.map(|line| String::from_utf8_lossy(&line[..line.len().min(256)]).into_owned());
+        self.link.refuse(refusal, line);
+        self.ahead = Vec::new();
+        (self.at, self.give) = (0, 0);
+        let until = Instant::now() + LINGER;
+        let answer = answer::raw(refusal.status, refusal.reason);
+        self.ending = Some(Ending { answer, written: 0, shut: false, until, left: LINGER_BYTES });
+    }
+
+    /// The engine must not see what was refused behind a good head: it gets an error, and answers by itself.
+    fn refuse_body(&mut self, refusal: Refusal) -> io::Error {
+        self.link.refuse(refusal, None);
+        io::Error::new(io::ErrorKind::InvalidData, refusal.reason)
+    }
+
+    /// Writes the last answer, says the end, and reads on until the client has said its own.
+    fn poll_end(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let Some(ending) = &mut self.ending else { return Poll::Ready(()) };
+        let until = ending.until;
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(until)));
+        if timer.deadline() != until {
+            timer.as_mut().reset(until);
+        }
+        if timer.as_mut().poll(context).is_ready() {
+            return Poll::Ready(());
+        }
+        while ending.written < ending.answer.len() {
+            match ready!(Pin::new(&mut self.inner).poll_write(context, &ending.answer[ending.written..])) {
+                Ok(written) if written > 0 => ending.written += written,
+                Ok(_) | Err(_) => return Poll::Ready(()),
+            }
+        }
+        if !ending.shut {
+            if ready!(Pin::new(&mut self.inner).poll_shutdown(context)).is_err() {
+                return Poll::Ready(());
+            }
+            ending.shut = true;
+        }
+        loop {
+            let mut space = [0; 4096];
+            let mut buffer = ReadBuf::new(&mut space);
+            match ready!(Pin::new(&mut self.inner).poll_read(context, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() && ending.left > buffer.filled().len() => {
+                    ending.left -= buffer.filled().len();
+                }
+                Ok(()) | Err(_) => return Poll::Ready(()),
+            }
+        }
+    }
+
+    /// Takes note of what the engine's callbacks said since the last look.
+    fn look_at_link(&mut self) {
+        if self.link.upgraded.load(Relaxed) && !self.framer.is_raw() {
+            self.framer.upgrade();
+            self.give = self.ahead.len() - self.at;
+        }
+        // A request may have been answered before it came whole; then its rest comes first.
+        let turns = self.link.turns.load(Relaxed);
+        if self.framer.done() && self.turn != turns {
+            self.turn = turns;
+            self.framer.next();
+            self.enter(if self.ahead.is_empty() { Phase::Waiting } else { Phase::Head });
+        }
+    }
+
+    fn poll_request(&mut self, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.look_at_link();
+        loop {
+            if self.ending.is_some() {
+                ready!(self.poll_end(context));
+                return Poll::Ready(Ok(()));
+            }
+            // What came before, judged as far as it goes.
+            if self.give == 0 && !self.ahead.is_empty() && !self.framer.done() {
+                let in_head = self.framer.in_head();
+                match Self::judge(&mut self.framer, &self.ahead[self.at..]) {
+                    Ok(0) => self.enter(Phase::Head),
+                    Ok(whole) => self.give = whole,
+                    Err(refusal) if in_head => {
+                        self.refuse(refusal);
+                        continue;
+                    }
+                    Err(refusal) => return Poll::Ready(Err(self.refuse_body(refusal))),
+                }
+            }
+            if self.give > 0 {
+                self.enter(Phase::Busy);
+                self.give_on(buffer);
+                return Poll::Ready(Ok(()));
+            }
+            if self.framer.in_head() && self.phase == Phase::Waiting && self.link.closing.load(Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
+            // A request that has come whole: the engine looks whether its client is still there, and what comes is ahead.
+            let ahead = !self.ahead.is_empty() || self.framer.done();
+            if ahead && self.framer.done() && self.ahead.len() - self.at >= AHEAD {
+                return self.pending(context);
+            }
+            let before = buffer.filled().len();
+            let read = if ahead { self.read_ahead(context) } else { self.read(context, buffer) };
+            match read {
+                Poll::Pending => return self.pending(context),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Ready(Ok(0)) => return Poll::Ready(Ok(())),
+                Poll::Ready(Ok(_)) if ahead => continue,
+                Poll::Ready(Ok(_)) => {}
+            }
+            // The common case: a whole head, or more of a body, without a copy.
+            let in_head = self.framer.in_head();
+            let judged = Self::judge(&mut self.framer, &buffer.filled()[before..]);
+            let whole = *judged.as_ref().unwrap_or(&0);
+            if whole < buffer.filled().len() - before {
+                self.ahead.extend_from_slice(&buffer.filled()[before + whole..]);
+                buffer.set_filled(before + whole);
+            }
+            match judged {
+                Ok(0) => self.enter(Phase::Head),
+                Ok(_) => {
+                    self.enter(Phase::Busy);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(refusal) if in_head => self.refuse(refusal),
+                Err(refusal) => return Poll::Ready(Err(self.refuse_body(refusal))),
+            }
+        }
+    }
+
+    /// Nothing to read yet, or no more time for it.
+    fn pending(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.overdue(context) {
+            return match self.phase {
+                Phase::Head if !self.ahead.is_empty() => {
+                    self.refuse(Refusal { status: 408, reason: "the header did not come in time" });
+                    ready!(self.poll_end(context));
+                    Poll::Ready(Ok(()))
+                }
+                Phase::Head | Phase::Waiting => Poll::Ready(Ok(())),
+                Phase::Busy => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+            };
+        }
+        if self.phase == Phase::Waiting {
+            self.link.wake_by(context.waker());
+            // It may have been told to close between our look and this.
+            if self.link.closing.load(Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Writes out what was gathered.
+    fn poll_gathered(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut at = 0;
+        let result = loop {
+            if at == self.out.len() {
+                break Poll::Ready(Ok(()));
+            }
+            match Pin::new(&mut self.inner).poll_write(context, &self.out[at..]) {
+                Poll::Ready(Ok(0)) => break Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(written)) => at += written,
+                Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),
+                Poll::Pending => break Poll::Pending,
+            }
+        };
+        self.link.bytes[1].fetch_add(at as u64, Relaxed);
+        if at == self.out.len() {
+            self.out = Vec::new();
+        } else {
+            self.out.drain(..at);
+        }
+        if result.is_pending() && self.overdue(context) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
+        result
+    }
+}
+
+impl AsyncRead for Edge {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().poll_request(context, buffer)
+    }
+}
+
+impl AsyncWrite for Edge {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let edge = self.get_mut();
+        if edge.ending.is_some() {
+            // The connection has had its last answer.
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        if edge.out.len() + bytes.len() > GATHER {
+            ready!(edge.poll_gathered(context))?;
+        }
+        if bytes.len() > GATHER {
+            return match Pin::new(&mut edge.inner).poll_write(context, bytes) {
+                Poll::Ready(Ok(written)) => {
+                    edge.link.bytes[1].fetch_add(written as u64, Relaxed);
+                    Poll::Ready(Ok(written))
+                }
+                Poll::Pending if edge.overdue(context) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+                other => other,
+            };
+        }
+        edge.out.extend_from_slice(bytes);
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let edge = self.get_mut();
+        ready!(edge.poll_gathered(context))?;
+        Pin::new(&mut edge.inner).poll_flush(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let edge = self.get_mut();
+        ready!(edge.poll_gathered(context))?;
+        Pin::new(&mut edge.inner).poll_shutdown(context)
+    }
+}
+
+#[async_trait]
+impl Shutdown for Edge {
+    /// The last answer leaves whole, and what the client still sends does not turn the close into a reset.
+    async fn shutdown(&mut self) {
+        if self.ending.is_none() {
+            let answer = std::mem::take(&mut self.out);
+            self.link.bytes[1].fetch_add(answer.len() as u64, Relaxed);
+            let until = Instant::now() + LINGER;
+            self.ending = Some(Ending { answer, written: 0, shut: false, until, left: LINGER_BYTES });
+        }
+        poll_fn(|context| self.poll_end(context)).await;
+    }
+}
+
+impl UniqueID for Edge {
+    fn id(&self) -> UniqueIDType {
+        self.inner.socket().as_raw_fd()
+    }
+}
+
+impl Ssl for Edge {
+    fn selected_alpn_proto(&self) -> Option<ALPN> {
+        Some(if self.h2 { ALPN::H2 } else { ALPN::H1 })
+    }
+}
+
+impl GetTimingDigest for Edge {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        Vec::new()
+    }
+}
+
+impl GetProxyDigest for Edge {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        Some(self.digest.clone())
+    }
+}
+
+impl GetSocketDigest for Edge {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        None
+    }
+}
+
+impl Peek for Edge {}

@@ -1,0 +1,276 @@
+//! Connections to backends for HTTP: dialled by `dial`, kept and used again by the engine.
+//!
+//! The engine asks [`Dialler`] only when it has no idle connection to the member that was chosen. A race may be won by
+//! another member; the engine would not keep a connection to another address than it asked for, so the winner is laid
+//! aside, the pass fails, and the next pass gets it.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora_core::connectors::L4Connect;
+use pingora_core::protocols::l4::socket::SocketAddr as PeerAddr;
+use pingora_core::protocols::l4::stream::Stream;
+use pingora_core::upstreams::peer::{Tracer, Tracing};
+use pingora_core::{Error, ErrorType, Result};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::clock::{self, Time};
+use crate::dial::{self, Client, DialError, First, Story};
+use crate::host::Host;
+use crate::limits::Permit;
+use crate::pool::Pool;
+use crate::sys;
+use crate::tcp::{self, Kernel};
+
+thread_local! {
+    /// Open connections of this worker's engine, by descriptor. An entry is taken out before its descriptor is closed.
+    static LINES: RefCell<HashMap<RawFd, Line>> = RefCell::default();
+}
+
+/// One connection to a backend.
+#[derive(Clone, Copy, Debug, Default)]
+struct Line {
+    /// Exchanges on it now.
+    active: u32,
+    /// Of these, those whose time is up.
+    overdue: u32,
+}
+
+/// Takes the entry of a connection out before the engine closes it.
+#[derive(Clone, Debug)]
+struct Watch(RawFd);
+
+impl Tracing for Watch {
+    fn on_connected(&self) {}
+
+    fn on_disconnected(&self) {
+        // At the end of the thread the list may be gone before the last connection.
+        let _ = LINES.try_with(|lines| lines.borrow_mut().remove(&self.0));
+    }
+
+    fn boxed_clone(&self) -> Box<dyn Tracing> {
+        Box::new(self.clone())
+    }
+}
+
+/// One exchange's use of a connection.
+#[derive(Debug)]
+pub struct InUse(RawFd);
+
+impl InUse {
+    /// Begins it.
+    pub fn begin(descriptor: RawFd) -> InUse {
+        LINES.with(|lines| {
+            if let Some(line) = lines.borrow_mut().get_mut(&descriptor) {
+                line.active += 1;
+            }
+        });
+        InUse(descriptor)
+    }
+
+    /// The connection's descriptor.
+    pub fn descriptor(&self) -> RawFd {
+        self.0
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let _ = LINES.try_with(|lines| {
+            if let Some(line) = lines.borrow_mut().get_mut(&self.0) {
+                line.active = line.active.saturating_sub(1);
+                line.overdue = line.overdue.min(line.active);
+            }
+        });
+    }
+}
+
+/// Ends a connection from outside of the engine, which then sees an end and decides what it means.
+pub fn cut(descriptor: RawFd) {
+    LINES.with(|lines| {
+        if lines.borrow().contains_key(&descriptor) {
+            sys::shut_down(descriptor);
+        }
+    });
+}
+
+/// An exchange's time is up. Its connection is cut, unless others on it still have time: then it goes with the last of them.
+pub fn overdue(descriptor: RawFd) {
+    let all = LINES.with(|lines| {
+        lines.borrow_mut().get_mut(&descriptor).is_some_and(|line| {
+            line.overdue += 1;
+            line.overdue >= line.active
+        })
+    });
+    if all {
+        cut(descriptor);
+    }
+}
+
+/// What came of dialling.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// The member that was asked for connected: how long its handshake took, and when it had it.
+    pub connected: Option<(Duration, Time)>,
+    /// Another member won.
+    pub elsewhere: Option<Won>,
+    /// None did.
+    pub failed: Option<DialError>,
+}
+
+/// A connection that another member won.
+#[derive(Debug)]
+pub struct Won {
+    /// The member.
+    pub member: usize,
+    /// Its connection.
+    pub stream: TcpStream,
+    /// One of its backend's connections.
+    pub permit: Permit,
+    /// The kernel's time for the handshake.
+    pub handshake: Duration,
+}
+
+/// What the engine dials with, for one exchange and one member.
+pub struct Dialler {
+    host: Arc<Host>,
+    pool: Arc<Pool>,
+    pin: Option<u64>,
+    member: usize,
+    tried: Vec<usize>,
+    /// First bytes of a new connection: a PROXY header, or none.
+    header: Vec<u8>,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// The member's place; held here while an idle connection is used.
+    first: Option<First>,
+    /// A connection that is there already.
+    ready: Option<TcpStream>,
+    permit: Option<Permit>,
+    story: Story,
+    outcome: Outcome,
+}
+
+impl std::fmt::Debug for Dialler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Dialler").field("pool", &self.pool.name).field("member", &self.member).finish_non_exhaustive()
+    }
+}
+
+/// For whom is dialled. The engine looks after its client before and afterwards.
+struct Someone;
+
+impl Client for Someone {
+    fn gone(&self) -> bool {
+        false
+    }
+}
+
+impl Dialler {
+    /// Dials `first`, and others beside it or after it.
+    pub fn new(
+        host: Arc<Host>,
+        pool: Arc<Pool>,
+        pin: Option<u64>,
+        first: First,
+        tried: Vec<usize>,
+        header: Vec<u8>,
+        story: Story,
+    ) -> Dialler {
+        let member = first.member;
+        let state = State { first: Some(first), ready: None, permit: None, story, outcome: Outcome::default() };
+        Dialler { host, pool, pin, member, tried, header, state: Mutex::new(state) }
+    }
+
+    /// Gives the connection that was laid aside.
+    pub fn ready(
+        host: Arc<Host>,
+        pool: Arc<Pool>,
+        won: Won,
+        tried: Vec<usize>,
+        header: Vec<u8>,
+        story: Story,
+    ) -> Dialler {
+        let outcome = Outcome { connected: Some((won.handshake, clock::now())), ..Outcome::default() };
+        let state = State { first: None, ready: Some(won.stream), permit: Some(won.permit), story, outcome };
+        Dialler { host, pool, pin: None, member: won.member, tried, header, state: Mutex::new(state) }
+    }
+
+    /// What came of it so far, and the story of it; both are taken.
+    pub fn take(&self) -> (Outcome, Story) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        (std::mem::take(&mut state.outcome), std::mem::take(&mut state.story))
+    }
+
+    async fn dial(&self) -> Result<TcpStream> {
+        let (first, ready, mut story) = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            (state.first.take(), state.ready.take(), std::mem::take(&mut state.story))
+        };
+        if let Some(ready) = ready {
+            self.state.lock().unwrap_or_else(PoisonError::into_inner).story = story;
+            return Ok(ready);
+        }
+        let mut timer = std::pin::pin!(tokio::time::sleep(self.pool.policy.connect_timeout));
+        let mut rng = tcp::fork_rng();
+        let dialled = dial::dial(
+            &Kernel,
+            &self.host,
+            &self.pool,
+            self.pin,
+            first,
+            self.tried.clone(),
+            &Someone,
+            timer.as_mut(),
+            &mut rng,
+            &mut story,
+            clock::now(),
+        )
+        .await;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.story = story;
+        match dialled {
+            Ok(dialled) if dialled.member == self.member => {
+                state.outcome.connected = Some((dialled.handshake, dialled.connected));
+                state.permit = Some(dialled.permit);
+                Ok(dialled.connection)
+            }
+            Ok(dialled) => {
+                state.outcome.elsewhere = Some(Won {
+                    member: dialled.member,
+                    stream: dialled.connection,
+                    permit: dialled.permit,
+                    handshake: dialled.handshake,
+                });
+                Err(Error::new_up(ErrorType::ConnectError))
+            }
+            Err(error) => {
+                state.outcome.failed = Some(error);
+                Err(Error::new_up(ErrorType::ConnectError))
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl L4Connect for Dialler {
+    async fn connect(&self, _address: &PeerAddr) -> Result<Stream> {
+        let mut socket = self.dial().await?;
+        if !self.header.is_empty() {
+            let sent = socket.write_all(&self.header).await;
+            sent.map_err(|error| Error::because(ErrorType::ConnectError, "sending the PROXY header", error))?;
+        }
+        let descriptor = socket.as_raw_fd();
+        LINES.with(|lines| lines.borrow_mut().insert(descriptor, Line::default()));
+        let mut stream = Stream::from(socket);
+        stream.tracer = Some(Tracer(Box::new(Watch(descriptor))));
+        Ok(stream)
+    }
+}

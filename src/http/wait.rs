@@ -1,0 +1,236 @@
+//! Waiting for the head of an answer, and when to stop.
+//!
+//! A slow request is not a silent backend. A request is moved to another backend when its own is silent as a whole
+//! (`silence`), or when its own kind of request, the same method and path on the same route, has enough answers on record and
+//! takes several times as long as the longest of them. Otherwise only the request's own time ends it. Nothing here touches an
+//! answer that has begun.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use slab::Slab;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+use super::upstream;
+use crate::backend::Backend;
+use crate::clock::{self, Time};
+use crate::health::{Depth, Evidence, Seen, Source, State};
+use crate::pool::Policy;
+
+/// Time between two looks at those that wait.
+const LOOK: Duration = Duration::from_millis(10);
+/// A look this much later than it was due ran late by our own fault; what is due by then has its turn first.
+const LATE: Duration = Duration::from_millis(10);
+/// A backend is silent no earlier than this, nor than so many learned 99th percentiles of its first bytes.
+const SILENT_FLOOR: Duration = Duration::from_millis(50);
+const SILENT_FACTOR: u32 = 5;
+/// With nothing learned.
+const SILENT_COLD: Duration = Duration::from_secs(1);
+/// Answers of one kind of request that make a record, and how many times its longest is too long.
+const RECORD: u32 = 50;
+const RECORD_FACTOR: u32 = 3;
+const RECORD_FLOOR: Duration = Duration::from_millis(50);
+/// Answers after which the longest before is forgotten.
+const RECORD_WINDOW: u32 = 1_000;
+/// Kinds of request on record in one worker.
+const KINDS: usize = 4_096;
+
+/// What was decided about a request that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It waits.
+    Waits,
+    /// Its backend is silent, or far slower than ever: it goes elsewhere.
+    Move,
+    /// Its time is up.
+    TimedOut,
+}
+
+/// A request that waits, as [`Wait::begin`] is told.
+pub struct Request {
+    /// Where it was sent.
+    pub backend: Arc<Backend>,
+    /// By which policy.
+    pub policy: Arc<Policy>,
+    /// On which connection.
+    pub descriptor: RawFd,
+    /// Whether others may be on it (HTTP/2).
+    pub shared: bool,
+    /// The client's prefix.
+    pub prefix: u32,
+    /// Its own time.
+    pub timeout: Duration,
+    /// Whether it may be sent twice.
+    pub movable: bool,
+    /// Its kind, for the record.
+    pub kind: u64,
+}
+
+struct Entry {
+    request: Request,
+    since: Time,
+    /// When its record says that it takes too long.
+    unusual_at: Option<Time>,
+    verdict: Verdict,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Record {
+    answers: u32,
+    longest: [Duration; 2],
+}
+
+thread_local! {
+    static WAITING: RefCell<Slab<Entry>> = const { RefCell::new(Slab::new()) };
+    static RECORDS: RefCell<HashMap<u64, Record>> = RefCell::default();
+    static BEGUN: Arc<Notify> = Arc::new(Notify::new());
+}
+
+/// A request's place among those that wait; dropping it takes it out. Stays on its worker's thread.
+#[derive(Debug)]
+pub struct Wait(usize);
+
+impl Wait {
+    /// A whole request was sent.
+    pub fn begin(request: Request, now: Time) -> Wait {
+        request.backend.silence.wrote(request.prefix, now);
+        let unusual_at = request.movable.then(|| record(request.kind)).flatten().map(|unusual| now + unusual);
+        let entry = Entry { request, since: now, unusual_at, verdict: Verdict::Waits };
+        WAITING.with_borrow_mut(|waiting| {
+            if waiting.is_empty() {
+                BEGUN.with(|begun| begun.notify_one());
+            }
+            Wait(waiting.insert(entry))
+        })
+    }
+
+    /// What was decided about it.
+    pub fn verdict(&self) -> Verdict {
+        WAITING.with_borrow(|waiting| waiting.get(self.0).map_or(Verdict::Waits, |entry| entry.verdict))
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        let entry = WAITING.try_with(|waiting| waiting.borrow_mut().try_remove(self.0));
+        if let Ok(Some(entry)) = entry {
+            entry.request.backend.silence.left();
+        }
+    }
+}
+
+/// Puts the time of an answer on record.
+pub fn learn(kind: u64, took: Duration) {
+    RECORDS.with_borrow_mut(|records| {
+        if records.len() >= KINDS && !records.contains_key(&kind) {
+            // So many kinds are paths with identifiers in them, which never get a record anyway.
+            records.clear();
+        }
+        let record = records.entry(kind).or_default();
+        record.answers += 1;
+        record.longest[0] = record.longest[0].max(took);
+        if record.answers.is_multiple_of(RECORD_WINDOW) {
+            record.longest = [Duration::ZERO, record.longest[0]];
+        }
+    });
+}
+
+/// After how long a request of this kind takes unusually long.
+fn record(kind: u64) -> Option<Duration> {
+    let record = RECORDS.with_borrow(|records| records.get(&kind).copied())?;
+    let longest = record.longest[0].max(record.longest[1]);
+    (record.answers >= RECORD).then(|| (longest * RECORD_FACTOR).max(RECORD_FLOOR))
+}
+
+/// After how long without a first byte to anybody a backend is silent.
+fn silent_after(backend: &Backend) -> Duration {
+    match backend.first_byte.learned() {
+        Some((_, p99)) => SILENT_FLOOR.max(p99 * SILENT_FACTOR),
+        None => SILENT_COLD,
+    }
+}
+
+/// Looks at those that wait, for as long as the worker lives.
+pub async fn watch() {
+    let begun = BEGUN.with(Arc::clone);
+    loop {
+        begun.notified().await;
+        loop {
+            let due = Instant::now() + LOOK;
+            sleep_until(due).await;
+            if WAITING.with_borrow(Slab::is_empty) {
+                break;
+            }
+            // After a late look the answers that came meanwhile are read first.
+            if due.elapsed() <= LATE {
+                look(clock::now());
+            }
+        }
+    }
+}
+
+enum Step {
+    Cut(RawFd),
+    Overdue(RawFd),
+}
+
+fn look(now: Time) {
+    let mut mute: Vec<(Arc<Backend>, Arc<Policy>, Time, bool)> = Vec::new();
+    let mut steps = Vec::new();
+    WAITING.with_borrow_mut(|waiting| {
+        // Those to whom a backend is silent: judged once for each backend.
+        let mut judged: HashMap<u64, (Duration, bool)> = HashMap::new();
+        for (_, entry) in waiting.iter_mut() {
+            if entry.verdict != Verdict::Waits {
+                continue;
+            }
+            let backend = &entry.request.backend;
+            let waited = now.since(entry.since);
+            if waited >= entry.request.timeout {
+                entry.verdict = Verdict::TimedOut;
+                steps.push(match entry.request.shared {
+                    true => Step::Overdue(entry.request.descriptor),
+                    false => Step::Cut(entry.request.descriptor),
+                });
+                continue;
+            }
+            let (limit, silent) = *judged.entry(backend.id).or_insert_with(|| {
+                let limit = silent_after(backend);
+                let found = backend.silence.mute(limit, now);
+                if let Some(found) = found {
+                    // One client prefix makes no transition where there are others; its requests are moved all the same.
+                    let alone = found.only.is_some_and(|prefix| backend.others_than(prefix, now));
+                    mute.push((backend.clone(), entry.request.policy.clone(), found.since, !alone));
+                }
+                (limit, found.is_some())
+            });
+            let doubted =
+                matches!(backend.view().state, State::Suspect | State::Down) && backend.silence.quiet(limit, now);
+            if doubted && !silent && waited >= limit && !mute.iter().any(|(known, ..)| known.id == backend.id) {
+                // The one client that tries a doubted backend has its answer.
+                mute.push((backend.clone(), entry.request.policy.clone(), entry.since, true));
+            }
+            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !entry.request.shared;
+            if entry.request.movable && ((silent || doubted) && waited >= limit || unusual) {
+                entry.verdict = Verdict::Move;
+                steps.push(Step::Cut(entry.request.descriptor));
+            }
+        }
+    });
+    for (backend, policy, began, evidence) in mute {
+        if evidence {
+            let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Mute, began };
+            backend.observe(&policy.health, &evidence, now);
+        }
+    }
+    for step in steps {
+        match step {
+            Step::Cut(descriptor) => upstream::cut(descriptor),
+            Step::Overdue(descriptor) => upstream::overdue(descriptor),
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Whether a backend as a whole is silent: requests wait, and since they were written nobody has got a first byte from it.
+//!
+//! One slow request is not a silent cell. What counts is what was written since the last first byte to anybody, so a
+//! request that has been waiting while others were answered proves nothing. Counters without a lock, shared by workers.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use crate::clock::Time;
+
+/// Fewest requests that wait, of those written since the last first byte.
+const LEAST: u32 = 3;
+
+/// What waits at one backend.
+#[derive(Debug, Default)]
+pub struct Silence {
+    waiting: AtomicU32,
+    /// Written since the last first byte: how many, when the first of them, by which client prefix, and whether by others too.
+    written: AtomicU32,
+    first: AtomicU64,
+    prefix: AtomicU32,
+    mixed: AtomicBool,
+}
+
+/// A silence that has lasted too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mute {
+    /// Since when.
+    pub since: Time,
+    /// The one client prefix that saw it; `None`: several did.
+    pub only: Option<u32>,
+}
+
+impl Silence {
+    /// A whole request was written for a client of `prefix`.
+    pub fn wrote(&self, prefix: u32, now: Time) {
+        self.waiting.fetch_add(1, Relaxed);
+        if self.written.fetch_add(1, Relaxed) == 0 {
+            self.first.store(now.0, Relaxed);
+            self.prefix.store(prefix, Relaxed);
+            self.mixed.store(false, Relaxed);
+        } else if self.prefix.load(Relaxed) != prefix {
+            self.mixed.store(true, Relaxed);
+        }
+    }
+
+    /// A request no longer waits, whether it was answered or not.
+    pub fn left(&self) {
+        self.waiting.fetch_sub(1, Relaxed);
+    }
+
+    /// A first byte came, for anybody.
+    pub fn heard(&self) {
+        self.written.store(0, Relaxed);
+    }
+
+    /// How many requests wait.
+    pub fn waiting(&self) -> u32 {
+        self.waiting.load(Relaxed)
+    }
+
+    /// Whether something was written `limit` ago or longer, and nobody has got a first byte since.
+    pub fn quiet(&self, limit: Duration, now: Time) -> bool {
+        self.written.load(Relaxed) > 0 && now.since(Time(self.first.load(Relaxed))) >= limit
+    }
+
+    /// The silence, when it has lasted for `limit`.
+    pub fn mute(&self, limit: Duration, now: Time) -> Option<Mute> {
+        let written = self.written.load(Relaxed).min(self.waiting.load(Relaxed));
+        let since = Time(self.first.load(Relaxed));
+        let only = (!self.mixed.load(Relaxed)).then(|| self.prefix.load(Relaxed));
+        (written >= LEAST && now.since(since) >= limit).then_some(Mute { since, only })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(50);
+    const START: Time = Time(1_000_000_000);
+
+    #[test]
+    fn three_that_wait_since_the_last_first_byte_are_a_silence() {
+        let silence = Silence::default();
+        silence.wrote(1, START);
+        silence.wrote(1, START + LIMIT / 2);
+        assert_eq!(silence.mute(LIMIT, START + LIMIT), None, "two are too few");
+        silence.wrote(2, START + LIMIT);
+        assert_eq!(silence.mute(LIMIT, START + LIMIT / 2), None, "too early");
+        assert_eq!(silence.mute(LIMIT, START + LIMIT), Some(Mute { since: START, only: None }));
+    }
+
+    #[test]
+    fn slow_requests_that_wait_while_others_are_answered_are_none() {
+        let silence = Silence::default();
+        for _ in 0..10 {
+            silence.wrote(1, START);
+        }
+        silence.heard();
+        silence.left();
+        assert_eq!(silence.mute(LIMIT, START + LIMIT * 100), None);
+        for _ in 0..2 {
+            silence.wrote(1, START + LIMIT);
+        }
+        assert_eq!(silence.mute(LIMIT, START + LIMIT * 100), None, "two were written since");
+    }
+
+    #[test]
+    fn clients_that_went_away_do_not_count() {
+        let silence = Silence::default();
+        for _ in 0..3 {
+            silence.wrote(1, START);
+            silence.left();
+        }
+        assert_eq!(silence.mute(LIMIT, START + LIMIT), None);
+        silence.wrote(1, START);
+        assert_eq!(silence.waiting(), 1);
+    }
+}
