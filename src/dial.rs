@@ -372,7 +372,8 @@ fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng:
 
 /// When a race begins after an attempt at this backend, and when the attempt is judged.
 fn delays(backend: &Backend) -> (Duration, Duration) {
-    match backend.handshake.learned() {
+    // A first byte takes a round trip at least: where connections are kept there is more to learn from first bytes.
+    match backend.handshake.learned().or_else(|| backend.first_byte.learned()) {
         Some((median, p99)) => {
             let race = RACE_FLOOR.max(p99).max(median + RACE_ABOVE_MEDIAN);
             (race, JUDGE_FLOOR.max(p99 * JUDGE_FACTOR))

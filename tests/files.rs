@@ -269,7 +269,7 @@ pools:
         backends: [ 10.1.0.10, 10.1.0.11:0 ]
       c: [ 10.2.0.10:443 ]
     balance: two_choice
-    affinity: { by: { cookie: X } }
+    affinity: { by: cookie }
     probe:
       interval: 5
       tcp: {}
@@ -294,7 +294,7 @@ listeners:
         (12, "did you mean two_choices?"),
         (15, "a duration with its unit"),
         (24, "did you mean \"shop\"?"),
-        (26, "`http` is not in this version"),
+        (26, "a listener has one of `tcp`, `sni` and `http`"),
     ] {
         assert!(
             found.iter().any(|e| e.starts_with(&format!("{line}:")) && e.contains(words)),
@@ -325,13 +325,10 @@ fn what_belongs_to_later_versions_is_refused_by_name() {
         )
     };
     let files = [
-        listener("http: {}"),
         listener("limits: { per_client: { connections: 3 } }"),
         pool("tls: {}"),
         pool("limits: { queue: 3 }"),
         pool("limits: { queue_timeout: 3s }"),
-        pool("affinity: { by: { header: X } }"),
-        pool("affinity: { by: { cookie: X } }"),
         pool("probe: { grpc: {} }"),
         "pools: { p: { cells: { a: [ shop.example:1 ] } } }\nlisteners: [ { bind: 10.0.0.2:1, tcp: p } ]".to_owned(),
     ];

@@ -33,9 +33,11 @@ fn the_import_table_holds() {
         ("sniff", &[]),
         ("hello", &["sniff", "table", "witness"]),
         ("witness", &["clock", "health"]),
-        ("backend", &["clock", "estimate", "health", "limits", "metrics", "witness"]),
+        ("silence", &["clock"]),
+        ("ratio", &["health"]),
+        ("backend", &["clock", "estimate", "health", "limits", "metrics", "ratio", "silence", "witness"]),
         ("pool", &["backend", "clock", "config", "health", "metrics", "sniff"]),
-        ("table", &["backend", "clock", "config", "health", "limits", "metrics", "pool", "tls"]),
+        ("table", &["backend", "clock", "config", "health", "http", "limits", "metrics", "pool", "tls"]),
         ("splice", &["host"]),
         ("session", &["backend", "clock", "config", "health", "pool", "sys", "table"]),
         ("relay", &["host", "session", "splice", "table", "tls"]),
@@ -47,7 +49,14 @@ fn the_import_table_holds() {
                 "sniff", "sys", "table", "tls", "witness",
             ],
         ),
-        ("listen", &["host", "limits", "table", "tcp"]),
+        (
+            "http",
+            &[
+                "answer", "backend", "clock", "config", "dial", "forward", "health", "host", "limits", "log", "pool",
+                "route", "serve", "sniff", "table", "tcp", "tls", "upstream", "wait", "witness",
+            ],
+        ),
+        ("listen", &["host", "http", "limits", "table", "tcp"]),
         ("worker", &["clock", "host", "listen", "session", "sys"]),
         ("host", &["limits", "log", "metrics", "table"]),
         ("log", &["clock", "config", "dial", "metrics", "table"]),
@@ -112,6 +121,20 @@ fn only_the_configuration_reader_uses_yaml_crates() {
             assert!(!text.contains("serde_yaml") && !text.contains("saphyr"), "{}", path.display());
         }
     }
+}
+
+/// pingora is a library of the HTTP face; everything else must stand when it goes.
+#[test]
+fn only_the_http_face_uses_pingora() {
+    let home = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut users = 0;
+    for (path, text) in sources() {
+        let inside = path.strip_prefix(&home).unwrap().to_string_lossy().starts_with("http");
+        let uses = text.contains("pingora_");
+        assert!(inside || !uses, "{}", path.display());
+        users += usize::from(uses);
+    }
+    assert!(users > 3, "the look found what it looks for");
 }
 
 #[test]

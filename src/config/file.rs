@@ -324,6 +324,9 @@ impl Reader<'_> {
             }
             None => {}
         }
+        if whole {
+            self.warn_of_idle_http(&file);
+        }
         if let Some(node) = fields.get("admin") {
             file.admin = self.admin(&node);
         }
@@ -334,6 +337,23 @@ impl Reader<'_> {
             file.shutdown = self.shutdown(&node);
         }
         file
+    }
+
+    /// Keys that are right, and change nothing because no listener speaks HTTP.
+    fn warn_of_idle_http(&mut self, file: &File) {
+        if file.listeners.iter().any(|listener| listener.http.is_some()) {
+            return;
+        }
+        for (name, pool) in &file.pools {
+            use super::Affinity::{Cookie, Header};
+            let by_http = matches!(pool.affinity, Some(Header(_) | Cookie(_)));
+            let keys =
+                [("timeouts.request", pool.request.is_some()), ("http", pool.http.is_some()), ("affinity", by_http)];
+            for (key, _) in keys.into_iter().filter(|(_, given)| *given) {
+                let reason = "has no effect, because no listener is an http listener";
+                self.warnings.push((format!("pools.{name}.{key}"), reason.into()));
+            }
+        }
     }
 
     fn cell_facts(&mut self, node: &Node<'_>) -> FileCellFacts {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use crate::support::backend::{Backend, Mode};
-use crate::support::load::Load;
+use crate::support::load::{Load, Manner, Sample};
 use crate::support::netns::{self, Delay, Rig};
 use crate::support::proxy::Proxy;
 use crate::support::{can_make_namespaces, eventually};
@@ -21,6 +21,9 @@ struct Drill {
     about: String,
     fault: Fault,
     probe: Probe,
+    /// Through which face, and how the client asks.
+    #[serde(default)]
+    through: Through,
     #[serde(default)]
     pool: String,
     rate: f64,
@@ -46,6 +49,22 @@ enum Fault {
     ResetLate,
     Flap,
     Pause,
+    Mute,
+    FailAll,
+    FailHalf,
+    FailThird,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq)]
+#[serde(rename_all = "snake_case")]
+enum Through {
+    /// A `tcp` listener; a new connection for each request.
+    #[default]
+    Tcp,
+    /// An `http` listener; a new connection for each request.
+    Http,
+    /// An `http` listener; connections that are kept.
+    HttpKept,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
@@ -61,6 +80,8 @@ struct Bars {
     failed: usize,
     /// Requests slower than 250 ms.
     slow: Option<usize>,
+    /// Seconds from the fault until the faulty backend has left `up`.
+    out_within: Option<f64>,
     /// Of the requests from the fault to its end.
     p99_ms: Option<f64>,
     /// Of the requests from the fault to its end, beyond the calm p99 of the slowest cell.
@@ -129,19 +150,27 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
         Probe::Http => "probe: { http: { path: /healthz }, interval: 1s, fall: 2, rise: 2 }",
     };
     let list: String = (1..=cells).map(|i| format!("      {}: [ '{}' ]\n", names[i - 1], address(i))).collect();
+    let face = match drill.through {
+        Through::Tcp => "tcp: shop",
+        Through::Http | Through::HttpKept => "http: { routes: [ { pool: shop } ] }",
+    };
     let yaml = format!(
-        "pools:\n  shop:\n    cells:\n{list}    {probe}\n    {}\nlisteners: [ {{ bind: 10.99.1.1:8080, tcp: shop }} ]",
+        "pools:\n  shop:\n    cells:\n{list}    {probe}\n    {}\nlisteners: [ {{ bind: 10.99.1.1:8080, {face} }} ]",
         drill.pool
     );
     let proxy = Proxy::start_in(Some(rig.edge()), &yaml);
     (1..=cells).for_each(|i| proxy.wait_health(&address(i).to_string(), "up", Duration::from_secs(5)));
 
     let begin = Instant::now();
-    let load = Load::start(
+    // Through HTTP one request a second takes three seconds, and is never to be cut while its cell is fit.
+    let http = drill.through != Through::Tcp;
+    let slow_one_in = if http { drill.rate as u32 } else { 0 };
+    let load = Load::start_with(
         Some(rig.edge()),
         "10.99.1.1:8080".parse().unwrap(),
         drill.rate,
         Duration::from_secs_f64(drill.end_at),
+        Manner { kept: drill.through == Through::HttpKept, slow_one_in },
     );
     let until =
         |at: f64| std::thread::sleep((begin + Duration::from_secs_f64(at)).saturating_duration_since(Instant::now()));
@@ -149,6 +178,10 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
     match drill.fault {
         Fault::Refuse => a.set(Mode::Refuse),
         Fault::Reset => a.set(Mode::Reset),
+        Fault::Mute => a.set(Mode::Mute),
+        Fault::FailAll => a.set(Mode::Fail(100)),
+        Fault::FailHalf => a.set(Mode::Fail(50)),
+        Fault::FailThird => a.set(Mode::Fail(33)),
         Fault::ResetLate => a.set(Mode::ResetLate),
         Fault::Swallow => rig.swallow(1),
         Fault::Flap => {
@@ -169,6 +202,11 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
             proxy.signal(rustix::process::Signal::CONT);
         }
     }
+    let out = drill.bars.out_within.map(|within| {
+        let gone = || proxy.health(&address(1).to_string()) != "up";
+        eventually("the faulty cell is out", Duration::from_secs(5), || gone().then_some(()));
+        (begin.elapsed().as_secs_f64() - drill.fault_at, within)
+    });
     // On the wire: handshakes that the cell swallowed, without those of probes.
     let of_a = format!("backend=\"{}\"", address(1));
     let tried = |proxy: &Proxy| rig.swallowed(1) - proxy.metric("sailover_probes_total", &[of_a.as_str(), "failed"]);
@@ -181,7 +219,7 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
     for (delay, away) in delays.iter().zip(&drill.away_ms) {
         delay.set(Duration::from_secs_f64(away / 2e3));
     }
-    let samples = load.finish();
+    let (of_slow, samples) = load.finish().apart();
 
     let during = samples.between(drill.fault_at, drill.heal_at);
     let offered = drill.rate * (drill.heal_at - drill.fault_at - 0.3);
@@ -212,6 +250,17 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
 
     let bars = &drill.bars;
     let mut missed = Vec::new();
+    // A slow request on a fit cell takes its three seconds and no more; one of the faulty cell's may be moved, once.
+    let cut = |sample: &&Sample| {
+        let at = sample.at.as_secs_f64();
+        let touched = at > drill.fault_at - 3.2 && at < drill.fault_at + 1.0 || at > drill.heal_at - 0.2;
+        let most = if touched { 6.6 } else { 3.4 };
+        sample.result.is_err() || !(2.99..most).contains(&sample.latency.as_secs_f64())
+    };
+    let cut = of_slow.0.iter().filter(cut).map(|sample| format!("{sample:?}")).collect::<Vec<_>>();
+    if !cut.is_empty() {
+        missed.push(format!("slow requests were cut: {}", cut.join(", ")));
+    }
     let mut bar = |met: bool, text: String| {
         if !met {
             missed.push(text)
@@ -227,6 +276,9 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
     if let Some(above) = bars.p99_above_calm_ms {
         let calm = samples.between(1.0, drill.fault_at).quantile(0.99).as_secs_f64() * 1e3;
         bar(p99 <= calm + above, format!("p99 {p99:.1} ms, calm {calm:.1}, at most {above} above it"));
+    }
+    if let Some((took, within)) = out {
+        bar(took <= within, format!("the faulty cell was out after {took:.2} s, at most {within}"));
     }
     if let Some(most) = bars.attempted {
         bar(

@@ -30,6 +30,10 @@ pub enum Mode {
     Strict,
     /// Sends bytes without end.
     Pour,
+    /// Reads requests, on old connections too, and answers none.
+    Mute,
+    /// Answers 503 to so many of a hundred requests.
+    Fail(u8),
 }
 
 /// A running one; stopped when dropped.
@@ -121,7 +125,7 @@ async fn serve(
                 if mode == Mode::Reset {
                     let _ = stream.set_zero_linger();
                 } else {
-                    tokio::spawn(connection(stream, mode, name));
+                    tokio::spawn(connection(stream, mode, name, state.clone()));
                 }
             }
             _ = tick.tick() => {}
@@ -129,7 +133,7 @@ async fn serve(
     }
 }
 
-async fn connection(mut stream: tokio::net::TcpStream, mode: Mode, name: String) {
+async fn connection(mut stream: tokio::net::TcpStream, mode: Mode, name: String, state: Arc<Mutex<Mode>>) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut request = Vec::new();
     let mut buffer = [0u8; 16 << 10];
@@ -165,8 +169,26 @@ async fn connection(mut stream: tokio::net::TcpStream, mode: Mode, name: String)
                 while let Some(end) = request.windows(4).position(|w| w == b"\r\n\r\n") {
                     let head = String::from_utf8_lossy(&request[..end]).into_owned();
                     request.drain(..end + 4);
-                    let unhealthy = mode == Mode::Unhealthy && head.starts_with("GET /healthz");
-                    let status = if unhealthy { "503 Sick" } else { "200 OK" };
+                    // What it does now, and not what it did when the connection began.
+                    let now = *state.lock().unwrap();
+                    let healthz = head.starts_with("GET /healthz");
+                    let failing = match now {
+                        Mode::Fail(percent) => !healthz && fastrand::u8(..100) < percent,
+                        Mode::Unhealthy => healthz,
+                        _ => false,
+                    };
+                    match now {
+                        Mode::Reset | Mode::Refuse => {
+                            let _ = stream.set_zero_linger();
+                            return;
+                        }
+                        Mode::Mute => std::future::pending::<()>().await,
+                        _ => {}
+                    }
+                    if head.starts_with("GET /slow") {
+                        tokio::time::sleep(Duration::from_secs(3)).await;
+                    }
+                    let status = if failing { "503 Sick" } else { "200 OK" };
                     let close = head.contains("Connection: close");
                     let connection = if close { "close" } else { "keep-alive" };
                     let answer = format!(

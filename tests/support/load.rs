@@ -15,9 +15,20 @@ use super::netns;
 /// A client gives up after this.
 const PATIENCE: Duration = Duration::from_secs(8);
 
+/// How the client asks.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Manner {
+    /// Over connections that it keeps, and not over a new one each time.
+    pub kept: bool,
+    /// One request in so many asks for `/slow`, which takes three seconds; 0: none.
+    pub slow_one_in: u32,
+}
+
 /// One request.
 #[derive(Clone, Debug)]
 pub struct Sample {
+    /// Whether it asked for `/slow`.
+    pub slow: bool,
     /// Scheduled time from the start of the load.
     pub at: Duration,
     pub latency: Duration,
@@ -33,6 +44,12 @@ impl Samples {
     pub fn between(&self, from: f64, to: f64) -> Samples {
         let (from, to) = (Duration::from_secs_f64(from), Duration::from_secs_f64(to));
         Samples(self.0.iter().filter(|s| s.at >= from && s.at < to).cloned().collect())
+    }
+
+    /// Those that asked for `/slow`, and the others.
+    pub fn apart(&self) -> (Samples, Samples) {
+        let (slow, others) = self.0.iter().cloned().partition(|sample| sample.slow);
+        (Samples(slow), Samples(others))
     }
 
     pub fn failed(&self) -> usize {
@@ -70,12 +87,23 @@ pub struct Load(JoinHandle<Samples>);
 impl Load {
     /// `rate` new connections a second with one HTTP/1.1 request each, for `length`, from a namespace or from here.
     pub fn start(namespace: Option<String>, target: SocketAddr, rate: f64, length: Duration) -> Load {
+        Load::start_with(namespace, target, rate, length, Manner::default())
+    }
+
+    /// The same in a manner of choice.
+    pub fn start_with(
+        namespace: Option<String>,
+        target: SocketAddr,
+        rate: f64,
+        length: Duration,
+        manner: Manner,
+    ) -> Load {
         Load(std::thread::spawn(move || {
             if let Some(namespace) = namespace {
                 netns::enter(&namespace);
             }
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(run(target, rate, length))
+            runtime.block_on(run(target, rate, length, manner))
         }))
     }
 
@@ -84,7 +112,8 @@ impl Load {
     }
 }
 
-async fn run(target: SocketAddr, rate: f64, length: Duration) -> Samples {
+async fn run(target: SocketAddr, rate: f64, length: Duration, manner: Manner) -> Samples {
+    let kept: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
     let samples: Arc<Mutex<Vec<Sample>>> = Arc::default();
     let start = Instant::now();
     let mut tasks = tokio::task::JoinSet::new();
@@ -94,15 +123,22 @@ async fn run(target: SocketAddr, rate: f64, length: Duration) -> Samples {
             break;
         }
         sleep_until(start + at).await;
-        let samples = samples.clone();
+        let (samples, kept) = (samples.clone(), kept.clone());
+        let slow = manner.slow_one_in > 0 && i % manner.slow_one_in == 0;
         tasks.spawn(async move {
-            let result = match timeout_at(start + at + PATIENCE, request(target)).await {
+            let asked = async {
+                match manner.kept {
+                    true => request_kept(target, &kept, slow).await,
+                    false => request(target, slow).await,
+                }
+            };
+            let result = match timeout_at(start + at + PATIENCE, asked).await {
                 Ok(Ok(body)) => Ok(body),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(_) => Err("no answer in time".to_owned()),
             };
             let latency = start.elapsed() - at;
-            samples.lock().unwrap().push(Sample { at, latency, result });
+            samples.lock().unwrap().push(Sample { slow, at, latency, result });
         });
         while tasks.try_join_next().is_some() {}
     }
@@ -112,10 +148,51 @@ async fn run(target: SocketAddr, rate: f64, length: Duration) -> Samples {
     Samples(samples)
 }
 
-async fn request(target: SocketAddr) -> std::io::Result<String> {
+/// One request over a connection that another left behind, or a new one.
+async fn request_kept(target: SocketAddr, kept: &Mutex<Vec<TcpStream>>, slow: bool) -> std::io::Result<String> {
+    let old = kept.lock().unwrap().pop();
+    let mut stream = match old {
+        Some(stream) => stream,
+        None => {
+            let stream = TcpStream::connect(target).await?;
+            stream.set_nodelay(true)?;
+            stream
+        }
+    };
+    let path = if slow { "/slow" } else { "/" };
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await?;
+    let mut answer = Vec::new();
+    let mut part = [0; 4096];
+    loop {
+        let read = stream.read(&mut part).await?;
+        if read == 0 {
+            return Err(std::io::Error::other("closed without an answer"));
+        }
+        answer.extend_from_slice(&part[..read]);
+        let text = String::from_utf8_lossy(&answer);
+        let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+        let head_lower = head.to_ascii_lowercase();
+        let length = head_lower.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
+        let length = length.ok_or_else(|| std::io::Error::other("an answer without a length"))?;
+        if body.len() < length {
+            continue;
+        }
+        let result = match head.starts_with("HTTP/1.1 200") {
+            true => Ok(body.to_owned()),
+            false => Err(std::io::Error::other(head.lines().next().unwrap_or_default().to_owned())),
+        };
+        if !head_lower.contains("connection: close") {
+            kept.lock().unwrap().push(stream);
+        }
+        return result;
+    }
+}
+
+async fn request(target: SocketAddr, slow: bool) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(target).await?;
     stream.set_nodelay(true)?;
-    stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
+    let path = if slow { "/slow" } else { "/" };
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer).into_owned();
