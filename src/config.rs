@@ -73,6 +73,8 @@ pub struct Pool {
     pub connect: Connect,
     /// The HTTP of its backends, for `http` listeners.
     pub http: HttpVersion,
+    /// TLS towards its backends; `None`: none.
+    pub tls: Option<BackendTls>,
     /// Bounds on a running session.
     pub timeouts: Timeouts,
     /// Header that tells a backend who its client is.
@@ -145,7 +147,7 @@ pub enum Affinity {
 }
 
 /// The HTTP that a pool's backends speak.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HttpVersion {
     /// Under TLS what ALPN says; HTTP/1.1 otherwise.
@@ -175,6 +177,10 @@ pub struct Probe {
     pub port: Option<u16>,
     /// Header that the pool's connections begin with.
     pub send_proxy: Option<ProxyVersion>,
+    /// TLS that the pool's connections are under.
+    pub tls: Option<BackendTls>,
+    /// The HTTP that the pool's backends speak.
+    pub version: HttpVersion,
 }
 
 /// What a probe asks.
@@ -195,6 +201,11 @@ pub enum ProbeKind {
         status: Vec<(u16, u16)>,
         /// Text that must stand in the first 64 KiB of the body.
         body: Option<String>,
+    },
+    /// A call of the gRPC health service, `grpc.health.v1.Health/Check`.
+    Grpc {
+        /// Whose health is asked for; empty: the server's as a whole.
+        service: String,
     },
     /// A TLS handshake.
     Tls {
@@ -250,6 +261,19 @@ impl Serialize for Pem {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.file)
     }
+}
+
+/// TLS towards backends.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct BackendTls {
+    /// The name that is asked for, and that the certificate must have.
+    pub server_name: String,
+    /// Whether the certificate is judged at all.
+    pub verify: bool,
+    /// Authorities that it must come from.
+    pub ca: Pem,
+    /// What we show if we are asked.
+    pub identity: Option<Pair>,
 }
 
 /// Dialling of one client.
@@ -367,7 +391,7 @@ pub struct ListenerTls {
 }
 
 /// A chain of certificates and its key.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[allow(missing_docs)]
 pub struct Pair {
     pub certificate: Pem,

@@ -25,6 +25,7 @@ use crate::health::{Depth, Evidence, Seen, Source};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::pool::{Choice, Policy, Pool, Want};
+use crate::tls;
 
 /// A race begins no earlier than this after an attempt.
 const RACE_FLOOR: Duration = Duration::from_millis(20);
@@ -38,6 +39,8 @@ const JUDGE_FLOOR: Duration = Duration::from_millis(150);
 const JUDGE_FACTOR: u32 = 4;
 /// With nothing learned an attempt is judged after this.
 const JUDGE_COLD: Duration = Duration::from_millis(1_000);
+/// With TLS all of these take so many times as long.
+const TLS_FACTOR: u32 = 3;
 /// A timer that runs later than this ran late by our own fault and proves no silence.
 const LATE: Duration = Duration::from_millis(10);
 /// Most attempts open at once for one client.
@@ -64,6 +67,10 @@ pub trait Opening: Send + Unpin + 'static {
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(Self::Connection, Duration)>>;
     /// Asks the kernel once more whether the peer has answered.
     fn answered(&self) -> bool;
+    /// Whether the peer has answered and a TLS handshake with it is under way.
+    fn shaking_hands(&self) -> bool {
+        false
+    }
     /// Closes a connection that nobody wants, by a reset.
     fn discard(connection: Self::Connection);
 }
@@ -220,7 +227,7 @@ pub async fn dial<N: Network>(
                     story.raced |= running > 0;
                     match network.open(backend, policy, rng) {
                         Ok(opening) => {
-                            let (race, judge) = delays(backend);
+                            let (race, judge) = delays(backend, policy);
                             next = policy.race.then(|| (if doubtful { now } else { now + race }, true));
                             let attempt = Attempt {
                                 member,
@@ -371,7 +378,13 @@ fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng:
 }
 
 /// When a race begins after an attempt at this backend, and when the attempt is judged.
-fn delays(backend: &Backend) -> (Duration, Duration) {
+fn delays(backend: &Backend, policy: &Policy) -> (Duration, Duration) {
+    let (race, judge) = delays_of_tcp(backend);
+    // TLS takes a round trip or two more, and some computing at the other end.
+    if policy.tls.is_some() { (race * TLS_FACTOR, judge * TLS_FACTOR) } else { (race, judge) }
+}
+
+fn delays_of_tcp(backend: &Backend) -> (Duration, Duration) {
     // A first byte takes a round trip at least: where connections are kept there is more to learn from first bytes.
     match backend.handshake.learned().or_else(|| backend.first_byte.learned()) {
         Some((median, p99)) => {
@@ -403,6 +416,12 @@ fn failed(
         backend.counters.attempts[Outcome::Local as usize].add(1);
         return;
     }
+    if let Some(kind) = tls::failure(error) {
+        backend.counters.attempts[Outcome::Refused as usize].add(1);
+        let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Tls(kind), began };
+        backend.observe(&policy.health, &evidence, now);
+        return;
+    }
     if is_reset(error) {
         // Linux says "refused" to a reset in answer to a SYN. This one came after the handshake, and before
         // any byte of the client.
@@ -418,10 +437,17 @@ fn failed(
 
 /// Takes the silence of an attempt as evidence, unless we were late ourselves or the answer is there after all.
 fn judge(policy: &Policy, backend: &Backend, opening: &impl Opening, began: Time, late: bool, now: Time) {
-    if late || opening.answered() {
+    if late {
         return;
     }
-    let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Silent, began };
+    let (depth, seen) = if opening.shaking_hands() {
+        (Depth::FirstByte, Seen::Tls("handshake silent"))
+    } else if opening.answered() {
+        return;
+    } else {
+        (Depth::Connect, Seen::Silent)
+    };
+    let evidence = Evidence { source: Source::Traffic, depth, seen, began };
     backend.observe(&policy.health, &evidence, now);
 }
 
@@ -478,6 +504,12 @@ async fn watch<O: Opening>(mut attempt: Attempt<O>, backend: Arc<Backend>, polic
             backend.handshake.record(handshake);
             backend.success(&policy.health, Source::Traffic, Depth::Connect, began, now);
         }
+        Some(Err(error)) if tls::failure(&error).is_some() => {
+            outcome = Outcome::Refused;
+            let kind = tls::failure(&error).unwrap_or_default();
+            let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Tls(kind), began };
+            backend.observe(&policy.health, &evidence, now);
+        }
         Some(Err(error)) if is_reset(&error) => {
             outcome = Outcome::Refused;
             backend.unanswered(&policy.health, 0, false, began, now);
@@ -509,6 +541,9 @@ pub fn is_refusal(error: &io::Error) -> bool {
 
 /// The few words by which the access log names an error.
 pub fn word(error: &io::Error) -> String {
+    if let Some(kind) = tls::failure(error) {
+        return format!("TLS: {kind}");
+    }
     match error.kind() {
         io::ErrorKind::ConnectionRefused => "refused".into(),
         io::ErrorKind::ConnectionReset => "reset".into(),

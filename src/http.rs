@@ -50,8 +50,7 @@ use crate::log::{AccessRecord, HttpRecord, Served};
 use crate::pool::{self, CellShared, Policy, Pool, Want};
 use crate::sniff;
 use crate::table::{self, End, Listener};
-use crate::tcp;
-use crate::witness;
+use crate::{tcp, tls, witness};
 
 /// An idle connection to a backend is kept this long.
 const KEEP: Duration = Duration::from_secs(60);
@@ -62,6 +61,8 @@ const STREAMS: usize = 100;
 const PING: Duration = Duration::from_secs(10);
 /// Passes through the engine for one request, those that only hand over a race's winner included.
 pub const PASSES: usize = 32;
+/// A backend's TLS has this long, when there is another backend to ask.
+const TLS_TIME: Duration = Duration::from_secs(1);
 /// A request's body is drained for this long when the answer did not need it.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -160,16 +161,16 @@ impl Exchange {
 
 #[async_trait]
 impl ProxyHttp for Gateway {
-    type CTX = Exchange;
+    type CTX = Box<Exchange>;
 
-    fn new_ctx(&self) -> Exchange {
-        Exchange { began: clock::now(), ..Exchange::default() }
+    fn new_ctx(&self) -> Box<Exchange> {
+        Box::new(Exchange { began: clock::now(), ..Exchange::default() })
     }
 
     /// Bodies pass as they are.
     fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
-    async fn early_request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> Result<()> {
+    async fn early_request_filter(&self, session: &mut Session, exchange: &mut Box<Exchange>) -> Result<()> {
         let about = session
             .digest()
             .and_then(|digest| digest.proxy_digest.as_ref())
@@ -185,7 +186,7 @@ impl ProxyHttp for Gateway {
         Ok(())
     }
 
-    async fn request_filter(&self, session: &mut Session, exchange: &mut Exchange) -> Result<bool> {
+    async fn request_filter(&self, session: &mut Session, exchange: &mut Box<Exchange>) -> Result<bool> {
         match self.direct(session, exchange) {
             Ok(Direction::Pool) => Ok(false),
             Ok(Direction::Own) => {
@@ -223,7 +224,7 @@ impl ProxyHttp for Gateway {
         }
     }
 
-    async fn upstream_peer(&self, session: &mut Session, exchange: &mut Exchange) -> Result<Box<HttpPeer>> {
+    async fn upstream_peer(&self, session: &mut Session, exchange: &mut Box<Exchange>) -> Result<Box<HttpPeer>> {
         let Some(pool) = exchange.pool.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
         let now = clock::now();
         let header = match (&exchange.connection, pool.policy.send_proxy) {
@@ -265,7 +266,7 @@ impl ProxyHttp for Gateway {
         &self,
         _session: &mut Session,
         _peer: &HttpPeer,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
         mut error: Box<Error>,
     ) -> Box<Error> {
         let outcome = exchange.dialler.take().map(|dialler| {
@@ -311,7 +312,7 @@ impl ProxyHttp for Gateway {
         _peer: &HttpPeer,
         descriptor: std::os::fd::RawFd,
         _digest: Option<&Digest>,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
     ) -> Result<()> {
         exchange.line = Some(InUse::begin(descriptor));
         exchange.reused = reused;
@@ -337,7 +338,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         request: &mut RequestHeader,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
     ) -> Result<()> {
         let (Some(connection), Some(listener)) = (exchange.connection.clone(), exchange.listener.clone()) else {
             return Err(Error::new_in(ErrorType::InternalError));
@@ -384,7 +385,7 @@ impl ProxyHttp for Gateway {
         _session: &mut Session,
         body: &mut Option<Bytes>,
         end: bool,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
     ) -> Result<()> {
         exchange.body[0] += body.as_ref().map_or(0, Bytes::len) as u64;
         if end && exchange.sent.is_none() {
@@ -397,7 +398,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
     ) -> Result<()> {
         let (Some(backend), Some(policy)) = (exchange.backend.clone(), exchange.policy.clone()) else {
             return Err(Error::new_in(ErrorType::InternalError));
@@ -442,7 +443,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
     ) -> Result<()> {
         let status = response.status.as_u16();
         if response.status.is_informational() && status != 101 {
@@ -475,7 +476,7 @@ impl ProxyHttp for Gateway {
         _session: &mut Session,
         body: &mut Option<Bytes>,
         _end: bool,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
     ) -> Result<Option<Duration>> {
         exchange.body[1] += body.as_ref().map_or(0, Bytes::len) as u64;
         Ok(None)
@@ -485,7 +486,7 @@ impl ProxyHttp for Gateway {
         &self,
         _session: &mut Session,
         trailers: &mut HeaderMap,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
     ) -> Result<()> {
         // A gRPC call says how it ended behind its body: 14 is what 503 is elsewhere.
         if let (Some(14), Some(backend), Some(policy)) = (grpc_status(trailers), &exchange.backend, &exchange.policy) {
@@ -502,7 +503,7 @@ impl ProxyHttp for Gateway {
         _peer: &HttpPeer,
         session: &mut Session,
         mut error: Box<Error>,
-        exchange: &mut Exchange,
+        exchange: &mut Box<Exchange>,
         reused: bool,
     ) -> Box<Error> {
         let verdict = exchange.wait.as_ref().map_or(Verdict::Waits, Wait::verdict);
@@ -562,7 +563,7 @@ impl ProxyHttp for Gateway {
         error
     }
 
-    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Exchange) -> FailToProxy {
+    async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Box<Exchange>) -> FailToProxy {
         let status = match (exchange.end, error.etype()) {
             (_, ErrorType::HTTPStatus(status)) => *status,
             (Some(End::Unreachable | End::Full), _) => 503,
@@ -594,7 +595,7 @@ impl ProxyHttp for Gateway {
         FailToProxy { error_code: status, can_reuse_downstream: sent.is_ok() && whole && status != 400 }
     }
 
-    async fn logging(&self, session: &mut Session, error: Option<&Error>, exchange: &mut Exchange) {
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, exchange: &mut Box<Exchange>) {
         exchange.leave_attempt();
         let Some(connection) = exchange.connection.take() else { return };
         let end = match (exchange.end, error) {
@@ -632,14 +633,14 @@ impl ProxyHttp for Gateway {
         connection.link.next();
     }
 
-    fn suppress_error_log(&self, _session: &Session, _exchange: &Exchange, _error: &Error) -> bool {
+    fn suppress_error_log(&self, _session: &Session, _exchange: &Box<Exchange>, _error: &Error) -> bool {
         true
     }
 
     fn suppress_proxy_warn_log(
         &self,
         _session: &Session,
-        _exchange: &Exchange,
+        _exchange: &Box<Exchange>,
         _error: &Error,
         _context: ProxyWarnLogContext,
     ) -> bool {
@@ -855,7 +856,9 @@ fn peer(
     exchange: &Exchange,
 ) -> Box<HttpPeer> {
     let policy = &pool.policy;
-    let mut peer = Box::new(HttpPeer::new(backend.address, false, String::new()));
+    // An empty name would make the engine judge nothing: a pool with TLS always has one.
+    let name = policy.tls.as_ref().map(|tls| tls.name.clone());
+    let mut peer = Box::new(HttpPeer::new(backend.address, name.is_some(), name.unwrap_or_default()));
     // An idle connection is used again only by those who may share it: for this backend as long as it is not retired, for
     // requests of the same kind, and where it began with a PROXY header, for the same client.
     let mut key = Xxh3::new();
@@ -865,10 +868,25 @@ fn peer(
     if let (Some(version), Some(connection)) = (policy.send_proxy, &exchange.connection) {
         key.update(&sniff::proxy_header(version, connection.addresses(), &connection.tlvs));
     }
+    if let Some(tls) = &policy.tls {
+        key.update(&tls.digest.to_le_bytes());
+    }
     peer.group_key = key.digest();
+    let certificates = policy.tls.as_ref().map(|tls| upstream::certificates(tls));
+    peer.client_cert_key = certificates.as_ref().and_then(|certificates| certificates.identity.clone());
+    let last = exchange.tried.len() + 1 >= pool.members.len();
     let options = &mut peer.options;
+    if let (Some(tls), Some(certificates)) = (&policy.tls, certificates) {
+        options.verify_cert = tls.verify;
+        options.verify_hostname = tls.verify;
+        options.ca = tls.verify.then(|| certificates.authorities.clone());
+    }
     options.custom_l4 = Some(dialler);
-    options.total_connection_timeout = Some(policy.connect_timeout + Duration::from_millis(500));
+    // The engine cannot race past TLS. While there is another backend to ask, a silent handshake is not waited out.
+    options.total_connection_timeout = Some(match policy.tls {
+        Some(_) if !last => policy.connect_timeout.min(TLS_TIME),
+        _ => policy.connect_timeout + Duration::from_millis(500),
+    });
     options.idle_timeout = Some(if exchange.repeatable && policy.send_proxy.is_none() { KEEP } else { KEEP_ONCE });
     options.max_h2_streams = STREAMS;
     options.h2_ping_interval = Some(PING);
@@ -876,6 +894,7 @@ fn peer(
     let upgrade = session.is_upgrade_req();
     match policy.http {
         HttpVersion::Two if !upgrade => options.set_http_version(2, 2),
+        HttpVersion::Auto if !upgrade && policy.tls.is_some() => options.set_http_version(2, 1),
         _ => options.set_http_version(1, 1),
     }
     peer
@@ -975,10 +994,10 @@ fn is_unprocessed(error: &Error) -> bool {
 
 /// How a handshake failed, in words.
 fn handshake_cause(error: &Error) -> &'static str {
-    if matches!(error.etype(), ErrorType::ConnectTimedout) {
-        return "handshake silent";
+    match error.etype() {
+        ErrorType::ConnectTimedout | ErrorType::TLSHandshakeTimedout => "handshake silent",
+        _ => tls::cause_of_text(&error.to_string()),
     }
-    "handshake failed"
 }
 
 /// What a cookie says of a place in a pool: the cell's name, and a hash of the backend's.

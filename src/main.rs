@@ -9,6 +9,10 @@ use clap::Parser;
 use sailover::cli::{self, Cli, Command};
 use sailover::{demo, server};
 
+/// HTTP makes and drops some hundred small things for each request.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

@@ -24,6 +24,7 @@ use crate::config::{Affinity, Balance, HttpVersion, OnDown, WhenAllDown};
 use crate::health::{self, State};
 use crate::metrics::{Histogram, TIME_BOUNDS};
 use crate::sniff::ProxyVersion;
+use crate::tls::Upstream;
 
 /// A cell carries its full share while at least 1/1.4 of its weight is fit (Envoy's overprovisioning factor).
 const OVERPROVISION: f64 = 1.4;
@@ -53,6 +54,7 @@ pub struct Policy {
     pub source: Vec<IpAddr>,
     pub send_proxy: Option<ProxyVersion>,
     pub http: HttpVersion,
+    pub tls: Option<Arc<Upstream>>,
     pub request_timeout: Duration,
     pub idle: Duration,
     pub half_close: Duration,
@@ -76,6 +78,7 @@ impl Default for Policy {
             source: Vec::new(),
             send_proxy: None,
             http: HttpVersion::Auto,
+            tls: None,
             request_timeout: Duration::from_secs(30),
             idle: Duration::from_secs(3_600),
             half_close: Duration::from_secs(30),

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -13,23 +14,28 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use crate::backend::Backend;
 use crate::clock;
-use crate::config::{Pem, Probe, ProbeKind};
+use crate::config::{HttpVersion, Pem, Probe, ProbeKind};
 use crate::dial;
 use crate::health::{Blame, Depth, Evidence, Seen, Source, State};
 use crate::host::Host;
 use crate::pool::Policy;
 use crate::table::Table;
+use crate::tls::Stream;
 use crate::{sniff, sys, tcp, tls};
 
 /// A verdict later than this is our own fault.
@@ -71,8 +77,14 @@ static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 /// The probers that a table needs, and whom each reports to.
 pub struct Wanted(HashMap<Key, (Tls, Vec<Target>)>);
 
-/// What a prober that shakes hands in TLS needs for it.
-type Tls = Option<Arc<ClientConfig>>;
+/// What a prober needs for TLS.
+#[derive(Clone, Default)]
+struct Tls {
+    /// For a probe that is a handshake.
+    shake: Option<Arc<ClientConfig>>,
+    /// For one that goes on under TLS.
+    under: Option<Arc<tls::Upstream>>,
+}
 
 /// Finds them; takes time in the order of the number of backends, and some milliseconds for each list of authorities.
 ///
@@ -83,7 +95,7 @@ pub fn wanted(table: &Table) -> Result<Wanted, Vec<String>> {
     let mut clients: HashMap<Option<&Pem>, Arc<ClientConfig>> = HashMap::new();
     for (config, pool) in table.config.pools.iter().zip(&table.pools) {
         let Some(probe) = &config.probe else { continue };
-        let tls = match &probe.kind {
+        let shake = match &probe.kind {
             ProbeKind::Tls { verify, .. } => Some(match clients.entry(verify.as_ref()) {
                 Entry::Occupied(made) => made.get().clone(),
                 Entry::Vacant(new) => {
@@ -93,6 +105,7 @@ pub fn wanted(table: &Table) -> Result<Wanted, Vec<String>> {
             }),
             _ => None,
         };
+        let tls = Tls { shake, under: pool.policy.tls.clone().filter(|_| probe.tls.is_some()) };
         for member in &pool.members {
             let mut address = member.backend.address;
             address.set_port(probe.port.unwrap_or(address.port()));
@@ -161,7 +174,7 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
         let source = report_to.first().and_then(|target| tcp::any_source(&target.policy, key.address));
         let mut seen = Progress { reached: Depth::Connect, handshake: None, expiry: None };
         let deadline = due + key.probe.timeout;
-        let result = timeout_at(deadline, ask(&key, tls.as_ref(), source, &mut seen)).await;
+        let result = timeout_at(deadline, ask(&key, &tls, source, &mut seen)).await;
         let Progress { mut reached, handshake, expiry } = seen;
         let now = clock::now();
         let verdict = match result {
@@ -175,6 +188,7 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
                 Some(Some(Seen::Refused))
             }
             Ok(Err(Failed::Error(_))) => Some(Some(Seen::Reset(Blame { prefix: 0, others: false, elsewhere: 0.0 }))),
+            Ok(Err(Failed::Tls(kind))) => Some(Some(Seen::Tls(kind))),
             Ok(Err(Failed::Wrong)) => {
                 reached = Depth::Answer;
                 Some(Some(Seen::Wrong))
@@ -225,6 +239,8 @@ enum Failed {
     /// Before any packet had an answer: by this machine, unless it says that the backend refused.
     AtOnce(io::Error),
     Error(io::Error),
+    /// Its TLS handshake, in the words of health.
+    Tls(&'static str),
     Wrong,
 }
 
@@ -243,29 +259,60 @@ struct Progress {
 }
 
 /// One probe.
-async fn ask(
-    key: &Key,
-    tls: Option<&Arc<ClientConfig>>,
-    source: Option<SocketAddr>,
-    seen: &mut Progress,
-) -> Result<(), Failed> {
-    let mut stream = tcp::connect(key.address, source)
+async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progress) -> Result<(), Failed> {
+    let mut socket = tcp::connect(key.address, source)
         .and_then(|socket| TcpStream::from_std(socket.into()))
         .map_err(Failed::AtOnce)?;
     // Whenever it is dropped from here on, it is closed by a reset.
-    tcp::reset(&stream);
-    stream.writable().await?;
-    if let Some(error) = stream.take_error()? {
+    tcp::reset(&socket);
+    socket.writable().await?;
+    if let Some(error) = socket.take_error()? {
         return Err(error.into());
     }
-    seen.handshake = sys::tcp_info(stream.as_fd()).ok().map(|info| info.rtt);
+    seen.handshake = sys::tcp_info(socket.as_fd()).ok().map(|info| info.rtt);
     if let Some(version) = key.probe.send_proxy {
-        stream.write_all(&sniff::proxy_header(version, None, &[])).await?;
+        socket.write_all(&sniff::proxy_header(version, None, &[])).await?;
     }
+    if let ProbeKind::Tcp = key.probe.kind {
+        return Ok(());
+    }
+    if let ProbeKind::Tls { server_name, .. } = &key.probe.kind {
+        // The reader made sure that the name is one.
+        let name = server_name.as_deref().and_then(|name| ServerName::try_from(name.to_owned()).ok());
+        let name = name.unwrap_or_else(|| ServerName::IpAddress(key.address.ip().into()));
+        let Some(config) = &tls.shake else { return Err(Failed::Wrong) };
+        return shake(config, name, socket, seen).await.map(drop);
+    }
+    let two = key.probe.version == HttpVersion::Two || matches!(key.probe.kind, ProbeKind::Grpc { .. });
+    let mut stream = match &tls.under {
+        None => Stream::Plain(socket),
+        Some(tls) => {
+            let http = matches!(key.probe.kind, ProbeKind::Http { .. } | ProbeKind::Grpc { .. });
+            let config = match (http, two || key.probe.version == HttpVersion::Auto) {
+                (false, _) => &tls.client,
+                (true, two) => &tls.http[usize::from(two)],
+            };
+            Stream::Tls(Box::new(shake(config, tls.server_name.clone(), socket, seen).await?.into()))
+        }
+    };
+    seen.reached = Depth::FirstByte;
+    let two = match stream.plain() {
+        Some(_) => two,
+        None => stream.alpn() == Some(b"h2"),
+    };
     match &key.probe.kind {
-        ProbeKind::Tcp => Ok(()),
+        ProbeKind::Tcp | ProbeKind::Tls { .. } => Ok(()),
+        ProbeKind::Grpc { service } => ask_grpc(stream, key, service).await,
+        ProbeKind::Http { method, path, host, status, body } if two => {
+            let host = host.clone().unwrap_or_else(|| key.address.to_string());
+            let request = http::Request::builder().method(method.as_str()).uri(format!("http://{host}{path}"));
+            let (head, bytes) = ask_two(stream, request, Bytes::new()).await?;
+            let found = head.status.as_u16();
+            let good = status.iter().any(|(low, high)| (*low..=*high).contains(&found))
+                && body.as_ref().is_none_or(|body| contains(&bytes, body.as_bytes()));
+            if good { Ok(()) } else { Err(Failed::Wrong) }
+        }
         ProbeKind::Http { method, path, host, status, body } => {
-            seen.reached = Depth::FirstByte;
             let host = host.clone().unwrap_or_else(|| key.address.to_string());
             let request = format!(
                 "{method} {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: sailover/{}\r\nAccept: */*\r\nConnection: close\r\n\r\n",
@@ -289,27 +336,7 @@ async fn ask(
                 }
             }
         }
-        ProbeKind::Tls { server_name, .. } => {
-            seen.reached = Depth::FirstByte;
-            // The reader made sure that the name is one.
-            let name = server_name.as_deref().and_then(|name| ServerName::try_from(name.to_owned()).ok());
-            let name = name.unwrap_or_else(|| ServerName::IpAddress(key.address.ip().into()));
-            let Some(config) = tls else { return Err(Failed::Wrong) };
-            match TlsConnector::from(config.clone()).connect(name, stream).await {
-                Ok(stream) => {
-                    let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-                    seen.expiry = shown.and_then(tls::expiry);
-                    Ok(())
-                }
-                Err(error) if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) => {
-                    tracing::debug!(address = %key.address, %error, "the TLS probe failed");
-                    Err(Failed::Wrong)
-                }
-                Err(error) => Err(error.into()),
-            }
-        }
         ProbeKind::Exchange { send, expect } => {
-            seen.reached = Depth::FirstByte;
             stream.write_all(send.as_bytes()).await?;
             let mut answer = Vec::new();
             loop {
@@ -328,8 +355,93 @@ async fn ask(
     }
 }
 
+/// A handshake in TLS, and what it shows.
+async fn shake(
+    config: &Arc<ClientConfig>,
+    name: ServerName<'static>,
+    socket: TcpStream,
+    seen: &mut Progress,
+) -> Result<TlsStream<TcpStream>, Failed> {
+    seen.reached = Depth::FirstByte;
+    let address = socket.peer_addr();
+    match TlsConnector::from(config.clone()).connect(name, socket).await {
+        Ok(stream) => {
+            let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+            seen.expiry = shown.and_then(tls::expiry);
+            Ok(stream)
+        }
+        Err(error) => match tls::failure(&error) {
+            Some(kind) => {
+                tracing::debug!(?address, %error, "the TLS probe failed");
+                seen.reached = Depth::Answer;
+                Err(Failed::Tls(kind))
+            }
+            None => Err(error.into()),
+        },
+    }
+}
+
+/// One HTTP/2 request, and the beginning of its answer.
+async fn ask_two(
+    stream: Stream,
+    request: http::request::Builder,
+    body: Bytes,
+) -> Result<(http::response::Parts, Vec<u8>), Failed> {
+    let gone = |error: hyper::Error| match error.source().and_then(|source| source.downcast_ref::<io::Error>()) {
+        Some(error) => Failed::Error(error.kind().into()),
+        None => Failed::Wrong,
+    };
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.map_err(gone)?;
+    // It ends with this probe: a probe that is given up must leave nothing behind.
+    let mut driver = JoinSet::new();
+    driver.spawn(connection);
+    let request = request.header("user-agent", concat!("sailover/", env!("CARGO_PKG_VERSION")));
+    let request = request.body(Full::new(body)).map_err(|_| Failed::Wrong)?;
+    let (mut head, mut body) = sender.send_request(request).await.map_err(gone)?.into_parts();
+    let mut bytes = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(gone)?;
+        if let Some(data) = frame.data_ref() {
+            bytes.extend_from_slice(data);
+        } else if let Ok(trailers) = frame.into_trailers() {
+            head.headers.extend(trailers);
+        }
+        if bytes.len() >= ANSWER {
+            break;
+        }
+    }
+    Ok((head, bytes))
+}
+
+/// `grpc.health.v1.Health/Check`: good is an answer of status 0 that says `SERVING`.
+async fn ask_grpc(stream: Stream, key: &Key, service: &str) -> Result<(), Failed> {
+    // A message of one field, number 1, of bytes; before it one byte without compression, and its length.
+    let mut message = Vec::new();
+    if !service.is_empty() {
+        message.extend([0x0a, (service.len() & 0x7f) as u8 | if service.len() > 0x7f { 0x80 } else { 0 }]);
+        if service.len() > 0x7f {
+            message.push((service.len() >> 7) as u8);
+        }
+        message.extend_from_slice(service.as_bytes());
+    }
+    let mut body = vec![0];
+    body.extend_from_slice(&(message.len() as u32).to_be_bytes());
+    body.extend_from_slice(&message);
+    let host = key.probe.tls.as_ref().map_or_else(|| key.address.to_string(), |tls| tls.server_name.clone());
+    let scheme = if key.probe.tls.is_some() { "https" } else { "http" };
+    let request = http::Request::post(format!("{scheme}://{host}/grpc.health.v1.Health/Check"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    let (head, bytes) = ask_two(stream, request, Bytes::from(body)).await?;
+    let status = head.headers.get("grpc-status").map(http::HeaderValue::as_bytes);
+    // SERVING is 1, in field 1 as a number.
+    let serving = bytes.get(5..).is_some_and(|message| message.starts_with(&[0x08, 0x01]));
+    if head.status == 200 && status == Some(b"0") && serving { Ok(()) } else { Err(Failed::Wrong) }
+}
+
 /// Reads some more of an answer; false at its end or at the most that is read.
-async fn read_more(stream: &mut TcpStream, answer: &mut Vec<u8>) -> io::Result<bool> {
+async fn read_more(stream: &mut Stream, answer: &mut Vec<u8>) -> io::Result<bool> {
     if answer.len() >= ANSWER {
         return Ok(false);
     }

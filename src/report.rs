@@ -21,7 +21,7 @@ use crate::metrics::Histogram;
 use crate::pool::{self, Choice, Member, Pool};
 use crate::reload::Report;
 use crate::session::Row;
-use crate::table::{End, Listener, Table};
+use crate::table::{End, Face, Listener, Table};
 use crate::tls;
 
 /// What control knows besides the table, copied for the renderers.
@@ -445,6 +445,17 @@ pub fn metrics(host: &Host, info: &Info) -> String {
             let labels = [("listener", &*listener.name), ("end", end.word())];
             t.sample("sailover_connections_total", &labels, listener.shared.ends[end as usize].get());
         }
+    }
+    let http = || listeners.iter().filter(|listener| matches!(listener.face, Face::Http(_)));
+    t.family("sailover_requests_total", "counter", "HTTP requests that ended, by the class of their status.");
+    for listener in http() {
+        for (class, counter) in ["none", "1xx", "2xx", "3xx", "4xx", "5xx"].into_iter().zip(&listener.shared.requests) {
+            t.sample("sailover_requests_total", &[("listener", &listener.name), ("class", class)], counter.get());
+        }
+    }
+    t.family("sailover_request_retries_total", "counter", "HTTP requests sent to a second or later backend.");
+    for listener in http() {
+        t.sample("sailover_request_retries_total", &[("listener", &listener.name)], listener.shared.retries.get());
     }
     t.family("sailover_bytes_total", "counter", "Bytes of ended connections from (in) and to (out) clients.");
     for listener in &listeners {

@@ -4,6 +4,7 @@
 //! as it stands, and in a changed one each backend whose name and address stayed. Health is never in it.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -14,6 +15,7 @@ use rustls::server::ProducesTickets;
 use serde::Serialize;
 
 use http::HeaderName;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::backend::{Backend, Counters, PoolShared};
 use crate::clock::Time;
@@ -24,7 +26,7 @@ use crate::http::route::Routes;
 use crate::limits::Gauge;
 use crate::metrics::Counter;
 use crate::pool::{Cell, Member, NewCell, Policy, Pool};
-use crate::tls::{self, Identity};
+use crate::tls::{self, Identity, Upstream};
 
 /// One generation.
 #[derive(Debug)]
@@ -354,7 +356,15 @@ pub fn build(
             let config = table.config.pools.iter().find(|pool| pool.name == wanted.name)?;
             Some((config, table.pools.iter().find(|pool| *pool.name == *wanted.name)?))
         });
-        let policy = policy(wanted, &config, process_limit);
+        let known = before.and_then(|(_, pool)| pool.policy.tls.as_ref());
+        let tls = match upstream(wanted, known) {
+            Ok(tls) => tls,
+            Err(error) => {
+                errors.push(format!("pool {}: {error}", wanted.name));
+                continue;
+            }
+        };
+        let policy = policy(wanted, &config, process_limit, tls);
         let pool = match before {
             Some((config, pool)) if config == wanted && *pool.policy == policy => pool.clone(),
             _ => Arc::new(build_pool(wanted, policy, before.map(|(_, pool)| &**pool), now)),
@@ -455,10 +465,26 @@ fn face(wanted: &config::Face, pools: &[Arc<Pool>]) -> Option<Face> {
     }
 }
 
-fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
+/// TLS towards the backends of a pool; what did not change is taken over, with the sessions that it may resume.
+fn upstream(pool: &config::Pool, known: Option<&Arc<Upstream>>) -> Result<Option<Arc<Upstream>>, String> {
+    let Some(wanted) = &pool.tls else { return Ok(None) };
+    let mut hasher = Xxh3::new();
+    wanted.hash(&mut hasher);
+    let digest = hasher.digest();
+    if let Some(known) = known.filter(|known| known.digest == digest) {
+        return Ok(Some(known.clone()));
+    }
+    let identity = wanted.identity.as_ref().map(|pair| (pair.certificate.bytes.clone(), pair.key.bytes.clone()));
+    Upstream::new(&wanted.server_name, wanted.verify, wanted.ca.bytes.clone(), identity, digest)
+        .map(|tls| Some(Arc::new(tls)))
+}
+
+fn policy(pool: &config::Pool, config: &Config, process_limit: u32, tls: Option<Arc<Upstream>>) -> Policy {
     let probe_depth = pool.probe.as_ref().map(|probe| match probe.kind {
         ProbeKind::Tcp => Depth::Connect,
-        ProbeKind::Http { .. } | ProbeKind::Exchange { .. } | ProbeKind::Tls { .. } => Depth::Answer,
+        ProbeKind::Http { .. } | ProbeKind::Grpc { .. } | ProbeKind::Exchange { .. } | ProbeKind::Tls { .. } => {
+            Depth::Answer
+        }
     });
     let port = pool.probe.as_ref().and_then(|probe| probe.port);
     let backends = || pool.cells.iter().flat_map(|cell| &cell.backends);
@@ -483,6 +509,7 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32) -> Policy {
         source: pool.connect.source.clone(),
         send_proxy: pool.send_proxy,
         http: pool.http,
+        tls,
         request_timeout: pool.timeouts.request,
         idle: pool.timeouts.idle,
         half_close: pool.timeouts.half_close,

@@ -8,9 +8,11 @@
 //! 6. It is counted, and gets its line in the access log.
 
 use std::cell::RefCell;
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
@@ -20,7 +22,7 @@ use fastrand::Rng;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::backend::Backend;
 use crate::clock::{self, Time};
@@ -36,7 +38,7 @@ use crate::session;
 use crate::sniff;
 use crate::sys;
 use crate::table::{End, Face, Listener};
-use crate::tls::Stream;
+use crate::tls::{Stream, Upstream};
 use crate::witness;
 
 /// A first byte is expected within this many learned 99th percentiles, within the bounds below.
@@ -177,18 +179,26 @@ async fn greet(
 }
 
 /// What goes to the backend before anything the client says from now on, and how much of it is ours.
-fn first_bytes(policy: &Policy, greeting: Option<Box<Greeting>>, client: &TcpStream) -> (Vec<u8>, usize) {
+fn first_bytes(
+    policy: &Policy,
+    greeting: Option<&Greeting>,
+    client: &TcpStream,
+    header_only: bool,
+) -> (Vec<u8>, usize) {
     let Some(version) = policy.send_proxy else {
-        return (greeting.map(|greeting| greeting.bytes).unwrap_or_default(), 0);
+        let bytes = greeting.filter(|_| !header_only).map(|greeting| greeting.bytes.clone());
+        return (bytes.unwrap_or_default(), 0);
     };
     // A socket that cannot tell its own addresses is about to end anyway; then the header names nobody.
-    let greeting = greeting.or_else(|| Some(Box::new(Greeting::unread(client.peer_addr().ok()?))));
-    let Some(greeting) = greeting else { return (sniff::proxy_header(version, None, &[]), 0) };
+    let unread = client.peer_addr().ok().map(Greeting::unread);
+    let Some(greeting) = greeting.or(unread.as_ref()) else { return (sniff::proxy_header(version, None, &[]), 0) };
     let destination = greeting.destination.or_else(|| client.local_addr().ok());
     let addresses = destination.map(|destination| (greeting.client, destination));
     let mut first = sniff::proxy_header(version, addresses, &greeting.tlvs);
     let ours = first.len();
-    first.extend_from_slice(&greeting.bytes);
+    if !header_only {
+        first.extend_from_slice(&greeting.bytes);
+    }
     (first, ours)
 }
 
@@ -213,8 +223,13 @@ async fn connect_and_relay(
     let mut story = Story::default();
     let mut rng = fork_rng();
     pool.shared.budget.client(dialling);
+    let peer_socket = client.socket();
+    let under_tls = pool.policy.tls.is_some();
+    // Under TLS the header about the client comes before the handshake, and the rest within.
+    let header =
+        if under_tls { first_bytes(&pool.policy, greeting.as_deref(), peer_socket, true) } else { (Vec::new(), 0) };
     let dialled = dial::dial(
-        &Kernel,
+        &Kernel { tls: true, header: header.0 },
         host,
         &pool,
         pin,
@@ -255,16 +270,19 @@ async fn connect_and_relay(
         backend.clone(),
         policy.clone(),
         client.socket().as_raw_fd(),
-        dialled.connection.as_raw_fd(),
+        dialled.connection.socket().as_raw_fd(),
         began,
     );
     let bounds = Bounds { idle, half_close: policy.half_close };
-    let first = first_bytes(&policy, greeting.take(), client.socket());
+    let first = match under_tls {
+        true => (greeting.take().map(|greeting| greeting.bytes).unwrap_or_default(), 0),
+        false => first_bytes(&policy, greeting.take().as_deref(), client.socket(), false),
+    };
     let mut carried = Carried::default();
     let connected = dialled.connected.instant();
     let prefix = witness::prefix(peer.ip());
     let attempt_began = dialled.began;
-    let mut server = Stream::Plain(dialled.connection);
+    let mut server = dialled.connection;
     let end = relay::relay(
         client,
         &mut server,
@@ -325,18 +343,39 @@ impl Client for Waiting<'_> {
     }
 }
 
-/// The kernel's TCP.
-pub struct Kernel;
+/// The kernel's TCP, and TLS above it where the pool has it.
+pub struct Kernel {
+    /// Whether the pool's TLS is ours to begin.
+    pub tls: bool,
+    /// What goes before a TLS handshake.
+    pub header: Vec<u8>,
+}
 
-/// A socket whose handshake is under way. Dropped before it ends in a connection, it is closed by a reset.
-pub struct Connecting(Option<TcpStream>);
+/// A connection whose handshakes are under way. Dropped before they end, it is closed by a reset.
+pub struct Connecting {
+    state: State,
+    rtt: Duration,
+    /// TLS to begin, and what goes before it; boxed, because most have none.
+    under: Option<Box<(Arc<Upstream>, Vec<u8>)>>,
+}
+
+enum State {
+    Tcp(TcpStream),
+    Tls(Box<tokio_rustls::Connect<TcpStream>>),
+    Ended,
+}
 
 impl Network for Kernel {
     type Opening = Connecting;
 
     fn open(&self, backend: &Backend, policy: &Policy, rng: &mut Rng) -> io::Result<Connecting> {
         let socket = connect(backend.address, source(policy, backend.address, rng))?;
-        Ok(Connecting(Some(TcpStream::from_std(socket.into())?)))
+        let tls = policy.tls.as_ref().filter(|_| self.tls);
+        Ok(Connecting {
+            state: State::Tcp(TcpStream::from_std(socket.into())?),
+            rtt: Duration::ZERO,
+            under: tls.map(|tls| Box::new((tls.clone(), self.header.clone()))),
+        })
     }
 }
 
@@ -375,10 +414,18 @@ pub fn any_source(policy: &Policy, address: SocketAddr) -> Option<SocketAddr> {
 }
 
 impl Opening for Connecting {
-    type Connection = TcpStream;
+    type Connection = Stream;
 
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(TcpStream, Duration)>> {
-        let Some(stream) = &self.0 else { return Poll::Pending };
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<io::Result<(Stream, Duration)>> {
+        let stream = match &mut self.state {
+            State::Tcp(stream) => stream,
+            State::Tls(shaking) => {
+                let done = ready!(Pin::new(shaking).poll(context));
+                self.state = State::Ended;
+                return Poll::Ready(done.map(|stream| (Stream::Tls(Box::new(stream.into())), self.rtt)));
+            }
+            State::Ended => return Poll::Pending,
+        };
         ready!(stream.poll_write_ready(context))?;
         let info = sys::tcp_info(stream.as_fd())?;
         // One question instead of two: only a socket that is not connected has an error to tell.
@@ -390,25 +437,41 @@ impl Opening for Connecting {
         if info.unanswered() {
             return Poll::Pending;
         }
-        match self.0.take() {
-            Some(stream) => Poll::Ready(Ok((stream, info.rtt))),
-            None => Poll::Pending,
+        self.rtt = info.rtt;
+        let State::Tcp(stream) = std::mem::replace(&mut self.state, State::Ended) else { return Poll::Pending };
+        let Some(under) = self.under.take() else { return Poll::Ready(Ok((Stream::Plain(stream), info.rtt))) };
+        let (tls, header) = *under;
+        // Some hundred bytes into the empty buffer of a new connection.
+        if !header.is_empty() && stream.try_write(&header)? != header.len() {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }
+        let shaking = TlsConnector::from(tls.client.clone()).connect(tls.server_name.clone(), stream);
+        self.state = State::Tls(Box::new(shaking));
+        self.poll(context)
     }
 
-    fn discard(connection: TcpStream) {
-        reset(&connection);
+    fn discard(connection: Stream) {
+        reset(connection.socket());
     }
 
     fn answered(&self) -> bool {
-        self.0.as_ref().is_none_or(|stream| sys::tcp_info(stream.as_fd()).is_ok_and(|info| !info.unanswered()))
+        match &self.state {
+            State::Tcp(stream) => sys::tcp_info(stream.as_fd()).is_ok_and(|info| !info.unanswered()),
+            State::Tls(_) | State::Ended => true,
+        }
+    }
+
+    fn shaking_hands(&self) -> bool {
+        matches!(self.state, State::Tls(_))
     }
 }
 
 impl Drop for Connecting {
     fn drop(&mut self) {
-        if let Some(stream) = &self.0 {
-            reset(stream);
+        match &self.state {
+            State::Tcp(stream) => reset(stream),
+            State::Tls(shaking) => shaking.get_ref().into_iter().for_each(reset),
+            State::Ended => {}
         }
     }
 }

@@ -102,6 +102,115 @@ impl ServerCertVerifier for AnyCertificate {
     }
 }
 
+// ---- towards backends ----
+
+/// TLS towards the backends of a pool.
+pub struct Upstream {
+    /// The name that is asked for, and that the certificate must have.
+    pub name: String,
+    /// The same, for a handshake.
+    pub server_name: ServerName<'static>,
+    /// Whether the certificate is judged.
+    pub verify: bool,
+    /// PEM of the authorities, and of what we show.
+    pub authorities: Arc<[u8]>,
+    /// See `authorities`: certificates, key.
+    pub identity: Option<(Arc<[u8]>, Arc<[u8]>)>,
+    /// What its handshakes are made by, for plain bytes.
+    pub client: Arc<ClientConfig>,
+    /// The same for HTTP, with what it offers by ALPN.
+    pub http: [Arc<ClientConfig>; 2],
+    /// Stands for all of it.
+    pub digest: u64,
+}
+
+impl std::fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upstream").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl PartialEq for Upstream {
+    fn eq(&self, other: &Upstream) -> bool {
+        self.digest == other.digest
+    }
+}
+
+impl Upstream {
+    /// Puts it together; `digest` stands for all that it is made of.
+    ///
+    /// # Errors
+    /// A sentence.
+    pub fn new(
+        name: &str,
+        verify: bool,
+        authorities: Arc<[u8]>,
+        identity: Option<(Arc<[u8]>, Arc<[u8]>)>,
+        digest: u64,
+    ) -> Result<Upstream, String> {
+        let server_name = ServerName::try_from(name.to_owned()).map_err(|_| format!("{name} is no server name"))?;
+        let mut config = ClientConfig::clone(&*client(verify.then_some(&*authorities))?);
+        // Unlike a probe's, these handshakes may be short.
+        config.resumption = rustls::client::Resumption::default();
+        if let Some((chain, key)) = &identity {
+            let shown = self::identity(chain, key).map_err(|(_, error)| format!("TLS to backends: {error}"))?;
+            config.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(shown.key.clone()));
+        }
+        let offering = |protocols: &[&[u8]]| {
+            let mut config = config.clone();
+            config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+            Arc::new(config)
+        };
+        let http = [offering(&[b"http/1.1"]), offering(&[b"h2", b"http/1.1"])];
+        Ok(Upstream {
+            name: name.to_owned(),
+            server_name,
+            verify,
+            authorities,
+            identity,
+            http,
+            digest,
+            client: Arc::new(config),
+        })
+    }
+}
+
+/// How a handshake failed, in the words of health; `None` when it was not TLS that failed.
+pub fn failure(error: &io::Error) -> Option<&'static str> {
+    error.get_ref()?.downcast_ref::<Error>().map(cause)
+}
+
+fn cause(error: &Error) -> &'static str {
+    use rustls::CertificateError::*;
+    match error {
+        Error::InvalidCertificate(Expired | ExpiredContext { .. }) => "expired",
+        Error::InvalidCertificate(NotValidYet | NotValidYetContext { .. }) => "not yet valid",
+        Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. }) => "wrong name",
+        Error::InvalidCertificate(UnknownIssuer) => "unknown issuer",
+        Error::InvalidCertificate(Revoked) => "revoked",
+        Error::InvalidCertificate(_) => "bad certificate",
+        Error::AlertReceived(_) => "handshake refused",
+        _ => "handshake failed",
+    }
+}
+
+/// The same from the text of an error; the HTTP engine keeps no more of it.
+pub fn cause_of_text(text: &str) -> &'static str {
+    let words = [
+        ("Expired", "expired"),
+        ("certificate expired", "expired"),
+        ("NotValidYet", "not yet valid"),
+        ("not valid yet", "not yet valid"),
+        ("NotValidForName", "wrong name"),
+        ("not valid for name", "wrong name"),
+        ("UnknownIssuer", "unknown issuer"),
+        ("Revoked", "revoked"),
+        ("invalid peer certificate", "bad certificate"),
+        ("fatal alert", "handshake refused"),
+    ];
+    words.iter().find(|(word, _)| text.contains(word)).map_or("handshake failed", |(_, cause)| cause)
+}
+
 // ---- towards clients ----
 
 /// A chain of certificates with its key, ready to serve.
@@ -143,7 +252,7 @@ pub fn identity(chain: &[u8], key: &[u8]) -> Result<Identity, (Part, String)> {
 }
 
 /// Subject of a certificate, as RFC 4514 writes it.
-pub fn subject(certificate: &CertificateDer<'_>) -> Option<String> {
+fn subject(certificate: &CertificateDer<'_>) -> Option<String> {
     let (_, read) = x509_parser::parse_x509_certificate(certificate).ok()?;
     Some(read.subject().to_string())
 }
@@ -276,6 +385,22 @@ impl Stream {
         match self {
             Stream::Plain(socket) => socket,
             Stream::Tls(stream) => stream.get_ref().0,
+        }
+    }
+
+    /// The protocol that the handshake agreed on.
+    pub fn alpn(&self) -> Option<&[u8]> {
+        match self {
+            Stream::Plain(_) => None,
+            Stream::Tls(stream) => stream.get_ref().1.alpn_protocol(),
+        }
+    }
+
+    /// Subject of the peer's certificate, as RFC 4514 writes it.
+    pub fn subject(&self) -> Option<String> {
+        match self {
+            Stream::Plain(_) => None,
+            Stream::Tls(stream) => subject(stream.get_ref().1.peer_certificates()?.first()?),
         }
     }
 

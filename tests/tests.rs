@@ -12,6 +12,8 @@ mod commands;
 mod files;
 /// What a client sends first: server names, PROXY headers.
 mod hello;
+/// HTTP: bodies, refusals, routes, headers, times, stickiness.
+mod http;
 /// Every key of reference.yaml changes something.
 mod keys;
 /// The operator's side: status, reload, drain, stop.

@@ -260,7 +260,7 @@ class Bench:
         figures = {name: [] for name in self.started}
         for i in range(self.args.rounds):
             names = list(self.started)
-            names = names[i % 3:] + names[:i % 3]
+            names = names[i % len(names):] + names[:i % len(names)]
             for name in names:
                 figures[name].append(self.idle(name, size) if kind == "idle" else self.round(kind, name, size))
         return figures

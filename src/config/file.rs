@@ -99,6 +99,7 @@ pub struct FilePool {
     pub max_connections: Option<u64>,
     pub send_proxy: Option<ProxyVersion>,
     pub http: Option<super::HttpVersion>,
+    pub tls: Option<FileBackendTls>,
     pub request: Option<Duration>,
 }
 
@@ -142,6 +143,17 @@ pub struct FileTls {
     pub client_ca: Option<String>,
     pub require: bool,
     pub client_header: Option<String>,
+}
+
+/// TLS towards backends; what it names has still to be read.
+#[derive(Debug, Default)]
+#[allow(missing_docs)]
+pub struct FileBackendTls {
+    pub server_name: Option<String>,
+    pub verify: bool,
+    pub ca: Option<String>,
+    /// Certificate and key.
+    pub identity: Option<(String, String)>,
 }
 
 #[derive(Debug, Default)]
@@ -381,8 +393,9 @@ impl Reader<'_> {
             "limits",
             "send_proxy",
             "http",
+            "tls",
         ];
-        let Some(fields) = self.fields(node, &known, &["tls", "replay"]) else { return pool };
+        let Some(fields) = self.fields(node, &known, &["replay"]) else { return pool };
         match fields.get("cells") {
             Some(node) => pool.cells = self.entries(&node, Self::cell),
             None => self.missing(&fields, "cells", "a pool is served by at least one cell"),
@@ -444,6 +457,7 @@ impl Reader<'_> {
         {
             pool.http = fields.get("version").and_then(|node| self.http_version(&node));
         }
+        pool.tls = fields.get("tls").map(|node| self.backend_tls(&node));
         pool.ramp = self.duration_at(&fields, "ramp", 0, DAY);
         if let Some(node) = fields.get("limits")
             && let Some(fields) = self.fields(&node, &["max_connections"], &["queue", "queue_timeout"])

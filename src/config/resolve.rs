@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use super::file::{File, FileListener, FilePool, FileProbe, FileProbeKind, FileTls};
+use super::file::{File, FileBackendTls, FileListener, FilePool, FileProbe, FileProbeKind, FileTls};
 use super::*;
 use crate::tls::{self, Part};
 
@@ -65,8 +65,10 @@ pub(super) fn resolve(
                 None
             }
         });
+        let tls = pool.tls.take();
+        let tls = tls.and_then(|tls| resolve_backend_tls(tls, &format!("{path}.tls"), source, sources, problems));
         let mut say = |path: &str, message: String| problems.push(sources.problem(source, path, message));
-        pools.push(resolve_pool(name, pool, kind, known_cells.as_ref(), &mut say));
+        pools.push(resolve_pool(name, pool, kind, tls, known_cells.as_ref(), &mut say));
     }
 
     let mut listeners = Vec::new();
@@ -142,6 +144,51 @@ fn resolve_kind(
     }
 }
 
+/// Reads and judges what the TLS towards backends names.
+fn resolve_backend_tls(
+    tls: FileBackendTls,
+    path: &str,
+    source: usize,
+    sources: &mut Sources,
+    problems: &mut Vec<Problem>,
+) -> Option<BackendTls> {
+    let mut read = |key: &str, name: &str| match sources.read_pem(source, name) {
+        Ok(pem) => Some(pem),
+        Err(message) => {
+            problems.push(sources.problem(source, &format!("{path}.{key}"), message));
+            None
+        }
+    };
+    let (key, file) = match &tls.ca {
+        Some(file) => ("ca", file.as_str()),
+        None => ("verify", AUTHORITIES),
+    };
+    // Without judging there is nothing to judge by.
+    let ca = if tls.verify { read(key, file) } else { Some(Pem { file: String::new(), digest: 0, bytes: [].into() }) };
+    let identity =
+        tls.identity.map(|(certificate, key)| Some((read("certificate", &certificate)?, read("key", &key)?)));
+    let ca = ca?;
+    if tls.verify && !tls::has_authority(&ca.bytes) {
+        let message = format!("{} holds no certificate that can be used, in PEM form", ca.file);
+        problems.push(sources.problem(source, &format!("{path}.{key}"), message));
+    }
+    let identity = match identity {
+        None => None,
+        Some(None) => return None,
+        Some(Some((certificate, key))) => {
+            if let Err((part, message)) = tls::identity(&certificate.bytes, &key.bytes) {
+                let (name, file) = match part {
+                    Part::Certificate => ("certificate", &certificate.file),
+                    Part::Key => ("key", &key.file),
+                };
+                problems.push(sources.problem(source, &format!("{path}.{name}"), format!("{file} {message}")));
+            }
+            Some(Pair { certificate, key })
+        }
+    };
+    Some(BackendTls { server_name: tls.server_name?, verify: tls.verify, ca, identity })
+}
+
 /// Reads and judges what the TLS of a listener names.
 fn resolve_tls(
     tls: FileTls,
@@ -205,6 +252,7 @@ fn resolve_pool(
     name: String,
     pool: FilePool,
     kind: Option<ProbeKind>,
+    tls: Option<BackendTls>,
     known_cells: Option<&HashSet<String>>,
     say: &mut impl FnMut(&str, String),
 ) -> Pool {
@@ -276,6 +324,8 @@ fn resolve_pool(
             port: probe.port.map(|port| port as u16),
             // Another port is another service, which expects no header.
             send_proxy: pool.send_proxy.filter(|_| probe.port.is_none()),
+            tls: tls.clone().filter(|_| probe.port.is_none()),
+            version: pool.http.unwrap_or(HttpVersion::Auto),
         }
     });
 
@@ -318,6 +368,7 @@ fn resolve_pool(
             source,
         },
         http: pool.http.unwrap_or(HttpVersion::Auto),
+        tls,
         timeouts: Timeouts {
             request: pool.request.unwrap_or(Duration::from_secs(30)),
             idle: pool.idle.unwrap_or(Duration::from_secs(3_600)),

@@ -105,6 +105,8 @@ fn engine(host: &Arc<Host>) -> Arc<HttpProxy<Gateway>> {
                 threads: 1,
                 max_retries: PASSES,
                 upstream_keepalive_pool_size: IDLE_KEPT,
+                // Each pool brings its own authorities. The engine would panic over a system that has none, so it reads none.
+                ca_file: Some("/dev/null".to_owned()),
                 ..ServerConf::default()
             };
             tokio::spawn(wait::watch());
@@ -282,22 +284,5 @@ async fn send_off(link: &Link, keepalive: Duration, stop: &mut Stop, go: &watch:
     while Instant::now() < going && quiet < 3 {
         sleep(Duration::from_secs(1)).await;
         quiet = if link.active.load(Relaxed) == 0 { quiet + 1 } else { 0 };
-    }
-}
-
-/// Reads what a stream says of itself; here because only HTTP asks.
-impl Stream {
-    /// The protocol that the handshake agreed on.
-    pub fn alpn(&self) -> Option<&[u8]> {
-        match self {
-            Stream::Plain(_) => None,
-            Stream::Tls(stream) => stream.get_ref().1.alpn_protocol(),
-        }
-    }
-
-    /// Subject of the client's certificate, as RFC 4514 writes it.
-    fn subject(&self) -> Option<String> {
-        let Stream::Tls(stream) = self else { return None };
-        crate::tls::subject(stream.get_ref().1.peer_certificates()?.first()?)
     }
 }

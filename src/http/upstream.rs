@@ -14,20 +14,36 @@ use async_trait::async_trait;
 use pingora_core::connectors::L4Connect;
 use pingora_core::protocols::l4::socket::SocketAddr as PeerAddr;
 use pingora_core::protocols::l4::stream::Stream;
+use pingora_core::protocols::tls::CaType;
 use pingora_core::upstreams::peer::{Tracer, Tracing};
+use pingora_core::utils::tls::{CertKey, WrappedX509, parse_x509};
 use pingora_core::{Error, ErrorType, Result};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::clock::{self, Time};
-use crate::dial::{self, Client, DialError, First, Story};
+use crate::dial::{self, Client, DialError, Dialled, First, Story};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::pool::Pool;
-use crate::sys;
 use crate::tcp::{self, Kernel};
+use crate::{sys, tls};
+
+/// What the engine needs of a pool's certificates, made from what the pool has of them.
+pub struct Certificates {
+    /// Authorities that backends' certificates must come from.
+    pub authorities: Arc<CaType>,
+    /// What we show.
+    pub identity: Option<Arc<CertKey>>,
+}
+
+/// Pools whose certificates one worker keeps at hand.
+const POOLS_KEPT: usize = 256;
 
 thread_local! {
+    static CERTIFICATES: RefCell<HashMap<u64, Arc<Certificates>>> = RefCell::default();
     /// Open connections of this worker's engine, by descriptor. An entry is taken out before its descriptor is closed.
     static LINES: RefCell<HashMap<RawFd, Line>> = RefCell::default();
 }
@@ -221,7 +237,7 @@ impl Dialler {
         let mut timer = std::pin::pin!(tokio::time::sleep(self.pool.policy.connect_timeout));
         let mut rng = tcp::fork_rng();
         let dialled = dial::dial(
-            &Kernel,
+            &Kernel { tls: false, header: Vec::new() },
             &self.host,
             &self.pool,
             self.pin,
@@ -237,20 +253,17 @@ impl Dialler {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.story = story;
         match dialled {
-            Ok(dialled) if dialled.member == self.member => {
-                state.outcome.connected = Some((dialled.handshake, dialled.connected));
-                state.permit = Some(dialled.permit);
-                Ok(dialled.connection)
-            }
-            Ok(dialled) => {
-                state.outcome.elsewhere = Some(Won {
-                    member: dialled.member,
-                    stream: dialled.connection,
-                    permit: dialled.permit,
-                    handshake: dialled.handshake,
-                });
+            Ok(Dialled { connection: tls::Stream::Plain(stream), member, permit, handshake, connected, .. }) => {
+                if member == self.member {
+                    state.outcome.connected = Some((handshake, connected));
+                    state.permit = Some(permit);
+                    return Ok(stream);
+                }
+                state.outcome.elsewhere = Some(Won { member, stream, permit, handshake });
                 Err(Error::new_up(ErrorType::ConnectError))
             }
+            // TLS is the engine's here, above what is dialled.
+            Ok(_) => Err(Error::new_in(ErrorType::InternalError)),
             Err(error) => {
                 state.outcome.failed = Some(error);
                 Err(Error::new_up(ErrorType::ConnectError))
@@ -273,4 +286,31 @@ impl L4Connect for Dialler {
         stream.tracer = Some(Tracer(Box::new(Watch(descriptor))));
         Ok(stream)
     }
+}
+
+/// The certificates of a pool in the engine's form; made once for each worker.
+pub fn certificates(tls: &tls::Upstream) -> Arc<Certificates> {
+    let known = CERTIFICATES.with_borrow(|kept| kept.get(&tls.digest).cloned());
+    known.unwrap_or_else(|| {
+        let certificate = |der: CertificateDer<'_>| WrappedX509::new(der.as_ref().to_vec(), parse_x509);
+        // What does not parse was left out when the pool was judged; the engine would panic over it.
+        let readable = |der: &CertificateDer<'_>| x509_parser::parse_x509_certificate(der).is_ok();
+        let usable =
+            |der: &CertificateDer<'static>| readable(der) && rustls::RootCertStore::empty().add(der.clone()).is_ok();
+        let authorities = CertificateDer::pem_slice_iter(&tls.authorities).flatten().filter(usable).map(certificate);
+        let identity = tls.identity.as_ref().and_then(|(chain, key)| {
+            let chain: Vec<_> = CertificateDer::pem_slice_iter(chain).flatten().filter(readable).collect();
+            let key = PrivateKeyDer::from_pem_slice(key).ok()?;
+            let chain: Vec<Vec<u8>> = chain.iter().map(|der| der.as_ref().to_vec()).collect();
+            (!chain.is_empty()).then(|| Arc::new(CertKey::new(chain, key.secret_der().to_vec())))
+        });
+        let made = Arc::new(Certificates { authorities: authorities.collect(), identity });
+        CERTIFICATES.with_borrow_mut(|kept| {
+            if kept.len() >= POOLS_KEPT {
+                kept.clear();
+            }
+            kept.insert(tls.digest, made.clone());
+        });
+        made
+    })
 }

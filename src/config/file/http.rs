@@ -1,11 +1,12 @@
 //! The keys under `http` of a listener.
 
 use http::{HeaderName, HeaderValue, Method, Uri};
+use rustls::pki_types::ServerName;
 use serde_yaml::Value;
 
 use super::super::HttpVersion;
 use super::super::http::{Action, Changes, Cookie, Forwarded, Http, Page, Priority, Route, Send};
-use super::{DAY, Fields, Node, Reader, describe, join};
+use super::{DAY, Fields, FileBackendTls, Node, Reader, describe, join};
 use crate::http::route;
 use crate::sniff;
 
@@ -298,6 +299,35 @@ impl Reader<'_> {
             Value::Sequence(_) => self.list(node),
             value => vec![Node { value, path: node.path.clone() }],
         }
+    }
+
+    /// TLS towards a pool's backends.
+    pub(super) fn backend_tls(&mut self, node: &Node<'_>) -> FileBackendTls {
+        let mut tls = FileBackendTls { verify: true, ..FileBackendTls::default() };
+        let known = ["server_name", "verify", "ca", "certificate", "key"];
+        let Some(fields) = self.fields(node, &known, &[]) else { return tls };
+        match fields.get("server_name") {
+            Some(node) => {
+                tls.server_name = self.text(&node).and_then(|text| match ServerName::try_from(text.as_str()) {
+                    Ok(_) => Some(text),
+                    Err(_) => self.refuse(&node, "a host name, such as shop.internal"),
+                });
+            }
+            // Backends are addresses, and a certificate is for a name.
+            None => self.missing(&fields, "server_name", "it is the name that the backends' certificates are for"),
+        }
+        tls.verify = fields.get("verify").and_then(|node| self.flag(&node)).unwrap_or(true);
+        tls.ca = fields.get("ca").and_then(|node| self.text(&node));
+        if let (Some(node), false) = (fields.get("ca"), tls.verify) {
+            self.error(&node.path, "has no effect with `verify: false`; take one of them out");
+        }
+        let mut files = ["certificate", "key"].map(|key| fields.get(key).and_then(|node| self.text(&node)));
+        if files.iter().flatten().count() == 1 {
+            self.error(&node.path, "`certificate` and `key` belong together; one of them is missing");
+        } else if let [Some(certificate), Some(key)] = [files[0].take(), files[1].take()] {
+            tls.identity = Some((certificate, key));
+        }
+        tls
     }
 
     /// The version that a pool's backends speak; without quotes YAML takes 1 and 2 for numbers.

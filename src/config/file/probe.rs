@@ -16,9 +16,9 @@ impl Reader<'_> {
             }
             return probe;
         }
-        let known = ["tcp", "http", "tls", "exchange", "interval", "timeout", "fall", "rise", "port"];
-        let Some(fields) = self.fields(node, &known, &["grpc"]) else { return probe };
-        let kinds = ["tcp", "http", "tls", "exchange"]
+        let known = ["tcp", "http", "tls", "grpc", "exchange", "interval", "timeout", "fall", "rise", "port"];
+        let Some(fields) = self.fields(node, &known, &[]) else { return probe };
+        let kinds = ["tcp", "http", "tls", "grpc", "exchange"]
             .into_iter()
             .filter(|kind| fields.get(kind).is_some())
             .collect::<Vec<_>>();
@@ -34,6 +34,15 @@ impl Reader<'_> {
         }
         if let Some(node) = fields.get("http") {
             probe.kind = self.probe_http(&node).map(FileProbeKind::Whole);
+        }
+        if let Some(node) = fields.get("grpc")
+            && let Some(fields) = self.fields(&node, &["service"], &[])
+        {
+            let service = fields.get("service").and_then(|node| self.text(&node));
+            if service.as_ref().is_some_and(|name| name.len() > 256) {
+                self.refuse::<()>(&node, "the name of a service, at most 256 bytes");
+            }
+            probe.kind = Some(FileProbeKind::Whole(ProbeKind::Grpc { service: service.unwrap_or_default() }));
         }
         if let Some(node) = fields.get("exchange") {
             probe.kind = self.probe_exchange(&node).map(FileProbeKind::Whole);
