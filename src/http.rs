@@ -879,7 +879,7 @@ fn peer(
     if let (Some(tls), Some(certificates)) = (&policy.tls, certificates) {
         options.verify_cert = tls.verify;
         options.verify_hostname = tls.verify;
-        options.ca = tls.verify.then(|| certificates.authorities.clone());
+        options.ca = Some(certificates.authorities.clone());
     }
     options.custom_l4 = Some(dialler);
     // The engine cannot race past TLS. While there is another backend to ask, a silent handshake is not waited out.

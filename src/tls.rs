@@ -186,7 +186,8 @@ fn cause(error: &Error) -> &'static str {
         Error::InvalidCertificate(Expired | ExpiredContext { .. }) => "expired",
         Error::InvalidCertificate(NotValidYet | NotValidYetContext { .. }) => "not yet valid",
         Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. }) => "wrong name",
-        Error::InvalidCertificate(UnknownIssuer) => "unknown issuer",
+        // An authority of the same name that did not sign it is not the one.
+        Error::InvalidCertificate(UnknownIssuer | BadSignature) => "unknown issuer",
         Error::InvalidCertificate(Revoked) => "revoked",
         Error::InvalidCertificate(_) => "bad certificate",
         Error::AlertReceived(_) => "handshake refused",
@@ -204,6 +205,7 @@ pub fn cause_of_text(text: &str) -> &'static str {
         ("NotValidForName", "wrong name"),
         ("not valid for name", "wrong name"),
         ("UnknownIssuer", "unknown issuer"),
+        ("BadSignature", "unknown issuer"),
         ("Revoked", "revoked"),
         ("invalid peer certificate", "bad certificate"),
         ("fatal alert", "handshake refused"),

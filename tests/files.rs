@@ -326,10 +326,8 @@ fn what_belongs_to_later_versions_is_refused_by_name() {
     };
     let files = [
         listener("limits: { per_client: { connections: 3 } }"),
-        pool("tls: {}"),
         pool("limits: { queue: 3 }"),
         pool("limits: { queue_timeout: 3s }"),
-        pool("probe: { grpc: {} }"),
         "pools: { p: { cells: { a: [ shop.example:1 ] } } }\nlisteners: [ { bind: 10.0.0.2:1, tcp: p } ]".to_owned(),
     ];
     for file in files {

@@ -24,6 +24,8 @@ mod show;
 mod sim;
 /// The normal path of bytes: half-close, large transfers, slow readers, many connections.
 mod tcp;
+/// TLS towards backends: what is refused, and by what name.
+mod backend_tls;
 /// TLS that ends here.
 mod tls;
 /// Rules of the tree that no compiler checks.

@@ -15,13 +15,13 @@ use crate::support::eventually;
 use crate::support::proxy::{Directory, Proxy};
 
 /// An authority, and where it puts its files.
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    pem: String,
+pub struct Authority {
+    pub issuer: Issuer<'static, KeyPair>,
+    pub pem: String,
 }
 
 impl Authority {
-    fn new() -> Authority {
+    pub fn new() -> Authority {
         let key = KeyPair::generate().unwrap();
         let mut parameters = CertificateParams::new(Vec::new()).unwrap();
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -30,7 +30,7 @@ impl Authority {
     }
 
     /// Certificate and key for these names, which end after so many days.
-    fn issue(&self, names: &[&str], days: i64) -> (String, String) {
+    pub fn issue(&self, names: &[&str], days: i64) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut parameters =
             CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap();
@@ -43,7 +43,7 @@ impl Authority {
     }
 
     /// Writes a pair as NAME.pem and NAME.key, by rename, and gives its entry for a configuration.
-    fn write(&self, directory: &Path, name: &str, names: &[&str], days: i64) -> String {
+    pub fn write(&self, directory: &Path, name: &str, names: &[&str], days: i64) -> String {
         let (certificate, key) = self.issue(names, days);
         for (end, text) in [("pem", certificate), ("key", key)] {
             let new = directory.join(format!("{name}.{end}.new"));

@@ -39,6 +39,9 @@ pub struct Certificates {
     pub identity: Option<Arc<CertKey>>,
 }
 
+/// An authority whose key was thrown away. The engine wants one even where it is told to judge nothing.
+const NOBODY: &[u8] = include_bytes!("nobody.pem");
+
 /// Pools whose certificates one worker keeps at hand.
 const POOLS_KEPT: usize = 256;
 
@@ -297,7 +300,8 @@ pub fn certificates(tls: &tls::Upstream) -> Arc<Certificates> {
         let readable = |der: &CertificateDer<'_>| x509_parser::parse_x509_certificate(der).is_ok();
         let usable =
             |der: &CertificateDer<'static>| readable(der) && rustls::RootCertStore::empty().add(der.clone()).is_ok();
-        let authorities = CertificateDer::pem_slice_iter(&tls.authorities).flatten().filter(usable).map(certificate);
+        let authorities: &[u8] = if tls.verify { &tls.authorities } else { NOBODY };
+        let authorities = CertificateDer::pem_slice_iter(authorities).flatten().filter(usable).map(certificate);
         let identity = tls.identity.as_ref().and_then(|(chain, key)| {
             let chain: Vec<_> = CertificateDer::pem_slice_iter(chain).flatten().filter(readable).collect();
             let key = PrivateKeyDer::from_pem_slice(key).ok()?;
