@@ -27,7 +27,7 @@ use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Version};
 use pingora_core::modules::http::HttpModules;
-use pingora_core::protocols::Digest;
+use pingora_core::protocols::{Digest, TcpKeepalive};
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
@@ -590,9 +590,15 @@ impl ProxyHttp for Gateway {
             _ => &[],
         };
         let reason = exchange.refused.unwrap_or_else(|| answer::sentence(status));
-        let sent = answer::error(session, status, reason, retry_after, pages).await;
+        // The engine keeps a client's connection only where a request failed before a backend was looked for; then its
+        // answer must not say otherwise.
         let whole = session.as_mut().is_body_done();
-        FailToProxy { error_code: status, can_reuse_downstream: sent.is_ok() && whole && status != 400 }
+        let kept = exchange.pool.is_none() && exchange.backend.is_none() && whole && status != 400;
+        if !kept {
+            session.set_keepalive(None);
+        }
+        let sent = answer::error(session, status, reason, retry_after, pages).await;
+        FailToProxy { error_code: status, can_reuse_downstream: sent.is_ok() && kept }
     }
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, exchange: &mut Box<Exchange>) {
@@ -889,6 +895,13 @@ fn peer(
     });
     options.idle_timeout = Some(if exchange.repeatable && policy.send_proxy.is_none() { KEEP } else { KEEP_ONCE });
     options.max_h2_streams = STREAMS;
+    // A backend that vanishes under a long answer or a WebSocket is found out by the kernel.
+    options.tcp_keepalive = Some(TcpKeepalive {
+        idle: policy.unacked.max(Duration::from_secs(1)) * 4,
+        interval: policy.unacked.max(Duration::from_secs(1)),
+        count: 3,
+        user_timeout: Duration::ZERO,
+    });
     options.h2_ping_interval = Some(PING);
     // A connection that changes its protocol is HTTP/1.1's.
     let upgrade = session.is_upgrade_req();

@@ -88,7 +88,16 @@ async fn answer(
     request: http::Request<hyper::body::Incoming>,
 ) -> Result<http::Response<Full<bytes::Bytes>>, std::convert::Infallible> {
     let health = request.uri().path() == "/grpc.health.v1.Health/Check";
+    if request.uri().path() == "/told" {
+        let told = request.headers().iter().map(|(name, value)| format!("{name}: {}|", value.to_str().unwrap_or("?")));
+        return Ok(http::Response::new(Full::new(bytes::Bytes::from(told.collect::<String>()))));
+    }
     if health {
+        use http_body_util::BodyExt;
+        let asked = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+        if asked.ends_with(b"nobody") {
+            return Ok(http::Response::builder().header("grpc-status", "5").body(Full::default()).unwrap());
+        }
         let body = bytes::Bytes::from_static(&[0, 0, 0, 0, 2, 8, 1]);
         let answer = http::Response::builder().header("content-type", "application/grpc").header("grpc-status", "0");
         return Ok(answer.body(Full::new(body)).unwrap());
@@ -284,4 +293,48 @@ fn a_proxy_header_goes_before_the_handshake() {
         let end = got.windows(2).position(|two| two == b"\r\n").unwrap() + 2;
         assert_eq!(got.get(end..end + 2), Some(&[22, 3][..]), "{face}: a handshake follows");
     }
+}
+
+#[test]
+fn a_grpc_probe_asks_for_its_service() {
+    let authority = Authority::new();
+    let directory = Directory::new();
+    std::fs::write(directory.0.join("ca.pem"), &authority.pem).unwrap();
+    let backend = Secure::start("g", serving(authority.issue(&["shop.internal"], 30), &["h2"], None));
+    for (service, health) in [("", "up"), ("shop", "up"), ("nobody", "down")] {
+        let proxy = Proxy::start(&format!(
+            "pools: {{ p: {{ cells: {{ a: [ '{}' ] }}, tls: {{ server_name: shop.internal, ca: {}/ca.pem }}, probe: {{ grpc: {{ service: '{service}' }} }} }} }}\nlisteners: [ {{ bind: 127.0.0.1:0, tcp: p }} ]",
+            backend.address,
+            directory.0.display()
+        ));
+        proxy.wait_health(&backend.address.to_string(), health, Duration::from_secs(5));
+    }
+}
+
+#[test]
+fn the_subject_of_a_client_is_told_and_cannot_be_claimed() {
+    let authority = Authority::new();
+    let directory = Directory::new();
+    std::fs::write(directory.0.join("ca.pem"), &authority.pem).unwrap();
+    let pair = authority.write(&directory.0, "edge", &["edge.example"], 30);
+    let plain = Secure::start("p", Manner::Plain);
+    let at = directory.0.display();
+    let told = |header: &str, identity: Option<(String, String)>| {
+        let proxy = Proxy::start(&format!(
+            "pools: {{ p: {{ cells: {{ a: [ '{}' ] }} }} }}\nlisteners: [ {{ bind: 127.0.0.1:0, http: {{ routes: [ {{ pool: p }} ] }}, tls: {{ certificates: [ {pair} ], client: {{ ca: {at}/ca.pem, require: false{header} }} }} }} ]",
+            plain.address
+        ));
+        proxy.wait_health(&plain.address.to_string(), "up", Duration::from_secs(5));
+        let client = authority.client_of(&[&rustls::version::TLS13], identity, |_| {});
+        let mut stream = crate::tls::connect(&client, &proxy, "edge.example").unwrap();
+        stream.write_all(b"GET /told HTTP/1.1\r\nHost: a\r\nX-Client: CN=liar\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        let _ = std::io::Read::read_to_string(&mut stream, &mut answer);
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        answer
+    };
+    let known = special(&authority, |p| p.distinguished_name.push(rcgen::DnType::CommonName, "ann"));
+    assert!(told(", header: X-Client", Some(known.clone())).contains("x-client: CN=ann|"));
+    assert!(!told(", header: X-Client", None).contains("x-client"), "what a client claims is taken out");
+    assert!(told("", Some(known)).contains("x-client: CN=liar|"), "without the key it is a header like others");
 }

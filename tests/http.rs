@@ -551,6 +551,183 @@ fn a_cookie_and_a_header_keep_a_client_in_its_place() {
 }
 
 #[test]
+fn the_attributes_of_the_cookie_are_as_configured() {
+    let origin = Origin::start(Version::One);
+    let cookie = |attributes: &str| {
+        let affinity = format!("affinity: {{ by: {{ cookie: {{ name: k{attributes} }} }} }}");
+        let proxy = proxy(&pool("p", &[origin.address], &affinity), "routes: [ { pool: p } ]", "");
+        proxy.wait_health(&origin.address.to_string(), "up", Duration::from_secs(5));
+        let answer = raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        let line = answer.lines().find(|line| line.to_ascii_lowercase().starts_with("set-cookie: "));
+        line.unwrap_or_else(|| panic!("{answer}")).split_once("; ").unwrap().1.to_owned()
+    };
+    assert_eq!(cookie(""), "Path=/; HttpOnly; SameSite=Lax");
+    let all = ", path: /a, domain: shop.example, max_age: 90s, secure: true, http_only: false, same_site: strict";
+    assert_eq!(cookie(all), "Path=/a; Domain=shop.example; Max-Age=90; Secure; SameSite=Strict");
+    assert_eq!(cookie(", same_site: off"), "Path=/; HttpOnly");
+}
+
+#[test]
+fn h2c_is_served_where_it_is_allowed() {
+    let origin = Origin::start(Version::One);
+    for allowed in [true, false] {
+        let routes = format!("h2c: {allowed}, routes: [ {{ pool: p }} ]");
+        let proxy = proxy(&pool("p", &[origin.address], ""), &routes, "");
+        proxy.wait_health(&origin.address.to_string(), "up", Duration::from_secs(5));
+        let request = Request::get("http://a.example/").body(empty()).unwrap();
+        let answer = runtime().block_on(ask(proxy.address(0), Version::Two, request));
+        assert_eq!(answer.is_ok(), allowed, "{:?}", answer.map(|(head, ..)| head));
+    }
+}
+
+/// A backend by hand, a thread for each connection.
+fn by_hand(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let serve = Arc::new(serve);
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let serve = serve.clone();
+            std::thread::spawn(move || serve(stream));
+        }
+    });
+    address
+}
+
+/// Reads one request with a length; its head, or nothing at the end.
+fn read_request(stream: &mut TcpStream) -> Option<String> {
+    let mut head = Vec::new();
+    let mut byte = [0; 1];
+    while !head.ends_with(b"\r\n\r\n") {
+        match stream.read(&mut byte) {
+            Ok(1) => head.push(byte[0]),
+            _ => return None,
+        }
+    }
+    let head = String::from_utf8_lossy(&head).to_ascii_lowercase();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
+    let mut body = vec![0; length.unwrap_or(0)];
+    stream.read_exact(&mut body).ok()?;
+    Some(head)
+}
+
+#[test]
+fn the_low_give_way_to_the_high() {
+    let held = by_hand(|mut stream| {
+        while let Some(head) = read_request(&mut stream) {
+            if head.starts_with("get /hold") {
+                std::thread::sleep(Duration::from_secs(60));
+            }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+        }
+    });
+    let routes =
+        "routes: [ { path: /low, pool: p, priority: low }, { path: /high, pool: p, priority: high }, { pool: p } ]";
+    let proxy = proxy(&pool("p", &[held], "probe: off, limits: { max_connections: 10 }"), routes, "");
+    let ask = |path: &str| {
+        let text =
+            raw(proxy.address(0), format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes());
+        text.get(9..12).unwrap_or("none").to_owned()
+    };
+    let mut holding = Vec::new();
+    let mut hold = |count: usize| {
+        for _ in 0..count {
+            let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+            stream.write_all(b"GET /hold HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+            holding.push(stream);
+        }
+        let wanted = holding.len() as u64;
+        eventually("they are held", Duration::from_secs(5), || {
+            (proxy.status()["pools"][0]["connections"]["now"] == wanted).then_some(())
+        });
+    };
+    hold(6);
+    assert_eq!([ask("/low"), ask("/"), ask("/high")], ["200", "200", "200"]);
+    hold(1);
+    assert_eq!([ask("/low"), ask("/"), ask("/high")], ["503", "200", "200"]);
+    hold(2);
+    assert_eq!([ask("/low"), ask("/"), ask("/high")], ["503", "503", "200"]);
+}
+
+#[test]
+fn a_post_is_sent_twice_only_with_its_key() {
+    // Executes whatever it gets, and ends without a word.
+    let dying = by_hand(|mut stream| drop(read_request(&mut stream)));
+    let origin = Origin::start(Version::One);
+    let routes = "routes: [ { pool: p, idempotency_key: Idempotency-Key } ]";
+    let mut seen = Vec::new();
+    for header in ["", "Idempotency-Key: 1\r\n"] {
+        let pools = format!(
+            "  p: {{ cells: {{ a: {{ weight: 1000, backends: [ '{dying}' ] }}, b: [ '{}' ] }}, probe: off }}\n",
+            origin.address
+        );
+        let proxy = proxy(&pools, routes, "");
+        let request = format!("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n{header}Connection: close\r\n\r\nx");
+        seen.push(raw(proxy.address(0), request.as_bytes()).get(9..12).unwrap_or("none").to_owned());
+    }
+    assert_eq!(seen, ["502", "200"]);
+}
+
+#[test]
+fn posts_that_are_executed_and_then_reset_are_never_sent_twice() {
+    let executed: Arc<Mutex<Vec<String>>> = Arc::default();
+    let list = executed.clone();
+    // Answers the first request of a connection, and executes the second without an answer.
+    let backend = move |mut stream: TcpStream| {
+        for turn in 0.. {
+            let Some(head) = read_request(&mut stream) else { return };
+            let id = head.lines().find_map(|line| line.strip_prefix("x-id: ")).unwrap_or_default().to_owned();
+            list.lock().unwrap().push(id);
+            if turn == 1 {
+                let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+                return;
+            }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+        }
+    };
+    let backends = [by_hand(backend.clone()), by_hand(backend)];
+    let proxy = proxy(&pool("p", &backends, "probe: off"), "routes: [ { pool: p } ]", "");
+    let mut statuses = std::collections::BTreeMap::new();
+    let mut stream: Option<TcpStream> = None;
+    for i in 0..1_000 {
+        let mut client = stream.take().unwrap_or_else(|| {
+            let stream = TcpStream::connect(proxy.address(0)).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            stream
+        });
+        let request = format!("POST / HTTP/1.1\r\nHost: a\r\nX-Id: {i}\r\nContent-Length: 3\r\n\r\nabc");
+        client.write_all(request.as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        let mut part = [0; 2048];
+        let whole = |answer: &[u8]| {
+            let text = String::from_utf8_lossy(answer).to_ascii_lowercase();
+            let (head, body) = text.split_once("\r\n\r\n")?;
+            let length: usize = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok())?;
+            (body.len() >= length).then(|| (head[9..12].to_owned(), head.contains("connection: close")))
+        };
+        let (status, close) = loop {
+            if let Some(done) = whole(&answer) {
+                break done;
+            }
+            let n = client.read(&mut part).unwrap_or_else(|error| panic!("request {i}: {error}"));
+            assert!(n > 0, "request {i} had no answer: {}", String::from_utf8_lossy(&answer));
+            answer.extend_from_slice(&part[..n]);
+        };
+        *statuses.entry(status).or_insert(0) += 1;
+        if !close {
+            stream = Some(client);
+        }
+    }
+    let mut ids = executed.lock().unwrap().clone();
+    let all = ids.len();
+    ids.sort();
+    ids.dedup();
+    assert_eq!(all, ids.len(), "some were executed twice");
+    assert!(statuses.keys().all(|status| ["200", "502", "503"].contains(&status.as_str())), "{statuses:?}");
+    assert!(statuses.get("200") > Some(&300) && statuses.get("502").is_some(), "both kinds were met: {statuses:?}");
+}
+
+#[test]
 fn connections_to_backends_are_used_again_and_a_reload_keeps_them() {
     let origin = Origin::start(Version::One);
     let proxy = proxy(&pool("p", &[origin.address], ""), "routes: [ { pool: p } ]", "");

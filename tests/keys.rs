@@ -57,7 +57,7 @@ const KEYS: &[(&str, &str)] = &[
     ("pools.*.connect.race", "race_goes_round_silence_or_waits"),
     ("pools.*.connect.source", "source_is_what_a_backend_sees"),
     ("pools.*.timeouts", "idle_ends_a_session_and_half_close_a_half"),
-    ("pools.*.timeouts.request", "keys_without_effect_are_warned_of"),
+    ("pools.*.timeouts.request", "a_request_has_its_time_and_no_more"),
     ("pools.*.timeouts.idle", "idle_ends_a_session_and_half_close_a_half"),
     ("pools.*.timeouts.half_close", "idle_ends_a_session_and_half_close_a_half"),
     ("pools.*.timeouts.unacked", "sessions_over_veth"),
@@ -94,9 +94,54 @@ const KEYS: &[(&str, &str)] = &[
     ("listeners.limits.wait", "wait_is_the_time_at_a_cap"),
     ("listeners.timeouts", "idle_ends_a_session_and_half_close_a_half"),
     ("listeners.timeouts.handshake", "a_slow_hello_ends_at_its_deadline"),
-    ("listeners.timeouts.header", "keys_without_effect_are_warned_of"),
-    ("listeners.timeouts.keepalive", "keys_without_effect_are_warned_of"),
+    ("listeners.timeouts.header", "slow_heads_and_idle_connections_end_in_their_time"),
+    ("listeners.timeouts.keepalive", "slow_heads_and_idle_connections_end_in_their_time"),
     ("listeners.timeouts.idle", "idle_ends_a_session_and_half_close_a_half"),
+    ("pools.*.affinity.by.header", "a_cookie_and_a_header_keep_a_client_in_its_place"),
+    ("pools.*.affinity.by.cookie", "a_cookie_and_a_header_keep_a_client_in_its_place"),
+    ("pools.*.affinity.by.name", "a_cookie_and_a_header_keep_a_client_in_its_place"),
+    ("pools.*.affinity.by.path", "the_attributes_of_the_cookie_are_as_configured"),
+    ("pools.*.affinity.by.domain", "the_attributes_of_the_cookie_are_as_configured"),
+    ("pools.*.affinity.by.max_age", "the_attributes_of_the_cookie_are_as_configured"),
+    ("pools.*.affinity.by.secure", "the_attributes_of_the_cookie_are_as_configured"),
+    ("pools.*.affinity.by.http_only", "the_attributes_of_the_cookie_are_as_configured"),
+    ("pools.*.affinity.by.same_site", "the_attributes_of_the_cookie_are_as_configured"),
+    ("pools.*.probe.grpc", "http_and_tcp_go_under_tls_with_a_certificate_of_ours_and_probes_verify_the_same_way"),
+    ("pools.*.probe.grpc.service", "a_grpc_probe_asks_for_its_service"),
+    ("pools.*.http", "bodies_pass_whole_in_both_versions_on_either_side"),
+    ("pools.*.http.version", "bodies_pass_whole_in_both_versions_on_either_side"),
+    ("pools.*.tls", "http_and_tcp_go_under_tls_with_a_certificate_of_ours_and_probes_verify_the_same_way"),
+    ("pools.*.tls.server_name", "ten_kinds_of_bad_certificates_are_refused_by_their_name_and_cost_nobody_an_answer"),
+    ("pools.*.tls.verify", "a_probe_under_tls_sees_the_certificate_that_traffic_would_see"),
+    ("pools.*.tls.ca", "ten_kinds_of_bad_certificates_are_refused_by_their_name_and_cost_nobody_an_answer"),
+    ("pools.*.tls.certificate", "http_and_tcp_go_under_tls_with_a_certificate_of_ours_and_probes_verify_the_same_way"),
+    ("pools.*.tls.key", "http_and_tcp_go_under_tls_with_a_certificate_of_ours_and_probes_verify_the_same_way"),
+    ("listeners.http", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.h2c", "h2c_is_served_where_it_is_allowed"),
+    ("listeners.http.forwarded", "a_trusted_peers_own_words_are_kept"),
+    ("listeners.http.send", "a_trusted_peers_own_words_are_kept"),
+    ("listeners.http.trust", "a_trusted_peers_own_words_are_kept"),
+    ("listeners.http.errors", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.routes", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.host", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.path", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.method", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.headers", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.pool", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.strip_prefix", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.add", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.remove", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.response", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.redirect", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.scheme", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.status", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.respond", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.body", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.type", "routes_and_headers_do_what_their_keys_say"),
+    ("listeners.http.timeout", "a_request_has_its_time_and_no_more"),
+    ("listeners.http.priority", "the_low_give_way_to_the_high"),
+    ("listeners.http.idempotency_key", "a_post_is_sent_twice_only_with_its_key"),
+    ("listeners.tls.header", "the_subject_of_a_client_is_told_and_cannot_be_claimed"),
     ("admin", "admin_http_is_off_or_read_only"),
     ("admin.socket", "a_stale_admin_socket_is_replaced_and_a_living_one_is_not"),
     ("admin.http", "admin_http_is_off_or_read_only"),
@@ -146,7 +191,8 @@ fn reference_keys() -> BTreeSet<String> {
             for part in inner.split([',', '{']) {
                 if let Some((inner_key, _)) = part.split_once(": ") {
                     let inner_key = inner_key.trim();
-                    if inner_key.chars().all(|c| c.is_ascii_lowercase() || c == '_') && !inner_key.is_empty() {
+                    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+                    if inner_key.chars().all(plain) && inner_key.starts_with(|c: char| c.is_ascii_lowercase()) {
                         keys.insert(format!("{path}.{inner_key}"));
                     }
                 }
@@ -167,7 +213,7 @@ fn every_key_of_the_reference_has_a_test() {
     let missing: Vec<_> = keys.difference(&listed).collect();
     let surplus: Vec<_> = listed.difference(&keys).collect();
     assert!(missing.is_empty() && surplus.is_empty(), "without a test: {missing:?}; not in the reference: {surplus:?}");
-    let tests = ["keys.rs", "operate.rs", "tcp.rs", "hello.rs", "tls.rs", "drills/mod.rs"]
+    let tests = ["keys.rs", "operate.rs", "tcp.rs", "hello.rs", "tls.rs", "http.rs", "backend_tls.rs", "drills/mod.rs"]
         .map(|file| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(file)).unwrap());
     for (key, test) in KEYS {
         let there = tests.iter().any(|text| text.contains(&format!("#[test]\nfn {test}()")));

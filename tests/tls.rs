@@ -58,7 +58,7 @@ impl Authority {
         self.client_of(&[&rustls::version::TLS13, &rustls::version::TLS12], None, change)
     }
 
-    fn client_of(
+    pub fn client_of(
         &self,
         versions: &[&'static rustls::SupportedProtocolVersion],
         identity: Option<(String, String)>,
@@ -85,9 +85,9 @@ impl Authority {
     }
 }
 
-type Tls = rustls::StreamOwned<ClientConnection, TcpStream>;
+pub type Tls = rustls::StreamOwned<ClientConnection, TcpStream>;
 
-fn connect(config: &Arc<ClientConfig>, proxy: &Proxy, name: &str) -> std::io::Result<Tls> {
+pub fn connect(config: &Arc<ClientConfig>, proxy: &Proxy, name: &str) -> std::io::Result<Tls> {
     connect_after(config, proxy, name, b"")
 }
 
