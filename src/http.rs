@@ -10,6 +10,8 @@
 //! 6. `logging` counts it and writes its line.
 
 pub mod answer;
+#[cfg(test)]
+mod contract;
 pub mod forward;
 pub mod framer;
 pub mod route;
