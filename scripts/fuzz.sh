@@ -13,7 +13,7 @@ target="$(rustc -vV | sed -n 's/^host: //p')"
 cargo build --quiet --release --locked --target "$target"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-for name in config sniff; do
+for name in config sniff framer words; do
     binary="target/$target/release/$name"
     seeds="$(find "seeds/$name" -type f | wc -l)"
     [ "$seeds" -ge 50 ] || { echo "only $seeds seeds for $name; 50 are wanted" >&2; exit 1; }
