@@ -104,6 +104,9 @@ impl ServerCertVerifier for AnyCertificate {
 
 // ---- towards backends ----
 
+/// PEM of a chain of certificates, and of its key.
+pub type PemPair = (Arc<[u8]>, Arc<[u8]>);
+
 /// TLS towards the backends of a pool.
 pub struct Upstream {
     /// The name that is asked for, and that the certificate must have.
@@ -114,8 +117,8 @@ pub struct Upstream {
     pub verify: bool,
     /// PEM of the authorities, and of what we show.
     pub authorities: Arc<[u8]>,
-    /// See `authorities`: certificates, key.
-    pub identity: Option<(Arc<[u8]>, Arc<[u8]>)>,
+    /// See `authorities`.
+    pub identity: Option<PemPair>,
     /// What its handshakes are made by, for plain bytes.
     pub client: Arc<ClientConfig>,
     /// The same for HTTP, with what it offers by ALPN.
@@ -145,7 +148,7 @@ impl Upstream {
         name: &str,
         verify: bool,
         authorities: Arc<[u8]>,
-        identity: Option<(Arc<[u8]>, Arc<[u8]>)>,
+        identity: Option<PemPair>,
         digest: u64,
     ) -> Result<Upstream, String> {
         let server_name = ServerName::try_from(name.to_owned()).map_err(|_| format!("{name} is no server name"))?;

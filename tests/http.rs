@@ -163,7 +163,7 @@ async fn ask(
     stream.set_nodelay(true).unwrap();
     let io = TokioIo::new(stream);
     let failed = |error: hyper::Error| format!("{error:?}");
-    let response = match version {
+    match version {
         Version::One => {
             let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.map_err(failed)?;
             tokio::spawn(connection);
@@ -177,8 +177,7 @@ async fn ask(
             let response = sender.send_request(request).await.map_err(failed)?;
             collect(response).await.inspect(|_| drop(sender))
         }
-    };
-    response
+    }
 }
 
 async fn collect(response: Response<Incoming>) -> Result<(http::response::Parts, Bytes, Option<HeaderMap>), String> {
@@ -724,7 +723,7 @@ fn posts_that_are_executed_and_then_reset_are_never_sent_twice() {
     ids.dedup();
     assert_eq!(all, ids.len(), "some were executed twice");
     assert!(statuses.keys().all(|status| ["200", "502", "503"].contains(&status.as_str())), "{statuses:?}");
-    assert!(statuses.get("200") > Some(&300) && statuses.get("502").is_some(), "both kinds were met: {statuses:?}");
+    assert!(statuses.get("200") > Some(&300) && statuses.contains_key("502"), "both kinds were met: {statuses:?}");
 }
 
 #[test]
