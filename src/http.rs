@@ -466,7 +466,10 @@ impl ProxyHttp for Gateway {
                 response.insert_header(name, value)?;
             }
         }
-        self.keep_in_place(session, response, exchange)?;
+        self.keep_in_place(response, exchange)?;
+        if exchange.link().is_some_and(stream::Link::closing) {
+            session.set_keepalive(None);
+        }
         // From here on no other backend is asked: a long answer must not hold a whole table.
         exchange.pool = None;
         exchange.listener = None;
@@ -803,14 +806,13 @@ impl Gateway {
     }
 
     /// Sets the cookie that names the cell and the backend, when the client has not got the right one.
-    fn keep_in_place(&self, session: &Session, response: &mut ResponseHeader, exchange: &Exchange) -> Result<()> {
+    fn keep_in_place(&self, response: &mut ResponseHeader, exchange: &Exchange) -> Result<()> {
         let Some(pool) = &exchange.pool else { return Ok(()) };
         let Affinity::Cookie(cookie) = &pool.policy.affinity else { return Ok(()) };
         if exchange.home == Some(exchange.member) {
             return Ok(());
         }
         let tls = exchange.connection.as_ref().is_some_and(|connection| connection.tls.is_some());
-        let _ = session;
         let mut text = format!("{}={}; Path={}", cookie.name, place(pool, exchange.member), cookie.path);
         if let Some(domain) = &cookie.domain {
             text.push_str("; Domain=");

@@ -749,3 +749,152 @@ fn connections_to_backends_are_used_again_and_a_reload_keeps_them() {
         (proxy.metric("sailover_requests_total", &["class=\"2xx\""]) >= 20.0).then_some(())
     });
 }
+
+/// Echoes under the name of a WebSocket.
+fn echo_socket() -> SocketAddr {
+    by_hand(|mut stream| {
+        let Some(head) = read_request(&mut stream) else { return };
+        assert!(head.contains("upgrade: websocket"));
+        let _ =
+            stream.write_all(b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n");
+        let mut buffer = [0; 4096];
+        while let Ok(read @ 1..) = stream.read(&mut buffer) {
+            if stream.write_all(&buffer[..read]).is_err() {
+                return;
+            }
+        }
+    })
+}
+
+#[test]
+fn reloads_cut_no_stream_and_fail_no_request() {
+    reloaded(25);
+}
+
+#[test]
+#[ignore = "takes minutes; `make show` runs it"]
+fn five_hundred_reloads_cut_no_stream_and_fail_no_request() {
+    reloaded(500);
+}
+
+fn reloaded(times: usize) {
+    let (one, two, socket) = (Origin::start(Version::One), Origin::start(Version::Two), echo_socket());
+    let yaml = |turn: usize| {
+        let pools = pool("one", &[one.address], "")
+            + &pool("two", &[two.address], "http: { version: 2 }")
+            + &pool("ws", &[socket], "probe: off");
+        let extra = format!("{{ path: /turn{turn}, respond: {{ body: '{turn}' }} }}");
+        format!(
+            "pools:\n{pools}\nlisteners: [ {{ bind: 127.0.0.1:0, http: {{ h2c: true, routes: [ {extra}, {{ path: /1, pool: one }}, {{ path: /2, pool: two }}, {{ path: /ws, pool: ws }} ] }} }} ]"
+        )
+    };
+    let proxy = Proxy::start(&yaml(0));
+    for backend in [one.address, two.address] {
+        proxy.wait_health(&backend.to_string(), "up", Duration::from_secs(5));
+    }
+    let address = proxy.address(0);
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopped = |stop: &std::sync::atomic::AtomicBool| stop.load(std::sync::atomic::Ordering::Relaxed);
+    let mut threads = Vec::new();
+    for _ in 0..4 {
+        let stop = stop.clone();
+        threads.push(std::thread::spawn(move || {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            stream
+                .write_all(b"GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+                .unwrap();
+            let mut head = Vec::new();
+            let mut byte = [0; 1];
+            while !head.ends_with(b"\r\n\r\n") {
+                stream.read_exact(&mut byte).unwrap();
+                head.push(byte[0]);
+            }
+            let mut turns = 0u64;
+            while !stopped(&stop) {
+                stream.write_all(&turns.to_be_bytes()).unwrap();
+                let mut back = [0; 8];
+                stream.read_exact(&mut back).expect("the stream goes on");
+                assert_eq!(back, turns.to_be_bytes());
+                turns += 1;
+            }
+            turns
+        }));
+    }
+    let load = stop.clone();
+    threads.push(std::thread::spawn(move || {
+        runtime().block_on(async move {
+            let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+            let (sender, connection) =
+                hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+            let driver = tokio::spawn(connection);
+            let mut tasks = tokio::task::JoinSet::new();
+            for i in 0..4 {
+                let (mut sender, load) = (sender.clone(), load.clone());
+                tasks.spawn(async move {
+                    let mut turns = 0u64;
+                    while !stopped(&load) {
+                        let request = Request::get(format!("http://a/{}/x", 1 + i % 2)).body(empty()).unwrap();
+                        let answer = sender.send_request(request).await.expect("an answer over the one connection");
+                        assert_eq!(collect(answer).await.unwrap().0.status, 200);
+                        turns += 1;
+                    }
+                    turns
+                });
+            }
+            let mut all = 0;
+            while let Some(turns) = tasks.join_next().await {
+                all += turns.unwrap();
+            }
+            assert!(!driver.is_finished(), "one connection carried them all");
+            all
+        })
+    }));
+    for turn in 1..=times {
+        proxy.write(&yaml(turn));
+        assert!(proxy.command(&["reload"]).status.success());
+        let answer =
+            raw(address, format!("GET /turn{turn} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes());
+        assert!(answer.ends_with(&format!("\r\n\r\n{turn}")), "the new route is there at once: {answer}");
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    let turns: Vec<u64> = threads.into_iter().map(|thread| thread.join().expect("nothing was cut")).collect();
+    assert!(turns.iter().all(|turns| *turns > times as u64), "{turns:?}");
+}
+
+#[test]
+fn a_stop_says_goodbye_to_idle_and_busy_connections_of_both_versions() {
+    let held = by_hand(|mut stream| {
+        while let Some(head) = read_request(&mut stream) {
+            if head.starts_with("get /slow") {
+                std::thread::sleep(Duration::from_millis(700));
+            }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+        }
+    });
+    let rest = "shutdown: { announce: 0s, drain: 20s }";
+    let proxy = proxy(&pool("p", &[held], "probe: off"), "h2c: true, routes: [ { pool: p } ]", rest);
+    let address = proxy.address(0);
+    let mut idle = TcpStream::connect(address).unwrap();
+    idle.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    idle.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    let mut answer = [0; 1024];
+    assert!(idle.read(&mut answer).unwrap() > 0);
+    let busy = std::thread::spawn(move || raw(address, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"));
+    runtime().block_on(async {
+        let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+        let driver = tokio::spawn(connection);
+        let slow = sender.send_request(Request::get("http://a/slow").body(empty()).unwrap());
+        tokio::pin!(slow);
+        assert!(tokio::time::timeout(Duration::from_millis(200), &mut slow).await.is_err(), "it is under way");
+        proxy.signal(rustix::process::Signal::TERM);
+        let answer = slow.await.expect("what was under way is answered");
+        assert_eq!(collect(answer).await.unwrap().1, "ok");
+        driver.await.unwrap().expect("and then the connection ends by the book");
+    });
+    assert_eq!(idle.read(&mut answer).unwrap(), 0, "an idle connection is closed");
+    let busy = busy.join().unwrap();
+    assert!(busy.starts_with("HTTP/1.1 200") && busy.to_ascii_lowercase().contains("connection: close"), "{busy}");
+}

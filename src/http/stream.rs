@@ -92,6 +92,11 @@ impl Link {
         self.upgraded.store(true, Relaxed);
     }
 
+    /// Whether the connection was told to end.
+    pub fn closing(&self) -> bool {
+        self.closing.load(Relaxed)
+    }
+
     /// The connection ends as soon as no request is being served.
     pub fn close_when_idle(&self) {
         self.closing.store(true, Relaxed);
