@@ -61,7 +61,11 @@ fn choose(c: &mut Criterion) {
                 b.iter(|| {
                     client = client.wrapping_add(1);
                     let pin = (name == "client_ip").then(|| pool::pin(std::net::Ipv4Addr::from(client).into()));
-                    black_box(pool.pick(&Want { pin, tried: &[], racing: None, home: None }, now, &mut rng))
+                    black_box(pool.pick(
+                        &Want { pin, tried: &[], racing: None, home: None, trial: true },
+                        now,
+                        &mut rng,
+                    ))
                 });
             });
         }

@@ -23,6 +23,9 @@ use crate::witness::{Answered, Failing};
 /// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
 const TOLD: u64 = 20;
 
+/// A prefix that gets errors for at least this share of its requests elsewhere brings them along.
+const EVERYWHERE: f64 = 0.5;
+
 /// How an attempt at a backend ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
@@ -283,11 +286,17 @@ impl Backend {
         }
     }
 
-    /// The first byte of an answer to a request, after `took`, and whether the answer is an error.
-    pub fn replied(&self, policy: &Policy, prefix: u32, took: Duration, error: bool, began: Time, now: Time) {
+    /// The first byte of an answer to a request; `took` is `None` where it came before the whole request had.
+    pub fn heard(&self, took: Option<Duration>) {
         self.silence.heard();
-        if !error {
+        if let Some(took) = took {
             self.first_byte.record(took);
+        }
+    }
+
+    /// What the answer to a request says of this backend: whether it is an error.
+    pub fn replied(&self, policy: &Policy, prefix: u32, error: bool, began: Time, now: Time) {
+        if !error {
             self.answered.note(prefix, now);
             self.shared.failing.answered(prefix, self.id);
             if self.watched.load(Relaxed) {
@@ -303,10 +312,14 @@ impl Backend {
             }
             return;
         }
-        let blame = self.shared.failing.failed(prefix, self.id, &self.answered, now);
+        let known = self.shared.failing.failed(prefix, self.id, &self.answered, now);
         // Nobody but this prefix may ever have asked it: then there is no past, and no others.
-        let blame = blame.unwrap_or(health::Blame { prefix, others: true, elsewhere: 0.0 });
+        let blame = known.unwrap_or(health::Blame { prefix, others: true, elsewhere: 0.0 });
         let doubted = matches!(self.view().state, State::Suspect | State::Down);
+        if doubted && blame.elsewhere >= EVERYWHERE {
+            // What this client meets on other backends too says nothing about a doubted one.
+            return;
+        }
         let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
         ratio.good(self.good.swap(0, Relaxed));
         let alarm = if doubted {

@@ -214,7 +214,7 @@ pub async fn dial<N: Network>(
         {
             next = None;
             let silent_cell = open.iter().flatten().next_back().map(|attempt| pool.members[attempt.member].cell);
-            let want = Want { pin, tried: &tried, racing: silent_cell, home: None };
+            let want = Want { pin, tried: &tried, racing: silent_cell, home: None, trial: true };
             let chosen = match first.take() {
                 Some(First { member, doubtful, permit }) => Chosen::Member(member, doubtful, permit, None),
                 None => choose(host, pool, &want, race, now, rng),

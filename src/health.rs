@@ -422,7 +422,8 @@ impl Health {
 
     /// Whether no probe can clear what speaks against the backend.
     fn out_of_sight(&self, policy: &Policy) -> bool {
-        policy.probe_depth.is_none_or(|depth| depth < self.blamed)
+        self.proof > 0
+            || policy.probe_depth.is_none_or(|depth| depth < self.blamed)
             || self.seen_by_traffic && (policy.probe_elsewhere || self.probe_distrusted)
     }
 
@@ -601,7 +602,6 @@ impl Health {
     fn owe_proof(&mut self, evidence: &Evidence) {
         if evidence.seen == Seen::Errors {
             self.proof = PROOF;
-            self.probe_distrusted = true;
         }
     }
 

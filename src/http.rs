@@ -12,8 +12,10 @@
 pub mod answer;
 #[cfg(test)]
 mod contract;
+mod direct;
 pub mod forward;
 pub mod framer;
+mod peer;
 pub mod route;
 pub mod serve;
 pub mod stream;
@@ -27,44 +29,37 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
-use http::{HeaderMap, Method, Version};
+use http::{HeaderMap, Version};
 use pingora_core::modules::http::HttpModules;
-use pingora_core::protocols::{Digest, TcpKeepalive};
+use pingora_core::protocols::Digest;
 use pingora_core::upstreams::peer::HttpPeer;
 use pingora_core::{Error, ErrorSource, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use self::direct::{Direction, says};
 use self::forward::Client;
-use self::route::{Action, Found, Route};
+use self::route::{Action, Route};
 use self::serve::Connection;
 use self::upstream::{Dialler, InUse, Won};
 use self::wait::{Request, Verdict, Wait};
 use crate::backend::Backend;
 use crate::clock::{self, Time};
-use crate::config::{Affinity, HttpVersion};
 use crate::dial::{DialError, Failure, Story};
 use crate::health::{Depth, Evidence, Seen, Source};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::log::{AccessRecord, HttpRecord, Served};
-use crate::pool::{self, CellShared, Policy, Pool, Want};
+use crate::pool::{CellShared, Policy, Pool, Want};
 use crate::sniff;
 use crate::table::{self, End, Listener};
 use crate::{tcp, tls, witness};
 
-/// An idle connection to a backend is kept this long.
-const KEEP: Duration = Duration::from_secs(60);
-/// The same for requests that may not be sent twice: what is young is hardly dead already.
-const KEEP_ONCE: Duration = Duration::from_secs(1);
-/// Streams at once on one HTTP/2 connection to a backend, and how often it is asked whether it is there.
-const STREAMS: usize = 100;
-const PING: Duration = Duration::from_secs(10);
 /// Passes through the engine for one request, those that only hand over a race's winner included.
 pub const PASSES: usize = 32;
-/// A backend's TLS has this long, when there is another backend to ask.
-const TLS_TIME: Duration = Duration::from_secs(1);
+/// How the media types of gRPC begin, and the status that is to gRPC what 503 is to HTTP.
+const GRPC: &[u8] = b"application/grpc";
+const UNAVAILABLE: u16 = 14;
 /// A request's body is drained for this long when the answer did not need it.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -88,6 +83,11 @@ pub struct Exchange {
     permits: [Option<Permit>; 2],
     began: Time,
     prefix: u32,
+    h2_client: bool,
+    /// It asks for a WebSocket.
+    tunnel: bool,
+    /// The host that it asks for, as it came.
+    host: String,
     pin: Option<u64>,
     home: Option<usize>,
     /// What goes to the backend, when it is not what came.
@@ -104,12 +104,15 @@ pub struct Exchange {
     policy: Option<Arc<Policy>>,
     cell: Option<Arc<CellShared>>,
     dialler: Option<Arc<Dialler>>,
+    /// One of the backend's connections.
+    permit: Option<Permit>,
     line: Option<InUse>,
     wait: Option<Wait>,
     attempt_began: Time,
     sent: Option<Time>,
     shared: bool,
-    reused: bool,
+    /// The verdict on a gRPC call, which comes behind its answer, is still to be given.
+    owed: bool,
 
     // All attempts.
     tried: Vec<usize>,
@@ -134,6 +137,7 @@ impl Exchange {
         self.wait = None;
         self.line = None;
         self.sent = None;
+        self.permit = None;
         if let Some(dialler) = self.dialler.take() {
             let (_, story) = dialler.take();
             self.story_goes_on(story);
@@ -152,12 +156,26 @@ impl Exchange {
         self.story.failures.push(Failure { backend, cause: cause.into() });
     }
 
-    /// Whether the request may go to one more backend now; takes a token for it.
-    fn another(&mut self, session: &Session) -> bool {
+    /// Whether the request may be sent once more now; takes a token for it, unless one was taken. `better` asks for a
+    /// backend that is not in doubt: the present answer is at hand.
+    fn another(&mut self, session: &Session, better: bool, paid: bool) -> bool {
         let (Some(pool), Some(policy)) = (&self.pool, &self.policy) else { return false };
         let unheard = session.response_written().is_none_or(|head| head.status.is_informational());
-        let more = self.story.attempts < policy.attempts && pool.members.len() > self.tried.len();
-        unheard && !session.as_ref().retry_buffer_truncated() && more && pool.shared.budget.extra(clock::now())
+        let more = self.story.attempts < policy.attempts && pool.has_untried(&self.tried, !better);
+        unheard
+            && !session.as_ref().retry_buffer_truncated()
+            && more
+            && (paid || pool.shared.budget.extra(clock::now()))
+    }
+
+    /// Gives the verdict on an answer whose own word comes at its end.
+    fn settle(&mut self, error: bool) {
+        if !std::mem::take(&mut self.owed) {
+            return;
+        }
+        if let (Some(backend), Some(policy)) = (&self.backend, &self.policy) {
+            backend.replied(&policy.health, self.prefix, error, self.attempt_began, clock::now());
+        }
     }
 }
 
@@ -180,7 +198,7 @@ impl ProxyHttp for Gateway {
         let Some(connection) = about else { return Err(Error::new_in(ErrorType::InternalError)) };
         connection.link.active.fetch_add(1, Relaxed);
         exchange.prefix = witness::prefix(connection.client.ip());
-        exchange.listener = Some(connection.listener(&self.host));
+        exchange.listener = connection.listener(&self.host);
         exchange.connection = Some(connection);
         // The stream looks after all times by itself.
         session.set_read_timeout(None);
@@ -189,7 +207,15 @@ impl ProxyHttp for Gateway {
     }
 
     async fn request_filter(&self, session: &mut Session, exchange: &mut Box<Exchange>) -> Result<bool> {
-        match self.direct(session, exchange) {
+        let direction = direct::direct(&self.host, session, exchange);
+        if !exchange.tunnel {
+            // Nobody asked for what the engine would make of this.
+            session.req_header_mut().remove_header(&header::UPGRADE);
+        }
+        if session.req_header().version == Version::HTTP_10 {
+            session.set_ignore_info_resp(true);
+        }
+        match direction {
             Ok(Direction::Pool) => Ok(false),
             Ok(Direction::Own) => {
                 let Some(route) = exchange.route.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
@@ -208,7 +234,7 @@ impl ProxyHttp for Gateway {
                         let location = format!(
                             "{}://{}{}",
                             scheme.as_deref().unwrap_or(own_scheme),
-                            host.as_deref().unwrap_or(authority(head)),
+                            host.as_deref().unwrap_or(&exchange.host),
                             path.as_deref().unwrap_or(own),
                         );
                         exchange.status = *status;
@@ -226,7 +252,7 @@ impl ProxyHttp for Gateway {
         }
     }
 
-    async fn upstream_peer(&self, session: &mut Session, exchange: &mut Box<Exchange>) -> Result<Box<HttpPeer>> {
+    async fn upstream_peer(&self, _session: &mut Session, exchange: &mut Box<Exchange>) -> Result<Box<HttpPeer>> {
         let Some(pool) = exchange.pool.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
         let now = clock::now();
         let header = match (&exchange.connection, pool.policy.send_proxy) {
@@ -241,7 +267,14 @@ impl ProxyHttp for Gateway {
             }
             None => {
                 let mut rng = tcp::fork_rng();
-                let want = Want { pin: exchange.pin, tried: &exchange.tried, racing: None, home: exchange.home };
+                // What may not be sent twice is no trial.
+                let want = Want {
+                    pin: exchange.pin,
+                    tried: &exchange.tried,
+                    racing: None,
+                    home: exchange.home,
+                    trial: exchange.repeatable,
+                };
                 let first = crate::dial::choose_first(&self.host, &pool, &want, now, &mut rng).map_err(|error| {
                     exchange.end = Some(ended(&pool, error));
                     Error::new_in(ErrorType::HTTPStatus(503))
@@ -260,7 +293,7 @@ impl ProxyHttp for Gateway {
         exchange.attempt_began = now;
         let dialler = Arc::new(dialler);
         exchange.dialler = Some(dialler.clone());
-        Ok(peer(&pool, &member.backend, dialler, session, exchange))
+        Ok(peer::peer(&pool, &member.backend, dialler, exchange))
     }
 
     /// No connection: nothing was sent, so the next backend is asked, whatever the request.
@@ -291,10 +324,12 @@ impl ProxyHttp for Gateway {
         // It connected, and then TLS or the beginning of HTTP/2 failed.
         let (Some(backend), Some(policy)) = (&exchange.backend, &exchange.policy) else { return error };
         let cause = handshake_cause(&error);
-        let seen = Seen::Tls(cause);
-        let evidence =
-            Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen, began: exchange.attempt_began };
-        backend.observe(&policy.health, &evidence, clock::now());
+        if outcome.connected.is_some() && policy.tls.is_some() {
+            let seen = Seen::Tls(cause);
+            let evidence =
+                Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen, began: exchange.attempt_began };
+            backend.observe(&policy.health, &evidence, clock::now());
+        }
         let (attempts, most) = (exchange.story.attempts, policy.attempts);
         exchange.fail(cause);
         exchange.tried.push(exchange.member);
@@ -317,7 +352,6 @@ impl ProxyHttp for Gateway {
         exchange: &mut Box<Exchange>,
     ) -> Result<()> {
         exchange.line = Some(InUse::begin(descriptor));
-        exchange.reused = reused;
         let mut handshake = Duration::ZERO;
         if let Some(dialler) = &exchange.dialler {
             let (outcome, story) = dialler.take();
@@ -326,6 +360,7 @@ impl ProxyHttp for Gateway {
                 handshake = took;
             }
         }
+        exchange.permit = exchange.dialler.take().and_then(|dialler| dialler.settle());
         if reused {
             exchange.story.attempts += 1;
         }
@@ -347,12 +382,19 @@ impl ProxyHttp for Gateway {
         };
         let table::Face::Http(face) = &listener.face else { return Err(Error::new_in(ErrorType::InternalError)) };
         exchange.shared = request.version == Version::HTTP_2;
+        let head_is_one = session.req_header().version != Version::HTTP_2;
         if let Some(target) = &exchange.target {
             request.set_raw_path(target.as_bytes())?;
         }
         let head = session.req_header();
+        // HTTP/1.0 may name no host; its backend is told the address that the client meant.
+        if !request.headers.contains_key(header::HOST) && request.uri.authority().is_none() {
+            let destination = connection.destination.map(|address| address.to_string()).unwrap_or_default();
+            request
+                .insert_header(header::HOST, if exchange.host.is_empty() { &destination } else { &exchange.host })?;
+        }
         let trusted = forward::trusted(&face.forwarded, connection.client.ip());
-        let client = Client { address: connection.client, tls: connection.tls.is_some(), host: authority(head) };
+        let client = Client { address: connection.client, tls: connection.tls.is_some(), host: &exchange.host };
         forward::apply(&face.forwarded, trusted, client, request)?;
         if let Some(id) = &exchange.request_id {
             request.insert_header(forward::REQUEST_ID, id)?;
@@ -366,7 +408,7 @@ impl ProxyHttp for Gateway {
         // The engine takes it out with all that concerns one connection, and gRPC does not work without it.
         if says(&head.headers, &header::TE, "trailers") {
             request.insert_header(header::TE, "trailers")?;
-            if request.version != Version::HTTP_2 {
+            if request.version != Version::HTTP_2 && !exchange.tunnel {
                 request.insert_header(header::CONNECTION, "te")?;
             }
         }
@@ -376,9 +418,10 @@ impl ProxyHttp for Gateway {
         if let Some(route) = &exchange.route {
             change(&route.request, request)?;
         }
-        if session.as_mut().is_body_done() {
-            self.sent(exchange);
-        }
+        let complete = session.as_mut().is_body_done();
+        // A client of HTTP/2 sends its bodies side by side, and none of them alone can be waited for.
+        let body = (head_is_one && !complete).then(|| connection.clone());
+        self.begin_wait(exchange, body, complete);
         Ok(())
     }
 
@@ -390,8 +433,18 @@ impl ProxyHttp for Gateway {
         exchange: &mut Box<Exchange>,
     ) -> Result<()> {
         exchange.body[0] += body.as_ref().map_or(0, Bytes::len) as u64;
-        if end && exchange.sent.is_none() {
-            self.sent(exchange);
+        // The engine would end the body twice, and the second end would begin the next request on that connection.
+        if end && body.as_ref().is_some_and(Bytes::is_empty) {
+            *body = None;
+        }
+        let now = clock::now();
+        match &exchange.wait {
+            Some(wait) if end && exchange.sent.is_none() => {
+                wait.complete(now);
+                exchange.sent = Some(now);
+            }
+            Some(wait) if exchange.sent.is_none() => wait.goes_on(now),
+            _ => {}
         }
         Ok(())
     }
@@ -406,28 +459,43 @@ impl ProxyHttp for Gateway {
             return Err(Error::new_in(ErrorType::InternalError));
         };
         let status = response.status.as_u16();
+        if status == 101 && !exchange.tunnel {
+            return Err(
+                Error::explain(ErrorType::InvalidHTTPHeader, "another protocol, which nobody asked for").into_up()
+            );
+        }
         if response.status.is_informational() && status != 101 {
             // A sign of life, and no answer yet.
-            backend.silence.heard();
+            backend.heard(None);
             return Ok(());
         }
         let now = clock::now();
         // An answer that comes before the whole request has come says nothing about time.
-        let took = exchange.sent.map_or(Duration::ZERO, |sent| now.since(sent));
+        let took = exchange.sent.map(|sent| now.since(sent));
         exchange.wait = None;
-        let error = is_error(status) || grpc_status(&response.headers) == Some(14);
-        backend.replied(&policy.health, exchange.prefix, took, error, exchange.attempt_began, now);
-        if let (Some(cell), true) = (&exchange.cell, exchange.sent.is_some()) {
+        backend.heard(took.filter(|_| !is_error(status)));
+        if let Some(line) = &mut exchange.line {
+            line.talks();
+        }
+        // A gRPC call says how it ended behind its body.
+        let grpc = response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(GRPC));
+        exchange.owed = grpc && status == 200 && grpc_status(&response.headers).is_none();
+        if !exchange.owed {
+            let error = is_error(status) || grpc_status(&response.headers) == Some(UNAVAILABLE);
+            backend.replied(&policy.health, exchange.prefix, error, exchange.attempt_began, now);
+        }
+        if let (Some(cell), Some(took)) = (&exchange.cell, took) {
             cell.first_byte.record(took);
         }
-        if !error {
+        // What is not served, or not changed, is answered faster than what is.
+        if let (200..=303 | 307 | 308, Some(took)) = (status, took) {
             wait::learn(exchange.kind, took);
         }
         exchange.status = status;
-        exchange.took = Some(took);
+        exchange.took = Some(took.unwrap_or_default());
         if matches!(status, 502..=504) && exchange.repeatable {
             exchange.tried.push(exchange.member);
-            if exchange.another(session) {
+            if exchange.another(session, true, false) {
                 exchange.fail(match status {
                     502 => "answered 502",
                     503 => "answered 503",
@@ -466,8 +534,18 @@ impl ProxyHttp for Gateway {
                 response.insert_header(name, value)?;
             }
         }
-        self.keep_in_place(response, exchange)?;
-        if exchange.link().is_some_and(stream::Link::closing) {
+        peer::keep_in_place(response, exchange)?;
+        let endless = status == 101 || !response.headers.contains_key(header::CONTENT_LENGTH);
+        if let Some(connection) = exchange.connection.as_ref().filter(|_| endless && !exchange.h2_client) {
+            connection.forget_listener();
+        }
+        let old = session.req_header().version == Version::HTTP_10;
+        if old && response.headers.contains_key(header::TRANSFER_ENCODING) {
+            // Its body ends with its connection.
+            response.remove_header(&header::TRANSFER_ENCODING);
+            session.set_keepalive(None);
+        }
+        if self.host.stopping.load(Relaxed) || exchange.link().is_some_and(stream::Link::closing) {
             session.set_keepalive(None);
         }
         // From here on no other backend is asked: a long answer must not hold a whole table.
@@ -493,12 +571,7 @@ impl ProxyHttp for Gateway {
         trailers: &mut HeaderMap,
         exchange: &mut Box<Exchange>,
     ) -> Result<()> {
-        // A gRPC call says how it ended behind its body: 14 is what 503 is elsewhere.
-        if let (Some(14), Some(backend), Some(policy)) = (grpc_status(trailers), &exchange.backend, &exchange.policy) {
-            let now = clock::now();
-            let took = exchange.took.unwrap_or_default();
-            backend.replied(&policy.health, exchange.prefix, took, true, exchange.attempt_began, now);
-        }
+        exchange.settle(grpc_status(trailers) == Some(UNAVAILABLE));
         Ok(())
     }
 
@@ -516,14 +589,12 @@ impl ProxyHttp for Gateway {
         let unprocessed = is_unprocessed(&error);
         let not_now = error.etype() == &NOT_NOW;
         let answered = exchange.took.is_some() && !not_now;
-        let sent = exchange.sent.take();
+        exchange.sent = None;
         exchange.wait = None;
         exchange.line = None;
+        exchange.permit = None;
+        exchange.owed = false;
         error.set_retry(false);
-        if let Some(dialler) = exchange.dialler.take() {
-            let (_, story) = dialler.take();
-            exchange.story_goes_on(story);
-        }
         if *error.esource() == ErrorSource::Downstream {
             exchange.end.get_or_insert(End::ClientGone);
             return error;
@@ -541,7 +612,17 @@ impl ProxyHttp for Gateway {
             return error;
         }
         let (Some(backend), Some(policy)) = (exchange.backend.clone(), exchange.policy.clone()) else { return error };
+        if *error.esource() != ErrorSource::Upstream {
+            // What we could not send, or not understand ourselves, is nobody's failure but ours.
+            exchange.end = Some(End::Malformed);
+            if matches!(error.etype(), ErrorType::InvalidHTTPHeader) {
+                error.etype = ErrorType::HTTPStatus(400);
+            }
+            return error;
+        }
         let now = clock::now();
+        // An idle connection may die of its age; so may one that says that it is going.
+        let stale = verdict == Verdict::Waits && (reused || unprocessed);
         match verdict {
             Verdict::TimedOut => {
                 exchange.fail("no answer in time");
@@ -552,15 +633,19 @@ impl ProxyHttp for Gateway {
             Verdict::Move => exchange.fail("silent"),
             Verdict::Waits => {
                 exchange.fail(if unprocessed { "unprocessed" } else { "ended before its first byte" });
-                // An idle connection may die of its age; a new one that ends unanswered says something.
-                if !reused && !unprocessed {
-                    backend.unanswered(&policy.health, exchange.prefix, sent.is_some(), exchange.attempt_began, now);
+                if !stale {
+                    backend.unanswered(&policy.health, exchange.prefix, true, exchange.attempt_began, now);
                 }
             }
         }
         exchange.end = Some(End::BackendReset);
-        exchange.tried.push(exchange.member);
-        if (exchange.repeatable || unprocessed) && exchange.another(session) {
+        if stale {
+            // Others like it are hardly better: the next request to this backend gets a new one.
+            upstream::renew(backend.id);
+        } else {
+            exchange.tried.push(exchange.member);
+        }
+        if (exchange.repeatable || unprocessed) && exchange.another(session, false, verdict == Verdict::Move) {
             exchange.retries += 1;
             exchange.end = None;
             error.set_retry(true);
@@ -603,10 +688,17 @@ impl ProxyHttp for Gateway {
             session.set_keepalive(None);
         }
         let sent = answer::error(session, status, reason, retry_after, pages).await;
+        if !kept && !whole && sent.is_ok() {
+            // What the client still sends must not turn the close into a reset that overtakes the answer.
+            session.shutdown().await;
+        }
         FailToProxy { error_code: status, can_reuse_downstream: sent.is_ok() && kept }
     }
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, exchange: &mut Box<Exchange>) {
+        if error.is_none() {
+            exchange.settle(false);
+        }
         exchange.leave_attempt();
         let Some(connection) = exchange.connection.take() else { return };
         let end = match (exchange.end, error) {
@@ -632,7 +724,7 @@ impl ProxyHttp for Gateway {
             let head = session.req_header();
             record.http = Some(Box::new(HttpRecord {
                 method: head.method.to_string(),
-                host: authority(head).to_owned(),
+                host: std::mem::take(&mut exchange.host),
                 path: String::from_utf8_lossy(head.raw_path()).into_owned(),
                 status: exchange.status,
                 retries: exchange.retries,
@@ -659,134 +751,17 @@ impl ProxyHttp for Gateway {
     }
 }
 
-/// Why a request is not served.
-struct Refused {
-    status: u16,
-    reason: &'static str,
-    end: End,
-}
-
-/// Where a request goes.
-enum Direction {
-    Pool,
-    Own,
-}
-
 impl Gateway {
     /// A gateway to the live table.
     pub fn new(host: Arc<Host>) -> Gateway {
         Gateway { host }
     }
 
-    /// Finds the route of a request, and its place in a pool.
-    fn direct(&self, session: &Session, exchange: &mut Exchange) -> std::result::Result<Direction, Refused> {
-        let malformed = |status, reason| Refused { status, reason, end: End::Malformed };
-        let listener = exchange.listener.clone();
-        let face = match listener.as_deref().map(|listener| &listener.face) {
-            Some(table::Face::Http(face)) => face,
-            // The listener got another face by a reload, and this connection is still here.
-            _ => return Err(Refused { status: 421, reason: answer::sentence(421), end: End::NoRoute }),
-        };
-        let head = session.req_header();
-        if matches!(head.method, Method::CONNECT | Method::TRACE) {
-            return Err(malformed(405, answer::sentence(405)));
-        }
-        let upgrade = head.headers.get(header::UPGRADE).filter(|_| says(&head.headers, &header::CONNECTION, "upgrade"));
-        if upgrade.is_some_and(|to| {
-            !["websocket", "h2c"].iter().any(|known| to.as_bytes().eq_ignore_ascii_case(known.as_bytes()))
-        }) {
-            return Err(malformed(501, "the only upgrade that is served is websocket"));
-        }
-        if head.headers.get(header::EXPECT).is_some_and(|what| !what.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
-            return Err(malformed(417, answer::sentence(417)));
-        }
-        let path_and_query = head.uri.path_and_query().map_or("/", |target| target.as_str());
-        let (path, query) = match path_and_query.split_once('?') {
-            Some((path, query)) => (path, Some(query)),
-            None => (path_and_query, None),
-        };
-        let path = if path.is_empty() { "/" } else { path };
-        let asterisk = head.raw_path() == b"*";
-        let normal = if asterisk { Some("/".into()) } else { route::normalise(path) };
-        let Some(normal) = normal else {
-            return Err(malformed(400, "the path climbs above its root, or holds what is no escape"));
-        };
-        let host = route::host(authority(head));
-        let route = match face.routes.find(&host, &normal, head.method.as_str(), &head.headers) {
-            Found::Route(route) => route.clone(),
-            Found::NoHost => {
-                return Err(Refused { status: 421, reason: answer::sentence(421), end: End::NoRoute });
-            }
-            Found::NoRoute => {
-                return Err(Refused { status: 404, reason: answer::sentence(404), end: End::NoRoute });
-            }
-        };
-        let Action::Pool(pool) = &route.action else {
-            exchange.route = Some(route);
-            return Ok(Direction::Own);
-        };
-        exchange.pool_name = Some(pool.name.clone());
-        let pool = pool.clone();
-
-        let full = |reason| Refused { status: 503, reason, end: End::Full };
-        let most = (u64::from(pool.policy.max_connections) * u64::from(route.share) / 100).max(1) as u32;
-        let Some(place) = pool.shared.connections.take(most) else {
-            pool.shared.refused_full.add(1);
-            return Err(full(answer::sentence(503)));
-        };
-        let connection = exchange.connection.as_deref();
-        let crowded = connection.is_some_and(|connection| connection.link.active.load(Relaxed) > 1);
-        let process = match crowded.then(|| self.host.connections.take(self.host.max_connections.load(Relaxed))) {
-            None => None,
-            Some(Some(permit)) => Some(permit),
-            // Each stream of one connection needs a backend's connection, and descriptors are counted for all.
-            Some(None) => return Err(full(answer::sentence(503))),
-        };
-        exchange.permits = [Some(place), process];
-        pool.shared.budget.client(exchange.began);
-
-        let sent = route.path_to_send(&normal);
-        if !asterisk && (sent != path || head.uri.authority().is_some() && head.version != Version::HTTP_2) {
-            exchange.target = Some(match query {
-                Some(query) => format!("{sent}?{query}"),
-                None => sent.clone().into_owned(),
-            });
-        }
-        let key = route.idempotency_key.as_ref();
-        let keyed = key.is_some_and(|name| head.headers.get(name).is_some_and(|value| !value.is_empty()));
-        let tunnel = upgrade.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
-        exchange.repeatable = (head.method.is_idempotent() || keyed) && !tunnel;
-        exchange.kind = {
-            let mut kind = Xxh3::new();
-            for part in [&*route.name, head.method.as_str(), &normal] {
-                kind.update(part.as_bytes());
-                kind.update(b"\0");
-            }
-            kind.digest()
-        };
-        let client = exchange.connection.as_ref().map(|connection| connection.client.ip());
-        match &pool.policy.affinity {
-            Affinity::None => {}
-            Affinity::ClientIp => exchange.pin = client.map(pool::pin),
-            Affinity::Sni => exchange.pin = Some(pool::pin_name(&host)),
-            Affinity::Header(name) => {
-                exchange.pin = head.headers.get(name.as_str()).map(|value| xxh3_64(value.as_bytes()));
-            }
-            Affinity::Cookie(cookie) => {
-                exchange.home = forward::cookie(&head.headers, &cookie.name).and_then(|value| home(&pool, value));
-            }
-        }
-        let trusted = client.is_some_and(|client| forward::trusted(&face.forwarded, client));
-        let known = head.headers.get(forward::REQUEST_ID).filter(|id| trusted && forward::is_request_id(id)).cloned();
-        exchange.request_id = Some(known.unwrap_or_else(|| forward::request_id(&mut tcp::fork_rng())));
-        exchange.route = Some(route);
-        exchange.pool = Some(pool);
-        Ok(Direction::Pool)
-    }
-
-    /// The whole request has been given to a backend: the wait begins.
-    fn sent(&self, exchange: &mut Exchange) {
-        let (Some(backend), Some(policy), Some(line)) = (&exchange.backend, &exchange.policy, &exchange.line) else {
+    /// A request is being given to a backend: the wait begins, and its clock when the request is whole.
+    fn begin_wait(&self, exchange: &mut Exchange, body: Option<Arc<Connection>>, complete: bool) {
+        let (Some(backend), Some(policy), Some(line), Some(pool)) =
+            (&exchange.backend, &exchange.policy, &exchange.line, &exchange.pool)
+        else {
             return;
         };
         let now = clock::now();
@@ -794,45 +769,18 @@ impl Gateway {
         let request = Request {
             backend: backend.clone(),
             policy: policy.clone(),
-            descriptor: line.descriptor(),
+            place: line.place(),
+            pool: pool.clone(),
+            tried: exchange.tried.clone(),
+            body,
             shared: exchange.shared,
             prefix: exchange.prefix,
             timeout,
-            movable: exchange.repeatable,
+            movable: exchange.repeatable && exchange.story.attempts < policy.attempts,
             kind: exchange.kind,
         };
-        exchange.sent = Some(now);
-        exchange.wait = Some(Wait::begin(request, now));
-    }
-
-    /// Sets the cookie that names the cell and the backend, when the client has not got the right one.
-    fn keep_in_place(&self, response: &mut ResponseHeader, exchange: &Exchange) -> Result<()> {
-        let Some(pool) = &exchange.pool else { return Ok(()) };
-        let Affinity::Cookie(cookie) = &pool.policy.affinity else { return Ok(()) };
-        if exchange.home == Some(exchange.member) {
-            return Ok(());
-        }
-        let tls = exchange.connection.as_ref().is_some_and(|connection| connection.tls.is_some());
-        let mut text = format!("{}={}; Path={}", cookie.name, place(pool, exchange.member), cookie.path);
-        if let Some(domain) = &cookie.domain {
-            text.push_str("; Domain=");
-            text.push_str(domain);
-        }
-        if let Some(age) = cookie.max_age {
-            text.push_str(&format!("; Max-Age={}", age.as_secs()));
-        }
-        if cookie.secure.unwrap_or(tls) {
-            text.push_str("; Secure");
-        }
-        if cookie.http_only {
-            text.push_str("; HttpOnly");
-        }
-        if let Some(same_site) = &cookie.same_site {
-            text.push_str("; SameSite=");
-            text.push_str(same_site);
-        }
-        response.append_header(header::SET_COOKIE, text)?;
-        Ok(())
+        exchange.sent = complete.then_some(now);
+        exchange.wait = Some(Wait::begin(request, complete, now));
     }
 
     /// What a client gets whose own side failed; 0: nothing, it is gone.
@@ -855,78 +803,6 @@ impl Gateway {
             }
         }
     }
-}
-
-/// What the engine is told about a member.
-fn peer(
-    pool: &Pool,
-    backend: &Backend,
-    dialler: Arc<Dialler>,
-    session: &Session,
-    exchange: &Exchange,
-) -> Box<HttpPeer> {
-    let policy = &pool.policy;
-    // An empty name would make the engine judge nothing: a pool with TLS always has one.
-    let name = policy.tls.as_ref().map(|tls| tls.name.clone());
-    let mut peer = Box::new(HttpPeer::new(backend.address, name.is_some(), name.unwrap_or_default()));
-    // An idle connection is used again only by those who may share it: for this backend as long as it is not retired, for
-    // requests of the same kind, and where it began with a PROXY header, for the same client.
-    let mut key = Xxh3::new();
-    key.update(&backend.id.to_le_bytes());
-    key.update(&backend.retired.load(Relaxed).to_le_bytes());
-    key.update(&[u8::from(exchange.repeatable), policy.http as u8]);
-    if let (Some(version), Some(connection)) = (policy.send_proxy, &exchange.connection) {
-        key.update(&sniff::proxy_header(version, connection.addresses(), &connection.tlvs));
-    }
-    if let Some(tls) = &policy.tls {
-        key.update(&tls.digest.to_le_bytes());
-    }
-    peer.group_key = key.digest();
-    let certificates = policy.tls.as_ref().map(|tls| upstream::certificates(tls));
-    peer.client_cert_key = certificates.as_ref().and_then(|certificates| certificates.identity.clone());
-    let last = exchange.tried.len() + 1 >= pool.members.len();
-    let options = &mut peer.options;
-    if let (Some(tls), Some(certificates)) = (&policy.tls, certificates) {
-        options.verify_cert = tls.verify;
-        options.verify_hostname = tls.verify;
-        options.ca = Some(certificates.authorities.clone());
-    }
-    options.custom_l4 = Some(dialler);
-    // The engine cannot race past TLS. While there is another backend to ask, a silent handshake is not waited out.
-    options.total_connection_timeout = Some(match policy.tls {
-        Some(_) if !last => policy.connect_timeout.min(TLS_TIME),
-        _ => policy.connect_timeout + Duration::from_millis(500),
-    });
-    options.idle_timeout = Some(if exchange.repeatable && policy.send_proxy.is_none() { KEEP } else { KEEP_ONCE });
-    options.max_h2_streams = STREAMS;
-    // A backend that vanishes under a long answer or a WebSocket is found out by the kernel.
-    options.tcp_keepalive = Some(TcpKeepalive {
-        idle: policy.unacked.max(Duration::from_secs(1)) * 4,
-        interval: policy.unacked.max(Duration::from_secs(1)),
-        count: 3,
-        user_timeout: Duration::ZERO,
-    });
-    options.h2_ping_interval = Some(PING);
-    // A connection that changes its protocol is HTTP/1.1's.
-    let upgrade = session.is_upgrade_req();
-    match policy.http {
-        HttpVersion::Two if !upgrade => options.set_http_version(2, 2),
-        HttpVersion::Auto if !upgrade && policy.tls.is_some() => options.set_http_version(2, 1),
-        _ => options.set_http_version(1, 1),
-    }
-    peer
-}
-
-/// The host that a request asks for, as it came.
-pub fn authority(head: &RequestHeader) -> &str {
-    let of_target = head.uri.authority().map(|authority| authority.as_str());
-    of_target.or_else(|| head.headers.get(header::HOST)?.to_str().ok()).unwrap_or("")
-}
-
-/// Whether a header of lists has this word.
-fn says(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
-    let lists = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
-    lists.map(<[u8]>::trim_ascii).any(|found| found.eq_ignore_ascii_case(word.as_bytes()))
 }
 
 fn is_error(status: u16) -> bool {
@@ -1015,20 +891,4 @@ fn handshake_cause(error: &Error) -> &'static str {
         ErrorType::ConnectTimedout | ErrorType::TLSHandshakeTimedout => "handshake silent",
         _ => tls::cause_of_text(&error.to_string()),
     }
-}
-
-/// What a cookie says of a place in a pool: the cell's name, and a hash of the backend's.
-fn place(pool: &Pool, member: usize) -> String {
-    let member = &pool.members[member];
-    format!("{}.{:08x}", pool.cells[member.cell].name, xxh3_64(member.backend.name.as_bytes()) as u32)
-}
-
-/// The member that a cookie names; where that is gone, the first of its cell.
-fn home(pool: &Pool, cookie: &str) -> Option<usize> {
-    let (cell, backend) = cookie.rsplit_once('.')?;
-    let cell = pool.cells.iter().find(|known| *known.name == *cell)?;
-    let backend = u32::from_str_radix(backend, 16).ok()?;
-    let of_cell = cell.members.clone();
-    let same = of_cell.clone().find(|&member| xxh3_64(pool.members[member].backend.name.as_bytes()) as u32 == backend);
-    same.or(of_cell.into_iter().next())
 }

@@ -223,6 +223,8 @@ pub struct Want<'a> {
     pub racing: Option<usize>,
     /// The member where the client was before, and where it belongs.
     pub home: Option<usize>,
+    /// Whether it may be sent to a backend in doubt, to see how that does.
+    pub trial: bool,
 }
 
 /// A choice.
@@ -321,7 +323,8 @@ impl Pool {
 
         if want.tried.is_empty() && want.racing.is_none() {
             let start = rng.usize(..plan.trials.len().max(1));
-            for i in 0..plan.trials.len().min(TRIALS_LOOKED_AT) {
+            let looked_at = if want.trial { plan.trials.len().min(TRIALS_LOOKED_AT) } else { 0 };
+            for i in 0..looked_at {
                 let member = plan.trials[(start + i) % plan.trials.len()];
                 if self.has_room(member) && self.members[member].backend.claim_trial(&self.policy.health, now) {
                     return Choice::Member(member);
@@ -383,6 +386,20 @@ impl Pool {
             }
         }
         if full { Choice::Full } else { Choice::Nothing }
+    }
+
+    /// Whether a member that was not tried could take one more now. In the order of the number of backends: for the rare
+    /// request that failed.
+    pub fn has_untried(&self, tried: &[usize], doubtful_too: bool) -> bool {
+        (0..self.members.len()).any(|member| {
+            let backend = &self.members[member].backend;
+            let able = match backend.view().state {
+                State::Up | State::Returning => true,
+                State::Suspect | State::Unknown => doubtful_too,
+                State::Down => false,
+            };
+            able && !tried.contains(&member) && self.has_room(member) && !backend.drained.load(Relaxed)
+        })
     }
 
     /// Where a client was before: the same backend, or another of its cell.

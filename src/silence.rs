@@ -44,9 +44,13 @@ impl Silence {
         }
     }
 
-    /// A request no longer waits, whether it was answered or not.
-    pub fn left(&self) {
+    /// A request that was written at `since` no longer waits, whether it was answered or not.
+    pub fn left(&self, since: Time) {
         self.waiting.fetch_sub(1, Relaxed);
+        // One of those that were written since the last first byte is no witness any more.
+        if since.0 >= self.first.load(Relaxed) {
+            let _ = self.written.fetch_update(Relaxed, Relaxed, |written| written.checked_sub(1));
+        }
     }
 
     /// A first byte came, for anybody.
@@ -98,7 +102,7 @@ mod tests {
             silence.wrote(1, START);
         }
         silence.heard();
-        silence.left();
+        silence.left(START);
         assert_eq!(silence.mute(LIMIT, START + LIMIT * 100), None);
         for _ in 0..2 {
             silence.wrote(1, START + LIMIT);
@@ -111,7 +115,7 @@ mod tests {
         let silence = Silence::default();
         for _ in 0..3 {
             silence.wrote(1, START);
-            silence.left();
+            silence.left(START);
         }
         assert_eq!(silence.mute(LIMIT, START + LIMIT), None);
         silence.wrote(1, START);

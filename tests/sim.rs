@@ -149,7 +149,8 @@ impl World {
         let mut tried = Vec::new();
         while tried.len() < 5 {
             let up = self.pool.members.iter().any(|m| m.backend.view().state == State::Up);
-            let choice = self.pool.pick(&Want { tried: &tried, ..Want::default() }, self.now, &mut self.rng);
+            let choice =
+                self.pool.pick(&Want { tried: &tried, trial: true, ..Want::default() }, self.now, &mut self.rng);
             let mut member = match choice {
                 Choice::Member(m) | Choice::Doubtful(m) => m,
                 _ => break,
@@ -222,7 +223,8 @@ impl World {
         let cells = self.pool.cells.len();
         let mut counts = vec![0u32; cells];
         for _ in 0..10_000 {
-            if let Choice::Member(m) = self.pool.pick(&Want::default(), self.now, &mut self.rng) {
+            if let Choice::Member(m) = self.pool.pick(&Want { trial: true, ..Want::default() }, self.now, &mut self.rng)
+            {
                 let cell = if self.sabotage == Sabotage::TiltCells { 0 } else { self.pool.members[m].cell };
                 counts[cell] += 1;
             }
@@ -359,7 +361,10 @@ fn a_lossy_path_is_not_taken_for_a_dead_one() {
                     began: now,
                 };
                 pool.members[1].backend.observe(policy, &other, now);
-                if matches!(pool.pick(&Want::default(), now, &mut rng), Choice::Member(0) | Choice::Doubtful(0)) {
+                if matches!(
+                    pool.pick(&Want { trial: true, ..Want::default() }, now, &mut rng),
+                    Choice::Member(0) | Choice::Doubtful(0)
+                ) {
                     if lost(&mut rng, now) {
                         judged.push_back((now + Duration::from_millis(150), now));
                     } else {

@@ -36,12 +36,12 @@ fn the_import_table_holds() {
         ("silence", &["clock"]),
         ("ratio", &["health"]),
         ("backend", &["clock", "estimate", "health", "limits", "metrics", "ratio", "silence", "witness"]),
-        ("pool", &["backend", "clock", "config", "health", "metrics", "sniff"]),
+        ("pool", &["backend", "clock", "config", "health", "metrics", "sniff", "tls"]),
         ("table", &["backend", "clock", "config", "health", "http", "limits", "metrics", "pool", "tls"]),
         ("splice", &["host"]),
         ("session", &["backend", "clock", "config", "health", "pool", "sys", "table"]),
         ("relay", &["host", "session", "splice", "table", "tls"]),
-        ("dial", &["backend", "clock", "health", "host", "limits", "pool"]),
+        ("dial", &["backend", "clock", "health", "host", "limits", "pool", "tls"]),
         (
             "tcp",
             &[

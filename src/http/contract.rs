@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -66,7 +66,7 @@ impl Tracing for Watch {
     fn on_connected(&self) {}
     fn on_disconnected(&self) {
         // The descriptor is still this connection's: whoever cuts by descriptor relies on it.
-        let descriptor = self.0.descriptor.lock().expect("not poisoned").take();
+        let descriptor = self.0.descriptor.lock().unwrap_or_else(PoisonError::into_inner).take();
         assert!(descriptor.is_none_or(|descriptor| std::fs::metadata(format!("/proc/self/fd/{descriptor}")).is_ok()));
         self.0.closed.fetch_add(1, Relaxed);
     }
@@ -80,17 +80,17 @@ impl L4Connect for Dial {
     async fn connect(&self, address: &PeerAddr) -> Result<Stream> {
         let seen = &self.0;
         let dial = seen.dials.fetch_add(1, Relaxed);
-        let stash = seen.stash.lock().expect("not poisoned").take();
+        let stash = seen.stash.lock().unwrap_or_else(PoisonError::into_inner).take();
         let stream = match (stash, address) {
             (Some(stream), _) => stream,
             (None, PeerAddr::Inet(address)) => TcpStream::connect(address).await.expect("the backend listens"),
             _ => panic!("not an internet address"),
         };
         if seen.aside && dial == 0 {
-            *seen.stash.lock().expect("not poisoned") = Some(stream);
+            *seen.stash.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
             return Err(Error::new_up(ErrorType::ConnectError));
         }
-        *seen.descriptor.lock().expect("not poisoned") = Some(stream.as_raw_fd());
+        *seen.descriptor.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.as_raw_fd());
         let mut stream = Stream::from(stream);
         stream.tracer = Some(Tracer(Box::new(Watch(seen.clone()))));
         Ok(stream)
@@ -126,7 +126,7 @@ impl ProxyHttp for Gateway {
         _digest: Option<&Digest>,
         _ctx: &mut (),
     ) -> Result<()> {
-        let mut all = self.seen.reused.lock().expect("not poisoned");
+        let mut all = self.seen.reused.lock().unwrap_or_else(PoisonError::into_inner);
         all.push(reused);
         if self.seen.cut && all.len() == 1 {
             sys::shut_down(descriptor);
@@ -210,7 +210,7 @@ async fn the_dialler_is_asked_only_where_no_idle_connection_is_there_and_the_key
         assert!(ask(&mut client).await.starts_with("HTTP/1.1 200"));
     }
     assert_eq!(seen.dials.load(Relaxed), 1);
-    assert_eq!(*seen.reused.lock().expect("not poisoned"), [false, true, true, true, true]);
+    assert_eq!(*seen.reused.lock().unwrap_or_else(PoisonError::into_inner), [false, true, true, true, true]);
     seen.key.store(1, Relaxed);
     assert!(ask(&mut client).await.starts_with("HTTP/1.1 200"));
     assert_eq!(seen.dials.load(Relaxed), 2, "another key never gets the old connection");
@@ -244,5 +244,5 @@ async fn the_time_to_connect_bounds_a_silent_handshake_in_tls_too() {
     assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
     assert!(begin.elapsed() >= Duration::from_millis(300));
     assert_eq!(seen.closed.load(Relaxed), 1, "the tracer of a stream under TLS is told as well");
-    assert!(seen.reused.lock().expect("not poisoned").is_empty(), "it never counted as connected");
+    assert!(seen.reused.lock().unwrap_or_else(PoisonError::into_inner).is_empty(), "it never counted as connected");
 }

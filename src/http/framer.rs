@@ -70,18 +70,20 @@ enum Chunk {
 #[derive(Debug)]
 pub struct Framer {
     state: State,
+    /// Where the last line of an unfinished head begins: what lies before has been looked at.
+    looked: usize,
 }
 
 impl Default for Framer {
     fn default() -> Self {
-        Framer { state: State::Head }
+        Framer { state: State::Head, looked: 0 }
     }
 }
 
 impl Framer {
     /// A follower of something that is not HTTP/1: nothing is judged.
     pub fn raw() -> Framer {
-        Framer { state: State::Raw }
+        Framer { state: State::Raw, looked: 0 }
     }
 
     /// Whether the head of a request is awaited.
@@ -116,9 +118,7 @@ impl Framer {
     /// # Errors
     /// [`Refusal`].
     pub fn head(&mut self, bytes: &[u8]) -> Result<Option<usize>, Refusal> {
-        let Some(end) = end_of_head(bytes) else {
-            // A line feed without its carriage return would make two parsers see two ends.
-            bare_line_feed(bytes)?;
+        let Some(end) = end_of_head(bytes, &mut self.looked)? else {
             if bytes.len() >= MAX_HEAD {
                 return Err(Refusal { status: 431, reason: "the header is longer than 64 KiB" });
             }
@@ -127,6 +127,7 @@ impl Framer {
         if end > MAX_HEAD {
             return Err(Refusal { status: 431, reason: "the header is longer than 64 KiB" });
         }
+        self.looked = 0;
         self.state = match judge(&bytes[..end])? {
             Body::None => State::Done,
             Body::Length(0) => State::Done,
@@ -225,28 +226,22 @@ fn advance(chunk: Chunk, bytes: &[u8]) -> Result<(usize, Option<Chunk>), Refusal
     Ok((1, Some(next)))
 }
 
-/// Length of a whole head, the empty line after it included. One empty line may come before (RFC 9112, 2.2).
-fn end_of_head(bytes: &[u8]) -> Option<usize> {
-    let start = if bytes.starts_with(b"\r\n") { 2 } else { 0 };
-    let mut at = start;
-    loop {
-        let feed = at + bytes[at..].iter().position(|byte| *byte == b'\n')?;
-        if feed == at + 1 && bytes[at] == b'\r' && at > start {
-            return Some(feed + 1);
-        }
-        at = feed + 1;
-    }
-}
-
-fn bare_line_feed(bytes: &[u8]) -> Result<(), Refusal> {
-    let mut before = 0;
-    for byte in bytes {
-        if *byte == b'\n' && before != b'\r' {
+/// Length of a whole head, the empty line after it included. One empty line may come before (RFC 9112, 2.2). `looked` is
+/// where the look begins, and where the next has to.
+fn end_of_head(bytes: &[u8], looked: &mut usize) -> Result<Option<usize>, Refusal> {
+    while let Some(feed) = bytes[*looked..].iter().position(|byte| *byte == b'\n') {
+        let line = &bytes[*looked..*looked + feed];
+        if line.last() != Some(&b'\r') {
+            // A line feed without its carriage return would make two parsers see two ends.
             return Err(bad("a line does not end in CR LF"));
         }
-        before = *byte;
+        let first = *looked == 0;
+        *looked += feed + 1;
+        if line.len() == 1 && !first {
+            return Ok(Some(*looked));
+        }
     }
-    Ok(())
+    Ok(None)
 }
 
 /// How long the body is.
@@ -266,13 +261,8 @@ fn judge(head: &[u8]) -> Result<Body, Refusal> {
     let request = request_line(line)?;
     let (mut host, mut length, mut chunked, mut fields) = (None, None, false, 0);
     for line in lines {
-        let Some(line) = line else {
-            // Behind the last line feed there is nothing, and nothing has no carriage return.
-            continue;
-        };
-        if line.is_empty() {
-            continue;
-        }
+        // Behind the last line feed there is nothing, and nothing has no carriage return.
+        let Some(line) = line.filter(|line| !line.is_empty()) else { continue };
         fields += 1;
         if fields > MAX_FIELDS {
             return Err(Refusal { status: 431, reason: "the header has more than 128 lines" });
@@ -294,8 +284,6 @@ fn judge(head: &[u8]) -> Result<Body, Refusal> {
             chunked = true;
         }
     }
-    // Every line feed has its carriage return, or `split` would have left it in a line.
-    bare_line_feed(head)?;
     match host {
         None if request.version_1_1 => return Err(bad("there is no Host")),
         None => {}

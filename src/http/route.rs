@@ -148,7 +148,10 @@ impl Route {
     pub fn path_to_send<'a>(&self, path: &'a str) -> Cow<'a, str> {
         match under(&self.path, path) {
             Some("") if self.strip_prefix => Cow::Borrowed("/"),
-            Some(rest) if self.strip_prefix => Cow::Borrowed(rest),
+            // Two slashes would make a host of what follows them.
+            Some(rest) if self.strip_prefix => {
+                Cow::Borrowed(&rest[rest.bytes().take_while(|byte| *byte == b'/').count() - 1..])
+            }
             _ => Cow::Borrowed(path),
         }
     }

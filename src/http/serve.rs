@@ -31,6 +31,8 @@ use crate::tls::Stream;
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How long a connection that was told to go may take for its last exchanges, at most.
 const GOING: Duration = Duration::from_secs(3_600);
+/// How long an idle connection still takes a request after that.
+const GRACE: Duration = Duration::from_millis(300);
 /// Idle connections to backends that one worker keeps.
 const IDLE_KEPT: usize = 1_024;
 
@@ -57,7 +59,7 @@ pub struct Connection {
     pub shared: Arc<ListenerShared>,
     bind: SocketAddr,
     /// The listener, and the generation of the table it was taken from.
-    seen: Mutex<(u64, Arc<Listener>)>,
+    seen: Mutex<(u64, Option<Arc<Listener>>)>,
 }
 
 /// A client's TLS.
@@ -69,16 +71,21 @@ pub struct Secured {
 
 impl Connection {
     /// The listener as the live table has it; one that is gone serves its last requests as it stood.
-    pub fn listener(&self, host: &Host) -> Arc<Listener> {
+    pub fn listener(&self, host: &Host) -> Option<Arc<Listener>> {
         let table = host.live.load();
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if seen.0 != table.generation {
+        if seen.0 != table.generation || seen.1.is_none() {
             seen.0 = table.generation;
             if let Some(listener) = table.listeners.get(&self.bind) {
-                seen.1 = listener.clone();
+                seen.1 = Some(listener.clone());
             }
         }
         seen.1.clone()
+    }
+
+    /// An answer that may last for ever has begun: it must not hold a whole table.
+    pub fn forget_listener(&self) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).1 = None;
     }
 
     /// The client's address, and the one it meant, for a PROXY header.
@@ -89,7 +96,7 @@ impl Connection {
     /// The header that tells a backend of the client's certificate, and what it says; `None` where none is asked for.
     pub fn subject(&self) -> Option<(HeaderName, Option<HeaderValue>)> {
         let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let name = seen.1.tls.as_ref()?.subject_header.clone()?;
+        let name = seen.1.as_ref()?.tls.as_ref()?.subject_header.clone()?;
         let subject = self.tls.as_ref().and_then(|tls| tls.subject.as_ref());
         Some((name, subject.and_then(|subject| HeaderValue::from_str(subject).ok())))
     }
@@ -210,7 +217,7 @@ async fn run(
         name: listener.name.clone(),
         shared: listener.shared.clone(),
         bind,
-        seen: Mutex::new((0, listener)),
+        seen: Mutex::new((0, Some(listener))),
     });
     let shared = connection.shared.clone();
     let about: Box<dyn std::any::Any + Send + Sync> = Box::new(connection);
@@ -229,6 +236,9 @@ async fn run(
     } else {
         let told = async {
             let _ = stop.clone().wait_for(|stop| *stop).await.is_ok();
+            // A client may be asking at this very moment: it is answered, and told.
+            link.say_close();
+            sleep(GRACE).await;
             link.close_when_idle();
             sleep(GOING).await;
         };

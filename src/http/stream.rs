@@ -70,7 +70,11 @@ pub struct Link {
     /// Bytes from the client, and to it.
     pub bytes: [AtomicU64; 2],
     upgraded: AtomicBool,
+    /// It is going: answers say so. Then: it ends where no request has begun.
+    going: AtomicBool,
     closing: AtomicBool,
+    /// The engine waits for more of a body.
+    awaits_body: AtomicBool,
     timed_out: AtomicBool,
     waker: Mutex<Option<Waker>>,
     refused: Mutex<Option<(Refusal, Option<String>)>>,
@@ -94,7 +98,17 @@ impl Link {
 
     /// Whether the connection was told to end.
     pub fn closing(&self) -> bool {
-        self.closing.load(Relaxed)
+        self.going.load(Relaxed)
+    }
+
+    /// From now on answers say that it is going.
+    pub fn say_close(&self) {
+        self.going.store(true, Relaxed);
+    }
+
+    /// Whether it is the client that has to go on, with more of its body.
+    pub fn awaits_body(&self) -> bool {
+        self.awaits_body.load(Relaxed)
     }
 
     /// The connection ends as soon as no request is being served.
@@ -361,6 +375,7 @@ impl Edge {
 
     fn poll_request(&mut self, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         self.look_at_link();
+        self.link.awaits_body.store(false, Relaxed);
         loop {
             if self.ending.is_some() {
                 ready!(self.poll_end(context));
@@ -384,7 +399,7 @@ impl Edge {
                 self.give_on(buffer);
                 return Poll::Ready(Ok(()));
             }
-            if self.framer.in_head() && self.phase == Phase::Waiting && self.link.closing.load(Relaxed) {
+            if self.framer.in_head() && self.ahead.is_empty() && self.link.closing.load(Relaxed) {
                 return Poll::Ready(Ok(()));
             }
             // A request that has come whole: the engine looks whether its client is still there, and what comes is ahead.
@@ -434,7 +449,14 @@ impl Edge {
                 Phase::Busy => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
             };
         }
-        if self.phase == Phase::Waiting {
+        if !self.out.is_empty()
+            && let Poll::Ready(Err(error)) = self.poll_gathered(context)
+        {
+            // The engine has nothing more for the moment, so what there is goes out.
+            return Poll::Ready(Err(error));
+        }
+        self.link.awaits_body.store(self.phase == Phase::Busy && !self.framer.done(), Relaxed);
+        if self.framer.in_head() && self.ahead.is_empty() {
             self.link.wake_by(context.waker());
             // It may have been told to close between our look and this.
             if self.link.closing.load(Relaxed) {

@@ -4,10 +4,10 @@
 //! another member; the engine would not keep a connection to another address than it asked for, so the winner is laid
 //! aside, the pass fails, and the next pass gets it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -49,27 +49,61 @@ thread_local! {
     static CERTIFICATES: RefCell<HashMap<u64, Arc<Certificates>>> = RefCell::default();
     /// Open connections of this worker's engine, by descriptor. An entry is taken out before its descriptor is closed.
     static LINES: RefCell<HashMap<RawFd, Line>> = RefCell::default();
+    static NEXT: Cell<u64> = const { Cell::new(1) };
+    /// Backends whose idle connections this worker no longer takes: how often that was so, by the backend's identity.
+    static RENEWED: RefCell<HashMap<u64, u32>> = RefCell::default();
+}
+
+fn next() -> u64 {
+    NEXT.with(|next| next.replace(next.get() + 1))
 }
 
 /// One connection to a backend.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug)]
 struct Line {
+    /// Tells it from others of the same descriptor, before and after.
+    serial: u64,
     /// Exchanges on it now.
     active: u32,
+    /// Of these, those whose answer has begun.
+    talking: u32,
     /// Of these, those whose time is up.
-    overdue: u32,
+    late: Vec<u64>,
+}
+
+/// An exchange on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    descriptor: RawFd,
+    serial: u64,
+    exchange: u64,
+}
+
+fn with<T>(place: Place, f: impl FnOnce(&mut Line) -> T) -> Option<T> {
+    // At the end of the thread the list may be gone before the last connection.
+    let found = LINES.try_with(|lines| {
+        lines.borrow_mut().get_mut(&place.descriptor).filter(|line| line.serial == place.serial).map(f)
+    });
+    found.ok().flatten()
 }
 
 /// Takes the entry of a connection out before the engine closes it.
 #[derive(Clone, Debug)]
-struct Watch(RawFd);
+struct Watch {
+    descriptor: RawFd,
+    serial: u64,
+}
 
 impl Tracing for Watch {
     fn on_connected(&self) {}
 
     fn on_disconnected(&self) {
-        // At the end of the thread the list may be gone before the last connection.
-        let _ = LINES.try_with(|lines| lines.borrow_mut().remove(&self.0));
+        let _ = LINES.try_with(|lines| {
+            let mut lines = lines.borrow_mut();
+            if lines.get(&self.descriptor).is_some_and(|line| line.serial == self.serial) {
+                lines.remove(&self.descriptor);
+            }
+        });
     }
 
     fn boxed_clone(&self) -> Box<dyn Tracing> {
@@ -79,56 +113,84 @@ impl Tracing for Watch {
 
 /// One exchange's use of a connection.
 #[derive(Debug)]
-pub struct InUse(RawFd);
+pub struct InUse {
+    place: Place,
+    talking: bool,
+}
 
 impl InUse {
     /// Begins it.
     pub fn begin(descriptor: RawFd) -> InUse {
-        LINES.with(|lines| {
-            if let Some(line) = lines.borrow_mut().get_mut(&descriptor) {
+        let serial = LINES.with_borrow_mut(|lines| {
+            lines.get_mut(&descriptor).map_or(0, |line| {
                 line.active += 1;
-            }
+                line.serial
+            })
         });
-        InUse(descriptor)
+        InUse { place: Place { descriptor, serial, exchange: next() }, talking: false }
     }
 
-    /// The connection's descriptor.
-    pub fn descriptor(&self) -> RawFd {
-        self.0
+    /// Where it is.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
+    /// Its answer has begun.
+    pub fn talks(&mut self) {
+        if !self.talking {
+            self.talking = true;
+            with(self.place, |line| line.talking += 1);
+        }
     }
 }
 
 impl Drop for InUse {
     fn drop(&mut self) {
-        let _ = LINES.try_with(|lines| {
-            if let Some(line) = lines.borrow_mut().get_mut(&self.0) {
-                line.active = line.active.saturating_sub(1);
-                line.overdue = line.overdue.min(line.active);
-            }
+        let left_late = with(self.place, |line| {
+            line.active = line.active.saturating_sub(1);
+            line.talking = line.talking.saturating_sub(u32::from(self.talking));
+            line.late.retain(|late| *late != self.place.exchange);
+            !line.late.is_empty() && line.late.len() >= line.active as usize
         });
+        if left_late == Some(true) {
+            cut(self.place);
+        }
     }
 }
 
 /// Ends a connection from outside of the engine, which then sees an end and decides what it means.
-pub fn cut(descriptor: RawFd) {
-    LINES.with(|lines| {
-        if lines.borrow().contains_key(&descriptor) {
-            sys::shut_down(descriptor);
-        }
-    });
+pub fn cut(place: Place) {
+    if with(place, |_| ()).is_some() {
+        sys::shut_down(place.descriptor);
+    }
+}
+
+/// Whether answers are under way on the connection of this exchange, which a cut would end.
+pub fn others_talk(place: Place) -> bool {
+    with(place, |line| line.talking > 0).unwrap_or(false)
 }
 
 /// An exchange's time is up. Its connection is cut, unless others on it still have time: then it goes with the last of them.
-pub fn overdue(descriptor: RawFd) {
-    let all = LINES.with(|lines| {
-        lines.borrow_mut().get_mut(&descriptor).is_some_and(|line| {
-            line.overdue += 1;
-            line.overdue >= line.active
-        })
+pub fn overdue(place: Place) {
+    let all = with(place, |line| {
+        if !line.late.contains(&place.exchange) {
+            line.late.push(place.exchange);
+        }
+        line.late.len() >= line.active as usize
     });
-    if all {
-        cut(descriptor);
+    if all == Some(true) {
+        cut(place);
     }
+}
+
+/// From now on this worker takes no idle connection to the backend that is there already.
+pub fn renew(backend: u64) {
+    RENEWED.with_borrow_mut(|renewed| *renewed.entry(backend).or_default() += 1);
+}
+
+/// How often connections to the backend were given up so.
+pub fn renewed(backend: u64) -> u32 {
+    RENEWED.with_borrow(|renewed| renewed.get(&backend).copied().unwrap_or(0))
 }
 
 /// What came of dialling.
@@ -157,8 +219,6 @@ pub struct Won {
 
 /// What the engine dials with, for one exchange and one member.
 pub struct Dialler {
-    host: Arc<Host>,
-    pool: Arc<Pool>,
     pin: Option<u64>,
     member: usize,
     tried: Vec<usize>,
@@ -168,6 +228,8 @@ pub struct Dialler {
 }
 
 struct State {
+    /// What it dials by; gone when there is nothing more to dial, because an answer may last longer than a table.
+    by: Option<(Arc<Host>, Arc<Pool>)>,
     /// The member's place; held here while an idle connection is used.
     first: Option<First>,
     /// A connection that is there already.
@@ -179,7 +241,7 @@ struct State {
 
 impl std::fmt::Debug for Dialler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Dialler").field("pool", &self.pool.name).field("member", &self.member).finish_non_exhaustive()
+        f.debug_struct("Dialler").field("member", &self.member).finish_non_exhaustive()
     }
 }
 
@@ -204,8 +266,15 @@ impl Dialler {
         story: Story,
     ) -> Dialler {
         let member = first.member;
-        let state = State { first: Some(first), ready: None, permit: None, story, outcome: Outcome::default() };
-        Dialler { host, pool, pin, member, tried, header, state: Mutex::new(state) }
+        let state = State {
+            by: Some((host, pool)),
+            first: Some(first),
+            ready: None,
+            permit: None,
+            story,
+            outcome: Outcome::default(),
+        };
+        Dialler { pin, member, tried, header, state: Mutex::new(state) }
     }
 
     /// Gives the connection that was laid aside.
@@ -218,43 +287,66 @@ impl Dialler {
         story: Story,
     ) -> Dialler {
         let outcome = Outcome { connected: Some((won.handshake, clock::now())), ..Outcome::default() };
-        let state = State { first: None, ready: Some(won.stream), permit: Some(won.permit), story, outcome };
-        Dialler { host, pool, pin: None, member: won.member, tried, header, state: Mutex::new(state) }
+        let state = State {
+            by: Some((host, pool)),
+            first: None,
+            ready: Some(won.stream),
+            permit: Some(won.permit),
+            story,
+            outcome,
+        };
+        Dialler { pin: None, member: won.member, tried, header, state: Mutex::new(state) }
     }
 
     /// What came of it so far, and the story of it; both are taken.
     pub fn take(&self) -> (Outcome, Story) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         (std::mem::take(&mut state.outcome), std::mem::take(&mut state.story))
     }
 
+    /// A connection is there: what remains is the backend's permit.
+    pub fn settle(&self) -> Option<Permit> {
+        let mut state = self.lock();
+        state.by = None;
+        // The winner of a race is not needed where an idle connection was found meanwhile.
+        state.ready = None;
+        let of_first = state.first.take().map(|first| first.permit);
+        state.permit.take().or(of_first)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn dial(&self) -> Result<TcpStream> {
-        let (first, ready, mut story) = {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            (state.first.take(), state.ready.take(), std::mem::take(&mut state.story))
+        let (by, first, ready, story) = {
+            let mut state = self.lock();
+            (state.by.clone(), state.first.take(), state.ready.take(), std::mem::take(&mut state.story))
         };
+        // Whatever ends this, the story of it goes on.
+        let mut lent = Lent { dialler: self, story };
         if let Some(ready) = ready {
-            self.state.lock().unwrap_or_else(PoisonError::into_inner).story = story;
             return Ok(ready);
         }
-        let mut timer = std::pin::pin!(tokio::time::sleep(self.pool.policy.connect_timeout));
+        let Some((host, pool)) = by else { return Err(Error::new_in(ErrorType::InternalError)) };
+        let mut timer = std::pin::pin!(tokio::time::sleep(pool.policy.connect_timeout));
         let mut rng = tcp::fork_rng();
         let dialled = dial::dial(
             &Kernel { tls: false, header: Vec::new() },
-            &self.host,
-            &self.pool,
+            &host,
+            &pool,
             self.pin,
             first,
             self.tried.clone(),
             &Someone,
             timer.as_mut(),
             &mut rng,
-            &mut story,
+            &mut lent.story,
             clock::now(),
         )
         .await;
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.story = story;
+        drop(lent);
+        let mut state = self.lock();
         match dialled {
             Ok(Dialled { connection: tls::Stream::Plain(stream), member, permit, handshake, connected, .. }) => {
                 if member == self.member {
@@ -275,6 +367,18 @@ impl Dialler {
     }
 }
 
+/// A story that comes back, even from dialling that is given up half way.
+struct Lent<'a> {
+    dialler: &'a Dialler,
+    story: Story,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.dialler.lock().story = std::mem::take(&mut self.story);
+    }
+}
+
 #[async_trait]
 impl L4Connect for Dialler {
     async fn connect(&self, _address: &PeerAddr) -> Result<Stream> {
@@ -284,9 +388,11 @@ impl L4Connect for Dialler {
             sent.map_err(|error| Error::because(ErrorType::ConnectError, "sending the PROXY header", error))?;
         }
         let descriptor = socket.as_raw_fd();
-        LINES.with(|lines| lines.borrow_mut().insert(descriptor, Line::default()));
+        let serial = next();
+        let line = Line { serial, active: 0, talking: 0, late: Vec::new() };
+        LINES.with_borrow_mut(|lines| lines.insert(descriptor, line));
         let mut stream = Stream::from(socket);
-        stream.tracer = Some(Tracer(Box::new(Watch(descriptor))));
+        stream.tracer = Some(Tracer(Box::new(Watch { descriptor, serial })));
         Ok(stream)
     }
 }

@@ -7,7 +7,6 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,11 +14,12 @@ use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use super::upstream;
+use super::serve::Connection;
+use super::upstream::{self, Place};
 use crate::backend::Backend;
 use crate::clock::{self, Time};
 use crate::health::{Depth, Evidence, Seen, Source, State};
-use crate::pool::Policy;
+use crate::pool::{Policy, Pool};
 
 /// Time between two looks at those that wait.
 const LOOK: Duration = Duration::from_millis(10);
@@ -57,7 +57,13 @@ pub struct Request {
     /// By which policy.
     pub policy: Arc<Policy>,
     /// On which connection.
-    pub descriptor: RawFd,
+    pub place: Place,
+    /// Out of which pool, with the members that it went to.
+    pub pool: Arc<Pool>,
+    /// See `pool`.
+    pub tried: Vec<usize>,
+    /// The client's connection, where its body still comes by it alone.
+    pub body: Option<Arc<Connection>>,
     /// Whether others may be on it (HTTP/2).
     pub shared: bool,
     /// The client's prefix.
@@ -72,7 +78,10 @@ pub struct Request {
 
 struct Entry {
     request: Request,
+    /// When the whole request was sent; while its body comes, when the last of it was.
     since: Time,
+    /// Whether the whole request was sent.
+    complete: bool,
     /// When its record says that it takes too long.
     unusual_at: Option<Time>,
     verdict: Verdict,
@@ -95,17 +104,41 @@ thread_local! {
 pub struct Wait(usize);
 
 impl Wait {
-    /// A whole request was sent.
-    pub fn begin(request: Request, now: Time) -> Wait {
-        request.backend.silence.wrote(request.prefix, now);
-        let unusual_at = request.movable.then(|| record(request.kind)).flatten().map(|unusual| now + unusual);
-        let entry = Entry { request, since: now, unusual_at, verdict: Verdict::Waits };
-        WAITING.with_borrow_mut(|waiting| {
+    /// A request is being sent; `complete` says whether all of it was.
+    pub fn begin(request: Request, complete: bool, now: Time) -> Wait {
+        let entry = Entry { request, since: now, complete: false, unusual_at: None, verdict: Verdict::Waits };
+        let wait = WAITING.with_borrow_mut(|waiting| {
             if waiting.is_empty() {
                 BEGUN.with(|begun| begun.notify_one());
             }
             Wait(waiting.insert(entry))
-        })
+        });
+        if complete {
+            wait.complete(now);
+        }
+        wait
+    }
+
+    /// Some of its body was sent.
+    pub fn goes_on(&self, now: Time) {
+        WAITING.with_borrow_mut(|waiting| {
+            if let Some(entry) = waiting.get_mut(self.0) {
+                entry.since = now;
+            }
+        });
+    }
+
+    /// The whole request was sent.
+    pub fn complete(&self, now: Time) {
+        WAITING.with_borrow_mut(|waiting| {
+            let Some(entry) = waiting.get_mut(self.0).filter(|entry| !entry.complete) else { return };
+            entry.complete = true;
+            entry.since = now;
+            // Only once: whoever is unusual everywhere is unusual by nature.
+            let first = entry.request.movable && entry.request.tried.is_empty();
+            entry.unusual_at = first.then(|| record(entry.request.kind)).flatten().map(|unusual| now + unusual);
+            entry.request.backend.silence.wrote(entry.request.prefix, now);
+        });
     }
 
     /// What was decided about it.
@@ -117,8 +150,10 @@ impl Wait {
 impl Drop for Wait {
     fn drop(&mut self) {
         let entry = WAITING.try_with(|waiting| waiting.borrow_mut().try_remove(self.0));
-        if let Ok(Some(entry)) = entry {
-            entry.request.backend.silence.left();
+        if let Ok(Some(entry)) = entry
+            && entry.complete
+        {
+            entry.request.backend.silence.left(entry.since);
         }
     }
 }
@@ -165,22 +200,21 @@ pub async fn watch() {
             if WAITING.with_borrow(Slab::is_empty) {
                 break;
             }
-            // After a late look the answers that came meanwhile are read first.
-            if due.elapsed() <= LATE {
-                look(clock::now());
-            }
+            look(clock::now(), due.elapsed() > LATE);
         }
     }
 }
 
 enum Step {
-    Cut(RawFd),
-    Overdue(RawFd),
+    Cut(Place),
+    Overdue(Place, u64),
 }
 
-fn look(now: Time) {
+/// One look at all that wait. After a late one the answers that came meanwhile are read before anybody is called silent.
+fn look(now: Time, late: bool) {
     let mut mute: Vec<(Arc<Backend>, Arc<Policy>, Time, bool)> = Vec::new();
     let mut steps = Vec::new();
+    let mut unusual_ones = Vec::new();
     WAITING.with_borrow_mut(|waiting| {
         // Those to whom a backend is silent: judged once for each backend.
         let mut judged: HashMap<u64, (Duration, bool)> = HashMap::new();
@@ -188,14 +222,20 @@ fn look(now: Time) {
             if entry.verdict != Verdict::Waits {
                 continue;
             }
-            let backend = &entry.request.backend;
+            let request = &entry.request;
+            let backend = &request.backend;
             let waited = now.since(entry.since);
-            if waited >= entry.request.timeout {
+            // While a client takes its time with its body the backend has nothing to answer for.
+            let clients_turn = !entry.complete && request.body.as_ref().is_none_or(|client| client.link.awaits_body());
+            if waited >= request.timeout && !clients_turn {
                 entry.verdict = Verdict::TimedOut;
-                steps.push(match entry.request.shared {
-                    true => Step::Overdue(entry.request.descriptor),
-                    false => Step::Cut(entry.request.descriptor),
+                steps.push(match request.shared {
+                    true => Step::Overdue(request.place, backend.id),
+                    false => Step::Cut(request.place),
                 });
+                continue;
+            }
+            if late || !entry.complete {
                 continue;
             }
             let (limit, silent) = *judged.entry(backend.id).or_insert_with(|| {
@@ -204,7 +244,7 @@ fn look(now: Time) {
                 if let Some(found) = found {
                     // One client prefix makes no transition where there are others; its requests are moved all the same.
                     let alone = found.only.is_some_and(|prefix| backend.others_than(prefix, now));
-                    mute.push((backend.clone(), entry.request.policy.clone(), found.since, !alone));
+                    mute.push((backend.clone(), request.policy.clone(), found.since, !alone));
                 }
                 (limit, found.is_some())
             });
@@ -212,15 +252,30 @@ fn look(now: Time) {
                 matches!(backend.view().state, State::Suspect | State::Down) && backend.silence.quiet(limit, now);
             if doubted && !silent && waited >= limit && !mute.iter().any(|(known, ..)| known.id == backend.id) {
                 // The one client that tries a doubted backend has its answer.
-                mute.push((backend.clone(), entry.request.policy.clone(), entry.since, true));
+                let alone = backend.others_than(request.prefix, now);
+                mute.push((backend.clone(), request.policy.clone(), entry.since, !alone));
             }
-            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !entry.request.shared;
-            if entry.request.movable && ((silent || doubted) && waited >= limit || unusual) {
-                entry.verdict = Verdict::Move;
-                steps.push(Step::Cut(entry.request.descriptor));
+            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !request.shared;
+            let reason = (silent || doubted) && waited >= limit || unusual;
+            if !reason || !request.movable {
+                continue;
+            }
+            // A cut that leads nowhere helps nobody: there must be another backend, and a token for it.
+            let mut tried = request.tried.clone();
+            tried.extend(request.pool.members.iter().position(|member| member.backend.id == backend.id));
+            let lively = request.shared && upstream::others_talk(request.place);
+            if lively || !request.pool.has_untried(&tried, false) || !backend.shared.budget.extra(now) {
+                continue;
+            }
+            entry.verdict = Verdict::Move;
+            steps.push(Step::Cut(request.place));
+            if unusual && !silent && !doubted {
+                unusual_ones.push((request.kind, waited));
             }
         }
     });
+    // What was moved for its slowness makes the record longer, or a request that became slower would be moved for ever.
+    unusual_ones.into_iter().for_each(|(kind, waited)| learn(kind, waited));
     for (backend, policy, began, evidence) in mute {
         if evidence {
             let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Mute, began };
@@ -229,8 +284,12 @@ fn look(now: Time) {
     }
     for step in steps {
         match step {
-            Step::Cut(descriptor) => upstream::cut(descriptor),
-            Step::Overdue(descriptor) => upstream::overdue(descriptor),
+            Step::Cut(place) => upstream::cut(place),
+            Step::Overdue(place, backend) => {
+                // Nobody new comes to a connection that is going to be cut.
+                upstream::renew(backend);
+                upstream::overdue(place);
+            }
         }
     }
 }

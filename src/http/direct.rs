@@ -1,0 +1,180 @@
+//! Where a request goes: its route, its place in a pool, and what of it is refused.
+
+use http::header::{self, HeaderName};
+use http::{HeaderMap, Method, Version};
+use pingora_http::RequestHeader;
+use pingora_proxy::Session;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use std::sync::atomic::Ordering::Relaxed;
+
+use super::peer::home;
+use super::route::{Action, Found};
+use super::{Exchange, answer, forward, framer, route};
+use crate::config::Affinity;
+use crate::host::Host;
+use crate::pool;
+use crate::table::{self, End};
+use crate::tcp;
+
+/// Why a request is not served.
+pub struct Refused {
+    /// What the client gets.
+    pub status: u16,
+    /// The same in words.
+    pub reason: &'static str,
+    /// How its exchange ends.
+    pub end: End,
+}
+
+/// Where a request goes.
+pub enum Direction {
+    /// To the pool of its route.
+    Pool,
+    /// To an answer of our own, which its route has.
+    Own,
+}
+
+/// Finds the route of a request, and its place in a pool.
+pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std::result::Result<Direction, Refused> {
+    let malformed = |status, reason| Refused { status, reason, end: End::Malformed };
+    let listener = exchange.listener.clone();
+    let face = match listener.as_deref().map(|listener| &listener.face) {
+        Some(table::Face::Http(face)) => face,
+        // The listener got another face by a reload, and this connection is still here.
+        _ => return Err(Refused { status: 421, reason: answer::sentence(421), end: End::NoRoute }),
+    };
+    let head = session.req_header();
+    let (head_authority, path_and_query) = target(head);
+    exchange.host = head_authority.to_owned();
+    if matches!(head.method, Method::CONNECT | Method::TRACE) {
+        return Err(malformed(405, answer::sentence(405)));
+    }
+    let upgrade = head.headers.get(header::UPGRADE).filter(|_| says(&head.headers, &header::CONNECTION, "upgrade"));
+    if upgrade.is_some_and(|to| {
+        !["websocket", "h2c"].iter().any(|known| to.as_bytes().eq_ignore_ascii_case(known.as_bytes()))
+    }) {
+        return Err(malformed(501, "the only upgrade that is served is websocket"));
+    }
+    if head.headers.get(header::EXPECT).is_some_and(|what| !what.as_bytes().eq_ignore_ascii_case(b"100-continue")) {
+        return Err(malformed(417, answer::sentence(417)));
+    }
+    // HTTP/1 was judged before it came here; HTTP/2 is held to the same.
+    if head.version == Version::HTTP_2 {
+        let plain = |byte: u8| matches!(byte, b'!'..=b'~') && !b"\"<>\\^`{|}#".contains(&byte);
+        if !framer::is_authority(head_authority.as_bytes()) || !head.raw_path().iter().copied().all(plain) {
+            return Err(malformed(400, "the host or the path holds a character that it cannot have"));
+        }
+        if head.headers.len() > framer::MAX_FIELDS {
+            return Err(malformed(431, "the header has more than 128 lines"));
+        }
+    }
+    exchange.h2_client = head.version == Version::HTTP_2;
+    let (path, query) = match path_and_query.split_once('?') {
+        Some((path, query)) => (path, Some(query)),
+        None => (path_and_query, None),
+    };
+    let path = if path.is_empty() { "/" } else { path };
+    let asterisk = head.raw_path() == b"*";
+    let normal = if asterisk { Some("/".into()) } else { route::normalise(path) };
+    let Some(normal) = normal else {
+        return Err(malformed(400, "the path climbs above its root, or holds what is no escape"));
+    };
+    let host = route::host(head_authority);
+    let route = match face.routes.find(&host, &normal, head.method.as_str(), &head.headers) {
+        Found::Route(route) => route.clone(),
+        Found::NoHost => {
+            return Err(Refused { status: 421, reason: answer::sentence(421), end: End::NoRoute });
+        }
+        Found::NoRoute => {
+            return Err(Refused { status: 404, reason: answer::sentence(404), end: End::NoRoute });
+        }
+    };
+    let Action::Pool(pool) = &route.action else {
+        exchange.route = Some(route);
+        return Ok(Direction::Own);
+    };
+    exchange.pool_name = Some(pool.name.clone());
+    let pool = pool.clone();
+
+    let full = |reason| Refused { status: 503, reason, end: End::Full };
+    let most = (u64::from(pool.policy.max_connections) * u64::from(route.share) / 100).max(1) as u32;
+    let Some(place) = pool.shared.connections.take(most) else {
+        pool.shared.refused_full.add(1);
+        return Err(full(answer::sentence(503)));
+    };
+    let connection = exchange.connection.as_deref();
+    let crowded = connection.is_some_and(|connection| connection.link.active.load(Relaxed) > 1);
+    let process = match crowded.then(|| process.connections.take(process.max_connections.load(Relaxed))) {
+        None => None,
+        Some(Some(permit)) => Some(permit),
+        // Each stream of one connection needs a backend's connection, and descriptors are counted for all.
+        Some(None) => return Err(full(answer::sentence(503))),
+    };
+    exchange.permits = [Some(place), process];
+    pool.shared.budget.client(exchange.began);
+
+    let sent = route.path_to_send(&normal);
+    if !asterisk && (sent != path || absolute(head).is_some()) {
+        exchange.target = Some(match query {
+            Some(query) => format!("{sent}?{query}"),
+            None => sent.clone().into_owned(),
+        });
+    }
+    let key = route.idempotency_key.as_ref();
+    let keyed = key.is_some_and(|name| head.headers.get(name).is_some_and(|value| !value.is_empty()));
+    exchange.tunnel = upgrade.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
+    exchange.repeatable = (head.method.is_idempotent() || keyed) && !exchange.tunnel;
+    exchange.kind = {
+        let mut kind = Xxh3::new();
+        for part in [&*route.name, head.method.as_str(), &normal] {
+            kind.update(part.as_bytes());
+            kind.update(b"\0");
+        }
+        kind.digest()
+    };
+    let client = exchange.connection.as_ref().map(|connection| connection.client.ip());
+    match &pool.policy.affinity {
+        Affinity::None => {}
+        Affinity::ClientIp => exchange.pin = client.map(pool::pin),
+        Affinity::Sni => exchange.pin = Some(pool::pin_name(&host)),
+        Affinity::Header(name) => {
+            exchange.pin = head.headers.get(name.as_str()).map(|value| xxh3_64(value.as_bytes()));
+        }
+        Affinity::Cookie(cookie) => {
+            exchange.home = forward::cookie(&head.headers, &cookie.name).and_then(|value| home(&pool, value));
+        }
+    }
+    let trusted = client.is_some_and(|client| forward::trusted(&face.forwarded, client));
+    let known = head.headers.get(forward::REQUEST_ID).filter(|id| trusted && forward::is_request_id(id)).cloned();
+    exchange.request_id = Some(known.unwrap_or_else(|| forward::request_id(&mut tcp::fork_rng())));
+    exchange.route = Some(route);
+    exchange.pool = Some(pool);
+    Ok(Direction::Pool)
+}
+
+/// Host, path and query of a target that is a whole URI, as a client of HTTP/1 may send it.
+fn absolute(head: &RequestHeader) -> Option<(&str, &str)> {
+    let target = std::str::from_utf8(head.raw_path()).ok().filter(|_| head.version != Version::HTTP_2)?;
+    let scheme = ["http://", "https://"]
+        .into_iter()
+        .find(|scheme| target.get(..scheme.len()).is_some_and(|start| start.eq_ignore_ascii_case(scheme)))?;
+    let rest = &target[scheme.len()..];
+    Some(rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len())))
+}
+
+/// The host that a request asks for, as it came, and its path with the query.
+fn target(head: &RequestHeader) -> (&str, &str) {
+    if let Some(parts) = absolute(head) {
+        return parts;
+    }
+    let of_target = head.uri.authority().map(|authority| authority.as_str());
+    let host = of_target.or_else(|| head.headers.get(header::HOST)?.to_str().ok()).unwrap_or("");
+    (host, head.uri.path_and_query().map_or("/", |target| target.as_str()))
+}
+
+/// Whether a header of lists has this word.
+pub fn says(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
+    let lists = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    lists.map(<[u8]>::trim_ascii).any(|found| found.eq_ignore_ascii_case(word.as_bytes()))
+}
