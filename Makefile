@@ -13,10 +13,10 @@ demo: build
 run: build
 	./target/release/sailover run --config $(CONFIG)
 
-build:
+build: packages-build
 	$(CARGO) build --release --locked
 
-test: packages-test
+test: packages-build packages-test
 	$(CARGO) test --locked --profile fast --lib --bins
 	$(CARGO) test --locked --profile fast --test tests -- --nocapture --test-threads 1
 
@@ -25,7 +25,7 @@ check: format lint test licences fuzz smoke
 format:
 	$(CARGO) fmt --all --check
 
-lint:
+lint: packages-build
 	$(CARGO) clippy --locked --profile fast --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items --quiet
 
@@ -44,14 +44,17 @@ deb: build packages-deb
 smoke: deb packages-smoke
 	./packaging/smoke.sh target/deb/*.deb
 
-# What needs other programs: metrics, rules and board against a real Prometheus, PROXY headers against HAProxy and nginx.
+# What needs other programs: metrics, rules and board against a real Prometheus, PROXY headers against HAProxy and nginx,
+# HTTP with curl, h2load, a WebSocket library and gRPC's C core.
 interop: build packages-interop
 	cd packaging && promtool check rules prometheus-rules.yaml && promtool test rules prometheus-tests.yaml
 	python3 tests/interop/prometheus.py
 	python3 tests/interop/proxy_header.py
+	/usr/bin/python3 tests/interop/http_clients.py
 
 bench: build packages-bench
 	python3 benches/compare/run.py --out benches/runs/latest
+	python3 benches/compare/http.py --out benches/runs/latest
 
 # One choice, one table, one step of health, by themselves.
 micro:
