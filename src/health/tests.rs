@@ -314,3 +314,48 @@ fn one_stray_reset_does_not_deepen_a_doubt() {
     assert_eq!(bench.health.blamed(), Depth::Connect);
     assert_eq!(bench.after(10).ok(Source::Probe, Depth::Connect), Some(State::Up));
 }
+
+#[test]
+fn errors_that_a_probe_sees_too_are_still_cleared_by_trials_and_not_for_ever_fatal() {
+    let mut bench = Bench::new(Policy { probe_depth: Some(Depth::Answer), ..Policy::default() });
+    assert_eq!(bench.see(Source::Traffic, Depth::Answer, Seen::Errors), Some(State::Suspect));
+    bench.after(20);
+    assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), Some(State::Down));
+    bench.after(60_000);
+    assert_eq!(bench.ok(Source::Probe, Depth::Answer), None, "what clients saw is for clients to clear");
+    assert!(bench.health.trial_at(&bench.policy).is_some_and(|at| at <= bench.now), "so one of them is asked");
+    for good in 1..=PROOF {
+        let to = bench.after(10).ok(Source::Traffic, Depth::Answer);
+        assert_eq!(to, (good == PROOF).then_some(State::Returning), "{good}");
+    }
+}
+
+#[test]
+fn one_more_error_takes_back_what_good_answers_proved() {
+    let mut bench = Bench::new(Policy::default());
+    assert_eq!(bench.see(Source::Traffic, Depth::Answer, Seen::Errors), Some(State::Suspect));
+    (1..PROOF).for_each(|_| assert_eq!(bench.after(10).ok(Source::Traffic, Depth::Answer), None));
+    assert_eq!(bench.after(10).see(Source::Traffic, Depth::Answer, Seen::Errors), Some(State::Down));
+    bench.after(2_000);
+    assert_eq!(bench.ok(Source::Traffic, Depth::FirstByte), None, "a first byte is no answer");
+    (1..PROOF).for_each(|_| assert_eq!(bench.after(10).ok(Source::Traffic, Depth::Answer), None));
+    assert_eq!(bench.after(10).ok(Source::Traffic, Depth::Answer), Some(State::Returning));
+}
+
+#[test]
+fn a_silence_of_the_whole_backend_is_a_doubt_at_once_and_an_answer_clears_it() {
+    let mut bench = Bench::new(Policy::default());
+    assert_eq!(bench.see(Source::Traffic, Depth::FirstByte, Seen::Mute), Some(State::Suspect));
+    bench.after(10);
+    assert_eq!(bench.ok(Source::Probe, Depth::Connect), None, "a handshake does not clear it");
+    assert_eq!(bench.ok(Source::Traffic, Depth::FirstByte), Some(State::Up));
+}
+
+#[test]
+fn failed_handshakes_in_tls_are_told_by_their_name() {
+    let mut bench = Bench::new(Policy::default());
+    assert_eq!(bench.see(Source::Traffic, Depth::FirstByte, Seen::Tls("expired")), None);
+    assert_eq!(bench.after(20).see(Source::Traffic, Depth::FirstByte, Seen::Tls("expired")), Some(State::Suspect));
+    assert_eq!(bench.health.cause().map(|cause| cause.kind), Some("expired"));
+    assert_eq!(bench.after(20).ok(Source::Probe, Depth::Connect), None);
+}
