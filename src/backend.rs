@@ -23,6 +23,8 @@ use crate::witness::{Answered, Failing};
 /// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
 const TOLD: u64 = 20;
 
+/// Bursts of denials are told of this many seconds apart.
+const DENIALS_APART: u64 = 60;
 /// A prefix that gets errors for at least this share of its requests elsewhere brings them along.
 const EVERYWHERE: f64 = 0.5;
 
@@ -69,6 +71,8 @@ pub struct Counters {
     pub probes: [Counter; 2],
     /// Sessions that ended by a reset or a close of the backend before its first byte.
     pub unanswered: Counter,
+    /// Bursts of answers that denied clients something.
+    pub denial_bursts: Counter,
 }
 
 /// What the backends of one pool share, kept over reloads by the pool's name.
@@ -175,6 +179,11 @@ pub struct Backend {
     good: AtomicU64,
     watched: AtomicBool,
     ratio: Mutex<Ratio>,
+    /// The same for answers that deny a client something (401, 403, 429).
+    undenied: AtomicU64,
+    denials: Mutex<Ratio>,
+    /// When a burst of them was told of last, in whole seconds since the process began.
+    denials_told: AtomicU64,
     /// Wakes its prober, when it has one.
     pub prober: Mutex<Option<Arc<Notify>>>,
     /// When it is probed next, in milliseconds since the process began; 0: never.
@@ -220,6 +229,9 @@ impl Backend {
             good: AtomicU64::new(0),
             watched: AtomicBool::new(false),
             ratio: Mutex::default(),
+            undenied: AtomicU64::new(0),
+            denials: Mutex::default(),
+            denials_told: AtomicU64::new(0),
             prober: Mutex::default(),
             next_probe_ms: AtomicU64::new(0),
             certificate_expiry: AtomicI64::new(0),
@@ -334,6 +346,38 @@ impl Backend {
             let evidence = Evidence { source: Source::Traffic, depth: Depth::Answer, seen: Seen::Errors, began };
             self.observe(policy, &evidence, now);
         }
+    }
+
+    /// An answer that denies its client something, or one that does not. They are the client's matter; but where nearly none
+    /// used to be, a burst of them may be a lost key or a broken limit of the cell's, and is told of.
+    pub fn denied(&self, prefix: u32, denied: bool, now: Time) {
+        if !denied {
+            self.undenied.fetch_add(1, Relaxed);
+            return;
+        }
+        let mut ratio = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
+        ratio.good(self.undenied.swap(0, Relaxed));
+        let others = self.answered.others(prefix, now);
+        let burst = ratio.bad(health::Blame { prefix, others, elsewhere: 0.0 });
+        if burst {
+            // What goes on is the past of tomorrow.
+            ratio.known();
+        }
+        drop(ratio);
+        if !burst {
+            return;
+        }
+        self.counters.denial_bursts.add(1);
+        let told = self.denials_told.load(Relaxed);
+        if told > 0 && now.seconds() < told + DENIALS_APART {
+            return;
+        }
+        self.denials_told.store(now.seconds().max(1), Relaxed);
+        tracing::info!(
+            pool = &*self.shared.name,
+            backend = &*self.name,
+            "a burst of 401, 403 or 429, which were rare before; nothing is done about it"
+        );
     }
 
     /// Whether clients of other prefixes than this were answered lately.

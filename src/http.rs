@@ -491,6 +491,7 @@ impl ProxyHttp for Gateway {
         if let (200..=303 | 307 | 308, Some(took)) = (status, took) {
             wait::learn(exchange.kind, took);
         }
+        backend.denied(exchange.prefix, matches!(status, 401 | 403 | 429), now);
         exchange.status = status;
         exchange.took = Some(took.unwrap_or_default());
         if matches!(status, 502..=504) && exchange.repeatable {

@@ -542,6 +542,14 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
             sample(t, "sailover_probes_total", with(labels, "result", result), counter.get());
         }
     }
+    t.family(
+        "sailover_denial_bursts_total",
+        "counter",
+        "Bursts of 401, 403 and 429 from a backend where they were rare; reported, not acted on.",
+    );
+    for (labels, backend) in members() {
+        t.sample("sailover_denial_bursts_total", &labels, backend.counters.denial_bursts.get());
+    }
     t.family("sailover_races_total", "counter", "Races begun, and those that the later attempt won.");
     for pool in &table.pools {
         for (won, counter) in ["false", "true"].into_iter().zip(&pool.shared.races) {

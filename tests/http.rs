@@ -1007,24 +1007,25 @@ fn what_a_backend_has_said_reaches_the_client_at_once() {
 
 #[test]
 fn a_slow_request_that_has_nowhere_to_go_is_waited_for() {
-    let backend = by_hand(|mut stream| {
+    let slow = |mut stream: TcpStream| {
         while let Some(head) = read_request(&mut stream) {
             if head.contains("x-slow") {
                 std::thread::sleep(Duration::from_millis(900));
             }
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
         }
-    });
-    for backends in [vec![backend], vec![backend, by_hand(|stream| drop(stream))]] {
-        let proxy = proxy(&pool("p", &backends[..1], "probe: off"), "routes: [ { pool: p } ]", "");
+    };
+    let backends = [by_hand(slow), by_hand(slow)];
+    for count in 1..=2 {
+        let proxy = proxy(&pool("p", &backends[..count], "probe: off"), "routes: [ { pool: p } ]", "");
         let address = proxy.address(0);
         let ask = move |more: &str| {
             raw(address, format!("GET /v HTTP/1.1\r\nHost: a\r\n{more}Connection: close\r\n\r\n").as_bytes())
         };
         (0..120).for_each(|_| assert!(ask("").starts_with("HTTP/1.1 200")));
         let slow: Vec<_> = (0..4).map(|_| std::thread::spawn(move || ask("x-slow: 1\r\n"))).collect();
-        for slow in slow {
-            let answer = slow.join().unwrap();
+        for asked in slow {
+            let answer = asked.join().unwrap();
             assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
         }
     }
@@ -1079,4 +1080,26 @@ fn an_upgrade_that_is_none_is_none_for_the_backend_either() {
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     let half = raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: close\r\n\r\n");
     assert!(half.starts_with("HTTP/1.1 200") && !told(&half).contains("upgrade"), "{half}");
+}
+
+#[test]
+fn a_burst_of_denials_is_told_of_and_nothing_else() {
+    let denying = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let switch = denying.clone();
+    let backend = by_hand(move |mut stream| {
+        while read_request(&mut stream).is_some() {
+            let status = if switch.load(std::sync::atomic::Ordering::Relaxed) { "403 No" } else { "200 OK" };
+            let _ = stream.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n").as_bytes());
+        }
+    });
+    let proxy = proxy(&pool("p", &[backend], ""), "routes: [ { pool: p } ]", "");
+    proxy.wait_health(&backend.to_string(), "up", Duration::from_secs(5));
+    let ask = || raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    (0..100).for_each(|_| assert!(ask().starts_with("HTTP/1.1 200")));
+    assert_eq!(proxy.metric("sailover_denial_bursts_total", &[]), 0.0);
+    denying.store(true, std::sync::atomic::Ordering::Relaxed);
+    (0..20).for_each(|_| assert!(ask().starts_with("HTTP/1.1 403")));
+    assert!(proxy.metric("sailover_denial_bursts_total", &[]) >= 1.0);
+    proxy.wait_log("a burst of 401, 403 or 429");
+    assert_eq!(proxy.health(&backend.to_string()), "up");
 }

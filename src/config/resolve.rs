@@ -325,7 +325,7 @@ fn resolve_pool(
             // Another port is another service, which expects no header.
             send_proxy: pool.send_proxy.filter(|_| probe.port.is_none()),
             tls: tls.clone().filter(|_| probe.port.is_none()),
-            version: pool.http.unwrap_or(HttpVersion::Auto),
+            version: pool.http.filter(|_| probe.port.is_none()).unwrap_or(HttpVersion::Auto),
         }
     });
 

@@ -170,7 +170,7 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
         "10.99.1.1:8080".parse().unwrap(),
         drill.rate,
         Duration::from_secs_f64(drill.end_at),
-        Manner { kept: drill.through == Through::HttpKept, slow_one_in },
+        Manner { kept: drill.through == Through::HttpKept, slow_one_in, post_one_in: if http { 20 } else { 0 } },
     );
     let until =
         |at: f64| std::thread::sleep((begin + Duration::from_secs_f64(at)).saturating_duration_since(Instant::now()));
@@ -220,6 +220,7 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
         delay.set(Duration::from_secs_f64(away / 2e3));
     }
     let (of_slow, samples) = load.finish().apart();
+    let (posts, samples) = samples.posts_apart();
 
     let during = samples.between(drill.fault_at, drill.heal_at);
     let offered = drill.rate * (drill.heal_at - drill.fault_at - 0.3);
@@ -260,6 +261,19 @@ fn run(name: &str, drill: &Drill) -> Vec<String> {
     let cut = of_slow.0.iter().filter(cut).map(|sample| format!("{sample:?}")).collect::<Vec<_>>();
     if !cut.is_empty() {
         missed.push(format!("slow requests were cut: {}", cut.join(", ")));
+    }
+    // A POST is executed once at most, and answered with a status, whatever it is.
+    let mut ids: Vec<String> = backends.iter().flat_map(|backend| backend.posts.lock().unwrap().clone()).collect();
+    let executed = ids.len();
+    ids.sort();
+    ids.dedup();
+    if ids.len() != executed {
+        missed.push(format!("{} POSTs were executed twice", executed - ids.len()));
+    }
+    let unanswered = |sample: &&Sample| sample.result.as_ref().is_err_and(|error| !error.starts_with("HTTP/1.1 50"));
+    let unanswered = posts.0.iter().filter(unanswered).count();
+    if unanswered > 0 {
+        missed.push(format!("{unanswered} of {} POSTs had no answer: {:?}", posts.0.len(), posts.errors()));
     }
     let mut bar = |met: bool, text: String| {
         if !met {

@@ -43,6 +43,8 @@ pub struct Backend {
     applied: Arc<Mutex<Mode>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    /// Of the POST requests that it executed, what their `X-Id` said.
+    pub posts: Arc<Mutex<Vec<String>>>,
 }
 
 impl Backend {
@@ -57,18 +59,20 @@ impl Backend {
         let stop = Arc::new(AtomicBool::new(false));
         let applied = Arc::new(Mutex::new(Mode::Serve));
         let (told, tell) = std::sync::mpsc::channel();
+        let posts: Arc<Mutex<Vec<String>>> = Arc::default();
         let thread = {
             let (state, stop, applied, name) = (state.clone(), stop.clone(), applied.clone(), name.to_owned());
+            let posts = posts.clone();
             std::thread::spawn(move || {
                 if let Some(namespace) = namespace {
                     netns::enter(&namespace);
                 }
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(serve(address, name, state, stop, applied, told));
+                runtime.block_on(serve(address, name, state, stop, applied, told, posts));
             })
         };
         let address = tell.recv().expect("the backend binds");
-        Backend { address, state, applied, stop, thread: Some(thread) }
+        Backend { address, state, applied, stop, thread: Some(thread), posts }
     }
 
     /// Changes what it does with new connections, and waits until it does.
@@ -94,6 +98,7 @@ async fn serve(
     stop: Arc<AtomicBool>,
     applied: Arc<Mutex<Mode>>,
     told: std::sync::mpsc::Sender<SocketAddr>,
+    posts: Arc<Mutex<Vec<String>>>,
 ) {
     let bind = |address: SocketAddr| {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
@@ -125,7 +130,7 @@ async fn serve(
                 if mode == Mode::Reset {
                     let _ = stream.set_zero_linger();
                 } else {
-                    tokio::spawn(connection(stream, mode, name, state.clone()));
+                    tokio::spawn(connection(stream, mode, name, state.clone(), posts.clone()));
                 }
             }
             _ = tick.tick() => {}
@@ -133,7 +138,13 @@ async fn serve(
     }
 }
 
-async fn connection(mut stream: tokio::net::TcpStream, mode: Mode, name: String, state: Arc<Mutex<Mode>>) {
+async fn connection(
+    mut stream: tokio::net::TcpStream,
+    mode: Mode,
+    name: String,
+    state: Arc<Mutex<Mode>>,
+    posts: Arc<Mutex<Vec<String>>>,
+) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut request = Vec::new();
     let mut buffer = [0u8; 16 << 10];
@@ -172,6 +183,11 @@ async fn connection(mut stream: tokio::net::TcpStream, mode: Mode, name: String,
                     // What it does now, and not what it did when the connection began.
                     let now = *state.lock().unwrap();
                     let healthz = head.starts_with("GET /healthz");
+                    if head.starts_with("POST ") {
+                        let lower = head.to_ascii_lowercase();
+                        let id = lower.lines().find_map(|line| line.strip_prefix("x-id: "));
+                        posts.lock().unwrap().push(id.unwrap_or_default().to_owned());
+                    }
                     let failing = match now {
                         Mode::Fail(percent) => !healthz && fastrand::u8(..100) < percent,
                         Mode::Unhealthy => healthz,

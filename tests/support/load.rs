@@ -22,6 +22,8 @@ pub struct Manner {
     pub kept: bool,
     /// One request in so many asks for `/slow`, which takes three seconds; 0: none.
     pub slow_one_in: u32,
+    /// One request in so many is a POST with an id of its own; 0: none.
+    pub post_one_in: u32,
 }
 
 /// One request.
@@ -29,6 +31,8 @@ pub struct Manner {
 pub struct Sample {
     /// Whether it asked for `/slow`.
     pub slow: bool,
+    /// Whether it was a POST.
+    pub post: bool,
     /// Scheduled time from the start of the load.
     pub at: Duration,
     pub latency: Duration,
@@ -50,6 +54,12 @@ impl Samples {
     pub fn apart(&self) -> (Samples, Samples) {
         let (slow, others) = self.0.iter().cloned().partition(|sample| sample.slow);
         (Samples(slow), Samples(others))
+    }
+
+    /// POST requests, and the others.
+    pub fn posts_apart(&self) -> (Samples, Samples) {
+        let (posts, others) = self.0.iter().cloned().partition(|sample| sample.post);
+        (Samples(posts), Samples(others))
     }
 
     pub fn failed(&self) -> usize {
@@ -125,11 +135,17 @@ async fn run(target: SocketAddr, rate: f64, length: Duration, manner: Manner) ->
         sleep_until(start + at).await;
         let (samples, kept) = (samples.clone(), kept.clone());
         let slow = manner.slow_one_in > 0 && i % manner.slow_one_in == 0;
+        let post = !slow && manner.post_one_in > 0 && i % manner.post_one_in == 0;
+        let start_of_request = match (slow, post) {
+            (true, _) => "GET /slow HTTP/1.1\r\nHost: x\r\n".to_owned(),
+            (_, true) => format!("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nX-Id: {i}\r\n"),
+            _ => "GET / HTTP/1.1\r\nHost: x\r\n".to_owned(),
+        };
         tasks.spawn(async move {
             let asked = async {
                 match manner.kept {
-                    true => request_kept(target, &kept, slow).await,
-                    false => request(target, slow).await,
+                    true => request_kept(target, &kept, start_of_request).await,
+                    false => request(target, start_of_request).await,
                 }
             };
             let result = match timeout_at(start + at + PATIENCE, asked).await {
@@ -138,7 +154,7 @@ async fn run(target: SocketAddr, rate: f64, length: Duration, manner: Manner) ->
                 Err(_) => Err("no answer in time".to_owned()),
             };
             let latency = start.elapsed() - at;
-            samples.lock().unwrap().push(Sample { slow, at, latency, result });
+            samples.lock().unwrap().push(Sample { slow, post, at, latency, result });
         });
         while tasks.try_join_next().is_some() {}
     }
@@ -149,7 +165,7 @@ async fn run(target: SocketAddr, rate: f64, length: Duration, manner: Manner) ->
 }
 
 /// One request over a connection that another left behind, or a new one.
-async fn request_kept(target: SocketAddr, kept: &Mutex<Vec<TcpStream>>, slow: bool) -> std::io::Result<String> {
+async fn request_kept(target: SocketAddr, kept: &Mutex<Vec<TcpStream>>, head: String) -> std::io::Result<String> {
     let old = kept.lock().unwrap().pop();
     let mut stream = match old {
         Some(stream) => stream,
@@ -159,8 +175,7 @@ async fn request_kept(target: SocketAddr, kept: &Mutex<Vec<TcpStream>>, slow: bo
             stream
         }
     };
-    let path = if slow { "/slow" } else { "/" };
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await?;
+    stream.write_all(format!("{head}\r\n").as_bytes()).await?;
     let mut answer = Vec::new();
     let mut part = [0; 4096];
     loop {
@@ -188,11 +203,10 @@ async fn request_kept(target: SocketAddr, kept: &Mutex<Vec<TcpStream>>, slow: bo
     }
 }
 
-async fn request(target: SocketAddr, slow: bool) -> std::io::Result<String> {
+async fn request(target: SocketAddr, head: String) -> std::io::Result<String> {
     let mut stream = TcpStream::connect(target).await?;
     stream.set_nodelay(true)?;
-    let path = if slow { "/slow" } else { "/" };
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+    stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).await?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer).into_owned();
