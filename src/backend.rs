@@ -299,8 +299,8 @@ impl Backend {
     }
 
     /// The first byte of an answer to a request; `took` is `None` where it came before the whole request had.
-    pub fn heard(&self, took: Option<Duration>) {
-        self.silence.heard();
+    pub fn heard(&self, took: Option<Duration>, now: Time) {
+        self.silence.heard(now);
         if let Some(took) = took {
             self.first_byte.record(took);
         }
@@ -378,6 +378,14 @@ impl Backend {
             backend = &*self.name,
             "a burst of 401, 403 or 429, which were rare before; nothing is done about it"
         );
+    }
+
+    /// Whether it was given up because nothing came from it any more, and nothing has come since.
+    pub fn vanished(&self) -> bool {
+        let view = self.view();
+        view.state == State::Down
+            && self.silence.unheard(view.since)
+            && self.health().cause().is_some_and(|cause| matches!(cause.kind, "silent" | "refused"))
     }
 
     /// Whether clients of other prefixes than this were answered lately.

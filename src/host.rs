@@ -31,6 +31,8 @@ pub struct Host {
     pub extra_attempts: Arc<Gauge>,
     /// Most of them.
     pub max_extra: AtomicU32,
+    /// Most idle connections that HTTP keeps to backends.
+    pub max_idle: AtomicU32,
     /// Errors of our own, by errno.
     pub local_errors: LocalErrors,
     /// Accepting paused because descriptors or memory ran out, or at a cap.
@@ -62,6 +64,7 @@ impl Host {
             max_connections: AtomicU32::new(1),
             extra_attempts: Arc::default(),
             max_extra: AtomicU32::new(1),
+            max_idle: AtomicU32::new(0),
             local_errors: LocalErrors::default(),
             accept_paused: Default::default(),
             access,
@@ -79,6 +82,12 @@ impl Host {
     pub fn set_limits(&self, limits: DescriptorLimits) {
         self.max_connections.store(limits.connections, Relaxed);
         self.max_extra.store(limits.extra_attempts, Relaxed);
+        self.max_idle.store(limits.idle, Relaxed);
+    }
+
+    /// How many idle connections to backends one worker keeps, at least one. The engine keeps those of either HTTP apart.
+    pub fn idle_kept(&self) -> usize {
+        (self.max_idle.load(Relaxed) as usize / self.beats.len().max(1) / 2).max(1)
     }
 }
 
@@ -89,15 +98,22 @@ pub struct DescriptorLimits {
     pub connections: u32,
     /// Most attempts beyond each client's first.
     pub extra_attempts: u32,
+    /// Most idle connections that HTTP keeps to backends; 0 without an `http` listener.
+    pub idle: u32,
 }
 
 /// Divides `open_files` descriptors: a reserve, the listening sockets, one descriptor per prober, the pipes, a
-/// twentieth for extra attempts, and the rest for connections.
-pub fn descriptor_limits(open_files: u64, listening: usize, probers: usize) -> DescriptorLimits {
+/// twentieth for extra attempts, with HTTP a twentieth for idle connections to backends, and the rest for connections.
+pub fn descriptor_limits(open_files: u64, listening: usize, probers: usize, http: bool) -> DescriptorLimits {
     let extra = (open_files / 20).clamp(8, 8_192);
-    let taken = RESERVE + listening as u64 + probers as u64 + 2 * u64::from(MOST_PIPES) + extra;
+    let idle = if http { extra } else { 0 };
+    let taken = RESERVE + listening as u64 + probers as u64 + 2 * u64::from(MOST_PIPES) + extra + idle;
     let connections = open_files.saturating_sub(taken) / PER_CONNECTION;
-    DescriptorLimits { connections: connections.clamp(1, u64::from(u32::MAX)) as u32, extra_attempts: extra as u32 }
+    DescriptorLimits {
+        connections: connections.clamp(1, u64::from(u32::MAX)) as u32,
+        extra_attempts: extra as u32,
+        idle: idle as u32,
+    }
 }
 
 /// Errors that say something about this machine and nothing about a backend.
@@ -138,9 +154,11 @@ mod tests {
 
     #[test]
     fn descriptors_are_divided_without_remainder_or_overdraft() {
-        let limits = descriptor_limits(20_000, 4, 100);
+        let limits = descriptor_limits(20_000, 4, 100, false);
         let used = 128 + 4 + 100 + 384 + u64::from(limits.extra_attempts) + 2 * u64::from(limits.connections);
         assert!((19_998..=20_000).contains(&used), "{limits:?} use {used}");
-        assert_eq!(descriptor_limits(256, 4, 100).connections, 1);
+        let http = descriptor_limits(20_000, 4, 100, true);
+        assert_eq!(http.connections, limits.connections - http.idle / 2, "idle connections have descriptors too");
+        assert_eq!(descriptor_limits(256, 4, 100, true).connections, 1);
     }
 }

@@ -197,6 +197,7 @@ impl ProxyHttp for Gateway {
             .and_then(|digest| digest.user_data.as_ref()?.downcast_ref::<Arc<Connection>>().cloned());
         let Some(connection) = about else { return Err(Error::new_in(ErrorType::InternalError)) };
         connection.link.active.fetch_add(1, Relaxed);
+        exchange.h2_client = session.req_header().version == Version::HTTP_2;
         exchange.prefix = witness::prefix(connection.client.ip());
         exchange.listener = connection.listener(&self.host);
         exchange.connection = Some(connection);
@@ -466,14 +467,14 @@ impl ProxyHttp for Gateway {
         }
         if response.status.is_informational() && status != 101 {
             // A sign of life, and no answer yet.
-            backend.heard(None);
+            backend.heard(None, clock::now());
             return Ok(());
         }
         let now = clock::now();
         // An answer that comes before the whole request has come says nothing about time.
         let took = exchange.sent.map(|sent| now.since(sent));
         exchange.wait = None;
-        backend.heard(took.filter(|_| !is_error(status)));
+        backend.heard(took.filter(|_| !is_error(status)), now);
         if let Some(line) = &mut exchange.line {
             line.talks();
         }
@@ -677,7 +678,7 @@ impl ProxyHttp for Gateway {
         };
         let listener = exchange.listener.clone();
         let pages = match listener.as_deref().map(|listener| &listener.face) {
-            Some(table::Face::Http(face)) => face.pages.as_slice(),
+            Some(table::Face::Http(face)) => &*face.pages,
             _ => &[],
         };
         let reason = exchange.refused.unwrap_or_else(|| answer::sentence(status));
@@ -689,7 +690,7 @@ impl ProxyHttp for Gateway {
             session.set_keepalive(None);
         }
         let sent = answer::error(session, status, reason, retry_after, pages).await;
-        if !kept && !whole && sent.is_ok() {
+        if !kept && !whole && sent.is_ok() && !exchange.h2_client {
             // What the client still sends must not turn the close into a reset that overtakes the answer.
             session.shutdown().await;
         }
@@ -710,6 +711,7 @@ impl ProxyHttp for Gateway {
         };
         let shared = &connection.shared;
         shared.requests[usize::from(exchange.status / 100).min(5)].add(1);
+        shared.request_ends[end as usize].add(1);
         shared.retries.add(u64::from(exchange.retries));
         let now = clock::now();
         let mut record = AccessRecord::new(connection.name.clone(), connection.client);

@@ -87,7 +87,8 @@ pub fn prepare(
     let listening = config.listeners.iter().map(|listener| listener.bind.len()).sum::<usize>() * workers;
     let backends = config.pools.iter().filter(|pool| pool.probe.is_some());
     let at_most = backends.flat_map(|pool| &pool.cells).map(|cell| cell.backends.len()).sum();
-    let limits = descriptor_limits(open_files, listening, at_most);
+    let http = config.listeners.iter().any(|listener| matches!(listener.face, config::Face::Http(_)));
+    let limits = descriptor_limits(open_files, listening, at_most, http);
     let (table, difference) = table::build(config, loaded.hash, previous, limits.connections, clock::now())?;
     let probers = probe::wanted(&table)?;
     Ok(Prepared { table: Arc::new(table), difference, limits, probers, warnings })

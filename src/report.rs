@@ -441,7 +441,7 @@ pub fn metrics(host: &Host, info: &Info) -> String {
     }
     t.family("sailover_connections_total", "counter", "Connections of clients that ended, by how.");
     for listener in &listeners {
-        for end in End::ALL {
+        for end in End::ALL.into_iter().filter(|end| !end.of_requests_alone()) {
             let labels = [("listener", &*listener.name), ("end", end.word())];
             t.sample("sailover_connections_total", &labels, listener.shared.ends[end as usize].get());
         }
@@ -451,6 +451,13 @@ pub fn metrics(host: &Host, info: &Info) -> String {
     for listener in http() {
         for (class, counter) in ["none", "1xx", "2xx", "3xx", "4xx", "5xx"].into_iter().zip(&listener.shared.requests) {
             t.sample("sailover_requests_total", &[("listener", &listener.name), ("class", class)], counter.get());
+        }
+    }
+    t.family("sailover_request_ends_total", "counter", "HTTP requests that ended, by how.");
+    for listener in http() {
+        for end in End::ALL {
+            let labels = [("listener", &*listener.name), ("end", end.word())];
+            t.sample("sailover_request_ends_total", &labels, listener.shared.request_ends[end as usize].get());
         }
     }
     t.family("sailover_request_retries_total", "counter", "HTTP requests sent to a second or later backend.");

@@ -20,6 +20,8 @@ pub struct Silence {
     first: AtomicU64,
     prefix: AtomicU32,
     mixed: AtomicBool,
+    /// When the last first byte came.
+    heard: AtomicU64,
 }
 
 /// A silence that has lasted too long.
@@ -54,8 +56,14 @@ impl Silence {
     }
 
     /// A first byte came, for anybody.
-    pub fn heard(&self) {
+    pub fn heard(&self, now: Time) {
         self.written.store(0, Relaxed);
+        self.heard.store(now.0, Relaxed);
+    }
+
+    /// Whether nobody has got a first byte since `at`.
+    pub fn unheard(&self, at: Time) -> bool {
+        self.heard.load(Relaxed) < at.0
     }
 
     /// How many requests wait.
@@ -101,7 +109,7 @@ mod tests {
         for _ in 0..10 {
             silence.wrote(1, START);
         }
-        silence.heard();
+        silence.heard(START);
         silence.left(START);
         assert_eq!(silence.mute(LIMIT, START + LIMIT * 100), None);
         for _ in 0..2 {

@@ -111,7 +111,7 @@ pub struct Http {
     /// What backends are told about the client.
     pub forwarded: Forwarded,
     /// Bodies of answers of our own, by status.
-    pub pages: Vec<(u16, Page)>,
+    pub pages: Arc<[(u16, Page)]>,
 }
 
 /// Server names and their pools. An exact name comes first, then the longest `*.suffix`, then the default.
@@ -261,6 +261,11 @@ impl End {
         }
     }
 
+    /// Whether it is a request, and not a connection, that can end so.
+    pub fn of_requests_alone(self) -> bool {
+        matches!(self, End::Answered | End::Responded | End::Timeout)
+    }
+
     /// Whether the client did not get what it came for.
     pub fn failed(self) -> bool {
         use End::*;
@@ -277,6 +282,8 @@ pub struct ListenerShared {
     pub beginnings: Arc<Gauge>,
     /// Connections by end.
     pub ends: [Counter; End::ALL.len()],
+    /// HTTP requests by end.
+    pub request_ends: [Counter; End::ALL.len()],
     /// Bytes from clients, and to clients.
     pub bytes: [Counter; 2],
     /// HTTP requests by the class of their status: none, 1xx to 5xx.
@@ -445,7 +452,7 @@ fn face(wanted: &config::Face, pools: &[Arc<Pool>]) -> Option<Face> {
             routes: Routes::new(&http.routes, pools)?,
             h2c: http.h2c,
             forwarded: http.forwarded.clone(),
-            pages: http.errors.clone(),
+            pages: http.errors.clone().into(),
         }))),
         config::Face::Sni { routes, default } => {
             let mut found = SniRoutes { exact: HashMap::new(), suffixes: HashMap::new(), default: None };

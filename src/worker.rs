@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::clock;
 use crate::host::Host;
+use crate::http;
 use crate::listen::{self, Stop};
 use crate::session;
 use crate::sys;
@@ -101,6 +102,8 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
     let mut ticks = 0;
     let (mut cpu, mut wall) = (sys::thread_cpu(), Instant::now());
     let mut accepting = JoinSet::new();
+    // If it ended by a panic no request would have its time any more.
+    accepting.spawn(http::wait::watch());
     loop {
         tokio::select! {
             command = commands.recv() => match command {
@@ -113,7 +116,7 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
                     Err(error) => tracing::error!(%bind, %error, "cannot accept on this address"),
                 },
             },
-            // An accept loop ends when its address is given up. By a panic it must not: then the process ends.
+            // An accept loop ends when its address is given up. By a panic none of these must: then the process ends.
             Some(Err(_)) = accepting.join_next() => return,
             () = sleep_until(next) => {
                 let lag = next.elapsed();

@@ -14,6 +14,8 @@ mod files;
 mod hello;
 /// HTTP: bodies, refusals, routes, headers, times, stickiness.
 mod http;
+/// Where HTTP is hard.
+mod http_edge;
 /// Every key of reference.yaml changes something.
 mod keys;
 /// The operator's side: status, reload, drain, stop.

@@ -57,7 +57,7 @@ fn the_import_table_holds() {
             ],
         ),
         ("listen", &["host", "http", "limits", "table", "tcp"]),
-        ("worker", &["clock", "host", "listen", "session", "sys"]),
+        ("worker", &["clock", "host", "http", "listen", "session", "sys"]),
         ("host", &["limits", "log", "metrics", "table"]),
         ("log", &["clock", "config", "dial", "metrics", "table"]),
         ("drain", &["pool", "table"]),

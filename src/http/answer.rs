@@ -27,13 +27,21 @@ pub fn sentence(status: u16) -> &'static str {
     }
 }
 
-/// A whole answer as bytes, for connections that the engine no longer speaks to.
-pub fn raw(status: u16, reason: &str) -> Vec<u8> {
+/// The configured body of a status and its media type, or a plain one that says `reason`.
+fn body(status: u16, reason: &str, pages: &[(u16, Page)]) -> (String, String) {
+    match pages.iter().find(|(known, _)| *known == status) {
+        Some((_, page)) => (page.body.clone(), page.content_type.clone()),
+        None => (format!("{status} {reason}\n"), "text/plain; charset=utf-8".to_owned()),
+    }
+}
+
+/// A whole answer as bytes, for requests that the engine never sees.
+pub fn raw(status: u16, reason: &str, pages: &[(u16, Page)]) -> Vec<u8> {
     let phrase = StatusCode::from_u16(status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Error");
-    let body = format!("{status} {phrase}: {reason}\n");
+    let (body, content_type) = body(status, reason, pages);
     let length = body.len();
     format!(
-        "HTTP/1.1 {status} {phrase}\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: {length}\r\n\
+        "HTTP/1.1 {status} {phrase}\r\ncontent-type: {content_type}\r\ncontent-length: {length}\r\n\
          cache-control: no-store\r\nconnection: close\r\n\r\n{body}"
     )
     .into_bytes()
@@ -50,11 +58,7 @@ pub async fn error(
     retry_after: Option<u64>,
     pages: &[(u16, Page)],
 ) -> Result<()> {
-    let page = pages.iter().find(|(known, _)| *known == status).map(|(_, page)| page);
-    let (body, content_type) = match page {
-        Some(page) => (page.body.clone(), page.content_type.as_str()),
-        None => (format!("{status} {reason}\n"), "text/plain; charset=utf-8"),
-    };
+    let (body, content_type) = body(status, reason, pages);
     let mut head = ResponseHeader::build(status, Some(5))?;
     head.insert_header(CONTENT_TYPE, content_type)?;
     head.insert_header(CACHE_CONTROL, "no-store")?;

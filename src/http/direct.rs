@@ -69,7 +69,6 @@ pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std
             return Err(malformed(431, "the header has more than 128 lines"));
         }
     }
-    exchange.h2_client = head.version == Version::HTTP_2;
     let (path, query) = match path_and_query.split_once('?') {
         Some((path, query)) => (path, Some(query)),
         None => (path_and_query, None),
@@ -112,6 +111,9 @@ pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std
         Some(None) => return Err(full(answer::sentence(503))),
     };
     exchange.permits = [Some(place), process];
+    if let Some(connection) = connection.filter(|_| !exchange.h2_client) {
+        connection.link.bound_idle(pool.policy.idle);
+    }
     pool.shared.budget.client(exchange.began);
 
     let sent = route.path_to_send(&normal);

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::stream::{Edge, Link, Patience};
-use super::{Gateway, PASSES, wait};
+use super::{Gateway, PASSES};
 use crate::clock;
 use crate::hello::Greeting;
 use crate::host::Host;
@@ -33,8 +33,6 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const GOING: Duration = Duration::from_secs(3_600);
 /// How long an idle connection still takes a request after that.
 const GRACE: Duration = Duration::from_millis(300);
-/// Idle connections to backends that one worker keeps.
-const IDLE_KEPT: usize = 1_024;
 
 thread_local! {
     static ENGINE: OnceCell<Arc<HttpProxy<Gateway>>> = const { OnceCell::new() };
@@ -111,12 +109,11 @@ fn engine(host: &Arc<Host>) -> Arc<HttpProxy<Gateway>> {
             let conf = ServerConf {
                 threads: 1,
                 max_retries: PASSES,
-                upstream_keepalive_pool_size: IDLE_KEPT,
+                upstream_keepalive_pool_size: host.idle_kept(),
                 // Each pool brings its own authorities. The engine would panic over a system that has none, so it reads none.
                 ca_file: Some("/dev/null".to_owned()),
                 ..ServerConf::default()
             };
-            tokio::spawn(wait::watch());
             Arc::new(http_proxy(&Arc::new(conf), Gateway::new(host.clone())))
         };
         engine.get_or_init(make).clone()
@@ -207,6 +204,10 @@ async fn run(
         Stream::Plain(_) => None,
         Stream::Tls(_) => Some(Secured { subject: stream.subject() }),
     };
+    let pages = match &listener.face {
+        Face::Http(face) => face.pages.clone(),
+        Face::Tcp(_) | Face::Sni(_) => [].into(),
+    };
     let patience = Patience { header: listener.header, keepalive: listener.keepalive, idle: listener.http_idle() };
     let connection = Arc::new(Connection {
         link: link.clone(),
@@ -221,7 +222,7 @@ async fn run(
     });
     let shared = connection.shared.clone();
     let about: Box<dyn std::any::Any + Send + Sync> = Box::new(connection);
-    let edge = match Edge::new(stream, greeting.bytes, h2, link.clone(), patience, about) {
+    let edge = match Edge::new(stream, greeting.bytes, h2, link.clone(), patience, pages, about) {
         Ok(edge) => edge,
         Err(_) => return End::ClientGone,
     };
@@ -253,7 +254,9 @@ async fn run(
     if let Some((refusal, line)) = link.refused() {
         let mut words = line.as_deref().unwrap_or("").split(' ');
         let word = |word: Option<&str>| word.unwrap_or("").chars().take(256).collect::<String>();
+        let end = if refusal.status == 408 { End::Handshake } else { End::Malformed };
         shared.requests[usize::from(refusal.status / 100)].add(1);
+        shared.request_ends[end as usize].add(1);
         record.http = Some(Box::new(HttpRecord {
             method: word(words.next()),
             host: String::new(),
@@ -263,7 +266,7 @@ async fn run(
             id: String::new(),
         }));
         tracing::debug!(listener = &*record.listener, client = %record.client, reason = refusal.reason, "refused");
-        return if refusal.status == 408 { End::Handshake } else { End::Malformed };
+        return end;
     }
     if link.timed_out() { End::Idle } else { End::ClientClosed }
 }

@@ -27,6 +27,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::answer;
 use super::framer::{Framer, Refusal};
+use crate::config::http::Page;
 use crate::tls;
 
 /// Bytes on their way to the client are gathered up to this many, until the engine says that they should go.
@@ -75,6 +76,8 @@ pub struct Link {
     closing: AtomicBool,
     /// The engine waits for more of a body.
     awaits_body: AtomicBool,
+    /// Milliseconds without a byte that the present request may have; 0: as long as the connection.
+    idle_ms: AtomicU64,
     timed_out: AtomicBool,
     waker: Mutex<Option<Waker>>,
     refused: Mutex<Option<(Refusal, Option<String>)>>,
@@ -104,6 +107,11 @@ impl Link {
     /// From now on answers say that it is going.
     pub fn say_close(&self) {
         self.going.store(true, Relaxed);
+    }
+
+    /// The present request may go so long without a byte, where that is shorter than the connection's own bound.
+    pub fn bound_idle(&self, idle: Duration) {
+        self.idle_ms.store(idle.as_millis() as u64, Relaxed);
     }
 
     /// Whether it is the client that has to go on, with more of its body.
@@ -155,6 +163,8 @@ pub struct Edge {
     give: usize,
     out: Vec<u8>,
     patience: Patience,
+    /// Bodies of answers of our own, by status.
+    pages: Arc<[(u16, Page)]>,
     phase: Phase,
     since: Instant,
     timer: Option<Pin<Box<Sleep>>>,
@@ -188,6 +198,7 @@ impl Edge {
         h2: bool,
         link: Arc<Link>,
         patience: Patience,
+        pages: Arc<[(u16, Page)]>,
         about: Box<dyn std::any::Any + Send + Sync>,
     ) -> io::Result<Edge> {
         let response = ResponseHeader::build(200, Some(0)).map_err(|error| io::Error::other(error.to_string()))?;
@@ -203,6 +214,7 @@ impl Edge {
             give: 0,
             out: Vec::new(),
             patience,
+            pages,
             // The first head is due at once, not after a pause between requests.
             phase: if h2 { Phase::Busy } else { Phase::Head },
             since: Instant::now(),
@@ -216,7 +228,10 @@ impl Edge {
         match self.phase {
             Phase::Waiting => self.patience.keepalive,
             Phase::Head => self.patience.header,
-            Phase::Busy => self.patience.idle,
+            Phase::Busy => match self.link.idle_ms.load(Relaxed) {
+                0 => self.patience.idle,
+                bound => self.patience.idle.min(Duration::from_millis(bound)),
+            },
         }
     }
 
@@ -242,6 +257,10 @@ impl Edge {
     fn overdue(&mut self, context: &mut Context<'_>) -> bool {
         let (limit, since, phase) = (self.limit(), self.since, self.phase);
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(since + limit)));
+        // During a request it may stand where a longer bound put it.
+        if phase == Phase::Busy && timer.deadline() > Instant::now() + limit {
+            timer.as_mut().reset(Instant::now() + limit);
+        }
         while timer.as_mut().poll(context).is_ready() {
             let now = Instant::now();
             if phase != Phase::Busy {
@@ -313,7 +332,7 @@ impl Edge {
         self.ahead = Vec::new();
         (self.at, self.give) = (0, 0);
         let until = Instant::now() + LINGER;
-        let answer = answer::raw(refusal.status, refusal.reason);
+        let answer = answer::raw(refusal.status, refusal.reason, &self.pages);
         self.ending = Some(Ending { answer, written: 0, shut: false, until, left: LINGER_BYTES });
     }
 

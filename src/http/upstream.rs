@@ -45,6 +45,9 @@ const NOBODY: &[u8] = include_bytes!("nobody.pem");
 /// Pools whose certificates one worker keeps at hand.
 const POOLS_KEPT: usize = 256;
 
+/// Backends of which one worker remembers that their connections were given up.
+const RENEWED_KEPT: usize = 4_096;
+
 thread_local! {
     static CERTIFICATES: RefCell<HashMap<u64, Arc<Certificates>>> = RefCell::default();
     /// Open connections of this worker's engine, by descriptor. An entry is taken out before its descriptor is closed.
@@ -185,7 +188,13 @@ pub fn overdue(place: Place) {
 
 /// From now on this worker takes no idle connection to the backend that is there already.
 pub fn renew(backend: u64) {
-    RENEWED.with_borrow_mut(|renewed| *renewed.entry(backend).or_default() += 1);
+    RENEWED.with_borrow_mut(|renewed| {
+        if renewed.len() >= RENEWED_KEPT && !renewed.contains_key(&backend) {
+            // Most are of tables long gone; what the others had given up is closed by now, or will be found dead.
+            renewed.clear();
+        }
+        *renewed.entry(backend).or_default() += 1;
+    });
 }
 
 /// How often connections to the backend were given up so.

@@ -217,7 +217,7 @@ fn look(now: Time, late: bool) {
     let mut unusual_ones = Vec::new();
     WAITING.with_borrow_mut(|waiting| {
         // Those to whom a backend is silent: judged once for each backend.
-        let mut judged: HashMap<u64, (Duration, bool)> = HashMap::new();
+        let mut judged: HashMap<u64, (Duration, bool, bool)> = HashMap::new();
         for (_, entry) in waiting.iter_mut() {
             if entry.verdict != Verdict::Waits {
                 continue;
@@ -238,7 +238,7 @@ fn look(now: Time, late: bool) {
             if late || !entry.complete {
                 continue;
             }
-            let (limit, silent) = *judged.entry(backend.id).or_insert_with(|| {
+            let (limit, silent, vanished) = *judged.entry(backend.id).or_insert_with(|| {
                 let limit = silent_after(backend);
                 let found = backend.silence.mute(limit, now);
                 if let Some(found) = found {
@@ -246,7 +246,8 @@ fn look(now: Time, late: bool) {
                     let alone = found.only.is_some_and(|prefix| backend.others_than(prefix, now));
                     mute.push((backend.clone(), request.policy.clone(), found.since, !alone));
                 }
-                (limit, found.is_some())
+                // Whoever waited before it fell silent waits for ever, and has nobody beside him any more.
+                (limit, found.is_some(), backend.vanished())
             });
             let doubted =
                 matches!(backend.view().state, State::Suspect | State::Down) && backend.silence.quiet(limit, now);
@@ -256,7 +257,7 @@ fn look(now: Time, late: bool) {
                 mute.push((backend.clone(), request.policy.clone(), entry.since, !alone));
             }
             let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !request.shared;
-            let reason = (silent || doubted) && waited >= limit || unusual;
+            let reason = (silent || doubted || vanished) && waited >= limit || unusual;
             if !reason || !request.movable {
                 continue;
             }
@@ -269,7 +270,7 @@ fn look(now: Time, late: bool) {
             }
             entry.verdict = Verdict::Move;
             steps.push(Step::Cut(request.place));
-            if unusual && !silent && !doubted {
+            if unusual && !silent && !doubted && !vanished {
                 unusual_ones.push((request.kind, waited));
             }
         }

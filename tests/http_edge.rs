@@ -1,0 +1,318 @@
+//! Where HTTP is hard: frames and targets by hand, halves of answers, requests that have nowhere to go, words of our own.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::http::{Origin, Version, by_hand, pool, proxy, raw, read_request, told};
+use crate::support::eventually;
+use crate::support::proxy::Proxy;
+
+/// Frames of HTTP/2 by hand: type, flags, stream, payload.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend_from_slice(payload);
+    frame
+}
+
+/// A literal header without Huffman coding and without indexing.
+fn literal(name: &str, value: &str) -> Vec<u8> {
+    let mut bytes = vec![0, name.len() as u8];
+    bytes.extend_from_slice(name.as_bytes());
+    bytes.push(value.len() as u8);
+    bytes.extend_from_slice(value.as_bytes());
+    bytes
+}
+
+#[test]
+fn a_body_that_ends_with_an_empty_frame_ends_once() {
+    let got: Arc<Mutex<Vec<u8>>> = Arc::default();
+    let list = got.clone();
+    let backend = by_hand(move |mut stream| {
+        let mut part = [0; 4096];
+        stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        while let Ok(n @ 1..) = stream.read(&mut part) {
+            list.lock().unwrap().extend_from_slice(&part[..n]);
+            if list.lock().unwrap().ends_with(b"0\r\n\r\n") {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+            }
+        }
+    });
+    let proxy = proxy(&pool("p", &[backend], "probe: off"), "h2c: true, routes: [ { pool: p } ]", "");
+    let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    bytes.extend(frame(4, 0, 0, &[]));
+    let head =
+        [literal(":method", "POST"), literal(":scheme", "http"), literal(":path", "/"), literal(":authority", "a")];
+    bytes.extend(frame(1, 4, 1, &head.concat()));
+    bytes.extend(frame(0, 0, 1, b"abc"));
+    bytes.extend(frame(0, 1, 1, b""));
+    client.write_all(&bytes).unwrap();
+    eventually("the backend has the body", Duration::from_secs(5), || {
+        got.lock().unwrap().ends_with(b"0\r\n\r\n").then_some(())
+    });
+    // A second end would come with the first, or right behind it.
+    let proof = raw(proxy.address(0), b"GET /after HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    drop(proof);
+    let text = String::from_utf8_lossy(&got.lock().unwrap()).into_owned();
+    assert_eq!(text.matches("0\r\n\r\n").count(), 1, "{text}");
+    assert!(text.contains("\r\n\r\n3\r\nabc\r\n0\r\n\r\n"), "{text}");
+}
+
+#[test]
+fn a_host_of_http_2_is_judged_as_strictly() {
+    let origin = Origin::start(Version::One);
+    let proxy = proxy(&pool("p", &[origin.address], ""), "h2c: true, routes: [ { pool: p } ]", "");
+    proxy.wait_health(&origin.address.to_string(), "up", Duration::from_secs(5));
+    for (name, value) in [("host", "y\";for=\"6.6.6.6"), (":authority", "x!y"), (":authority", "x:99999999")] {
+        let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
+        let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        bytes.extend(frame(4, 0, 0, &[]));
+        let head =
+            [literal(":method", "GET"), literal(":scheme", "http"), literal(":path", "/bad"), literal(name, value)];
+        bytes.extend(frame(1, 5, 1, &head.concat()));
+        client.write_all(&bytes).unwrap();
+        let mut answer = Vec::new();
+        let _ = client.read_to_end(&mut answer);
+        assert!(!answer.is_empty());
+    }
+    assert!(origin.seen.lock().unwrap().is_empty(), "{:?}", origin.seen);
+}
+
+#[test]
+fn a_whole_target_of_http_1_0_is_routed_by_its_own_host() {
+    let origin = Origin::start(Version::One);
+    let routes = "routes: [ { host: own.example, respond: { body: own } }, { pool: p } ]";
+    let proxy = proxy(&pool("p", &[origin.address], ""), routes, "");
+    proxy.wait_health(&origin.address.to_string(), "up", Duration::from_secs(5));
+    assert!(raw(proxy.address(0), b"GET http://own.example/ HTTP/1.0\r\n\r\n").ends_with("own"));
+    let other = raw(proxy.address(0), b"GET http://x.example/a?b HTTP/1.0\r\n\r\n");
+    assert!(other.contains("x-path: /a?b") && told(&other).contains("host: x.example|"), "{other}");
+    assert!(!other.to_ascii_lowercase().contains("chunked"), "HTTP/1.0 knows no chunks: {other}");
+}
+
+#[test]
+fn what_a_backend_has_said_reaches_the_client_at_once() {
+    let (tell, arrived) = std::sync::mpsc::channel();
+    let arrived = Mutex::new(arrived);
+    let backend = by_hand(move |mut stream| {
+        let Some(_) = read_request(&mut stream) else { return };
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello");
+        // The second half is said when the first has arrived.
+        let _ = arrived.lock().unwrap().recv();
+        let _ = stream.write_all(b"world");
+    });
+    let proxy = proxy(&pool("p", &[backend], "probe: off"), "routes: [ { pool: p } ]", "");
+    let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    let mut part = [0; 4096];
+    while !answer.ends_with(b"hello") {
+        let n = client.read(&mut part).expect("the first half comes before the second");
+        answer.extend_from_slice(&part[..n]);
+    }
+    tell.send(()).unwrap();
+    while !answer.ends_with(b"world") {
+        let n = client.read(&mut part).unwrap();
+        assert!(n > 0);
+        answer.extend_from_slice(&part[..n]);
+    }
+}
+
+#[test]
+fn a_slow_request_that_has_nowhere_to_go_is_waited_for() {
+    let slow = |mut stream: TcpStream| {
+        while let Some(head) = read_request(&mut stream) {
+            if head.contains("x-slow") {
+                std::thread::sleep(Duration::from_millis(900));
+            }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+        }
+    };
+    let backends = [by_hand(slow), by_hand(slow)];
+    for count in 1..=2 {
+        let proxy = proxy(&pool("p", &backends[..count], "probe: off"), "routes: [ { pool: p } ]", "");
+        let address = proxy.address(0);
+        let ask = move |more: &str| {
+            raw(address, format!("GET /v HTTP/1.1\r\nHost: a\r\n{more}Connection: close\r\n\r\n").as_bytes())
+        };
+        (0..120).for_each(|_| assert!(ask("").starts_with("HTTP/1.1 200")));
+        let slow: Vec<_> = (0..4).map(|_| std::thread::spawn(move || ask("x-slow: 1\r\n"))).collect();
+        for asked in slow {
+            let answer = asked.join().unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        }
+    }
+}
+
+#[test]
+fn an_upload_that_nobody_reads_ends_in_its_time_and_a_client_that_pauses_is_waited_for() {
+    // Accepts by its kernel alone.
+    let deaf = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let origin = Origin::start(Version::One);
+    let pools = pool("deaf", &[deaf.local_addr().unwrap()], "probe: off, timeouts: { request: 700ms }")
+        + &pool("p", &[origin.address], "probe: off, timeouts: { request: 700ms }");
+    let proxy = proxy(&pools, "routes: [ { path: /deaf, pool: deaf }, { pool: p } ]", "");
+    let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    client.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
+    client.write_all(b"POST /deaf HTTP/1.1\r\nHost: a\r\nContent-Length: 33554432\r\n\r\n").unwrap();
+    let mut writer = client.try_clone().unwrap();
+    std::thread::spawn(move || {
+        let part = vec![7; 1 << 20];
+        (0..32).all(|_| writer.write_all(&part).is_ok())
+    });
+    let mut answer = [0; 512];
+    let n = client.read(&mut answer).expect("an answer and not a hang");
+    assert!(
+        String::from_utf8_lossy(&answer[..n]).starts_with("HTTP/1.1 504"),
+        "{}",
+        String::from_utf8_lossy(&answer[..n])
+    );
+
+    let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    client.write_all(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\nConnection: close\r\n\r\nhello").unwrap();
+    std::thread::sleep(Duration::from_millis(1_600));
+    client.write_all(b"world").unwrap();
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("x-length: 10"), "{answer}");
+}
+
+#[test]
+fn an_upgrade_that_is_none_is_none_for_the_backend_either() {
+    let origin = Origin::start(Version::Two);
+    let one = Origin::start(Version::One);
+    let pools = pool("two", &[origin.address], "http: { version: 2 }") + &pool("one", &[one.address], "");
+    let proxy = proxy(&pools, "routes: [ { path: /2, pool: two }, { pool: one } ]", "");
+    for backend in [origin.address, one.address] {
+        proxy.wait_health(&backend.to_string(), "up", Duration::from_secs(5));
+    }
+    let curls = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n";
+    let answer = raw(proxy.address(0), format!("GET /2 HTTP/1.1\r\nHost: a\r\n{curls}\r\n").as_bytes());
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let half = raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: close\r\n\r\n");
+    assert!(half.starts_with("HTTP/1.1 200") && !told(&half).contains("upgrade"), "{half}");
+}
+
+/// A backend of HTTP/2 by hand: answers the first request of each connection with 200, and then says that it is going, for a
+/// reason that is none of the request's.
+fn going_backend() -> std::net::SocketAddr {
+    by_hand(|mut stream| {
+        let mut preface = [0; 24];
+        if stream.read_exact(&mut preface).is_err() {
+            return;
+        }
+        let _ = stream.write_all(&frame(4, 0, 0, &[]));
+        let mut head = [0; 9];
+        while stream.read_exact(&mut head).is_ok() {
+            let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+            let mut payload = vec![0; length];
+            if stream.read_exact(&mut payload).is_err() {
+                return;
+            }
+            let id = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+            match (head[3], head[4] & 1) {
+                (4, 0) => drop(stream.write_all(&frame(4, 1, 0, &[]))),
+                (1, _) => {
+                    // 0x88 is `:status: 200` by its number in the static table.
+                    let _ = stream.write_all(&frame(1, 5, id, &[0x88]));
+                    let _ = stream.write_all(&frame(7, 0, 0, &[0, 0, 0, id as u8, 0, 0, 0, 11]));
+                }
+                _ => {}
+            }
+        }
+    })
+}
+
+#[test]
+fn an_idle_connection_that_turned_bad_costs_no_request() {
+    let backend = going_backend();
+    let proxy = proxy(&pool("p", &[backend], "probe: off, http: { version: 2 }"), "routes: [ { pool: p } ]", "");
+    for i in 0..10 {
+        let answer =
+            raw(proxy.address(0), b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        assert!(answer.starts_with("HTTP/1.1 200"), "request {i}: {answer}");
+    }
+}
+
+#[test]
+fn a_page_of_our_own_is_shown_for_what_the_engine_never_saw_too() {
+    let errors =
+        "errors: { 400: { body: '<p>odd</p>', type: text/html }, 408: { body: late } }, routes: [ { respond: {} } ]";
+    let proxy = Proxy::start(&format!(
+        "pools: {{ p: {{ cells: {{ a: [ 127.0.0.1:1 ] }}, probe: off }} }}\nlisteners: [ {{ bind: 127.0.0.1:0, http: {{ {errors} }}, timeouts: {{ header: 300ms }} }} ]"
+    ));
+    let odd = raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n");
+    assert!(odd.starts_with("HTTP/1.1 400") && odd.contains("text/html") && odd.ends_with("<p>odd</p>"), "{odd}");
+    let late = raw(proxy.address(0), b"GET / HT");
+    assert!(late.starts_with("HTTP/1.1 408") && late.ends_with("late"), "{late}");
+}
+
+#[test]
+fn a_whole_target_is_sent_elsewhere_by_its_path_alone() {
+    let proxy = Proxy::start(
+        "pools: { p: { cells: { a: [ 127.0.0.1:1 ] }, probe: off } }\nlisteners: [ { bind: 127.0.0.1:0, http: { routes: [ { host: old.example, redirect: { host: new.example } }, { redirect: { scheme: https } } ] } } ]",
+    );
+    let ask = |request: &str| raw(proxy.address(0), format!("{request}Connection: close\r\n\r\n").as_bytes());
+    let moved = ask("GET http://old.example/a?b HTTP/1.1\r\nHost: old.example\r\n");
+    assert!(moved.contains("http://new.example/a?b\r\n"), "{moved}");
+    let secured = ask("GET /a?b HTTP/1.1\r\nHost: x.example\r\n");
+    assert!(secured.contains("https://x.example/a?b\r\n"), "{secured}");
+}
+
+#[test]
+fn a_request_without_a_byte_ends_in_the_idle_time_of_its_pool() {
+    // Begins an answer, and says no more.
+    let half = by_hand(|mut stream| {
+        let Some(_) = read_request(&mut stream) else { return };
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello");
+        let _ = stream.read(&mut [0; 1]);
+    });
+    let pools = pool("short", &[half], "probe: off, timeouts: { idle: 400ms }")
+        + &pool("long", &[half], "probe: off, timeouts: { idle: 1500ms }");
+    let proxy = proxy(&pools, "routes: [ { path: /short, pool: short }, { pool: long } ]", "");
+    let ended = |path: &str| {
+        let begin = Instant::now();
+        let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        client.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        let _ = client.read_to_end(&mut answer);
+        assert!(answer.ends_with(b"hello"), "{}", String::from_utf8_lossy(&answer));
+        begin.elapsed()
+    };
+    let (short, long) = (ended("/short"), ended("/"));
+    assert!(
+        short >= Duration::from_millis(400) && long >= Duration::from_millis(1_500) && short < long,
+        "{short:?} {long:?}"
+    );
+}
+
+#[test]
+fn requests_are_counted_by_their_end_and_connections_by_theirs() {
+    let origin = Origin::start(Version::One);
+    let pools = pool("p", &[origin.address], "")
+        + &pool("gone", &["127.0.0.1:1".parse().unwrap()], "probe: off, connect: { timeout: 200ms }");
+    let routes = "routes: [ { path: /own, respond: {} }, { path: /gone, pool: gone }, { pool: p } ]";
+    let proxy = proxy(&pools, routes, "");
+    proxy.wait_health(&origin.address.to_string(), "up", Duration::from_secs(5));
+    for path in ["/", "/own", "/gone"] {
+        raw(proxy.address(0), format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").as_bytes());
+    }
+    for end in ["answered", "responded", "unreachable"] {
+        eventually(end, Duration::from_secs(5), || {
+            (proxy.metric("sailover_request_ends_total", &[&format!("end=\"{end}\"")]) == 1.0).then_some(())
+        });
+    }
+    let text = proxy.ask("GET", "/metrics").unwrap().1;
+    let never =
+        text.lines().find(|line| line.starts_with("sailover_connections_total{") && line.contains("end=\"answered\""));
+    assert_eq!(never, None, "a connection cannot end so");
+}
