@@ -1,10 +1,10 @@
 # Everything a person types. Each target does its own set-up: what Debian packages it needs are installed when run as
 # root, and named otherwise.
-.PHONY: demo run build test check format lint licences fuzz deb smoke interop bench micro show clean
+.PHONY: demo run build test check format lint licences fuzz deb smoke interop bench micro drills show clean
 
 CONFIG ?= configs/minimal.yaml
 CARGO ?= cargo
-FUZZ_SECONDS ?= 60
+FUZZ_SECONDS ?= 30
 
 # Two toy cells, live traffic, one fails: half a minute, with no set-up.
 demo: build
@@ -18,7 +18,8 @@ build: packages-build
 
 test: packages-build packages-test
 	$(CARGO) test --locked --profile fast --lib --bins
-	$(CARGO) test --locked --profile fast --test tests -- --nocapture --test-threads 1
+	$(CARGO) test --locked --profile fast --test tests -- --nocapture --skip drills:: --skip overload:: --test-threads 2
+	$(CARGO) test --locked --profile fast --test tests -- --nocapture drills:: overload:: --test-threads 1
 
 check: format lint test licences fuzz smoke
 
@@ -59,6 +60,10 @@ bench: build packages-bench
 # One choice, one table, one step of health, by themselves.
 micro:
 	$(CARGO) bench --locked --profile fast --bench micro
+
+# All drills, in network namespaces (needs root): a table, and one file of figures each in target/drills.
+drills: packages-build packages-test
+	DRILLS=$(CURDIR)/target/drills $(CARGO) test --locked --profile fast --test tests -- drills_over_veth --nocapture
 
 # The measurements of the drills' kind that take too long for every test run.
 show: build packages-test

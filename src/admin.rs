@@ -59,6 +59,8 @@ pub enum Order {
     Drain(DrainOrder, oneshot::Sender<Result<String, String>>),
     /// Put it back.
     Undrain(DrainOrder, oneshot::Sender<Result<String, String>>),
+    /// Let what failed return.
+    Failback(DrainOrder, oneshot::Sender<Result<String, String>>),
     /// Change a cell's weight.
     Weigh(WeightOrder, oneshot::Sender<Result<String, String>>),
     /// Tell of sessions, or end them.
@@ -298,6 +300,11 @@ impl Admin {
                 let (reply, verdict) = oneshot::channel();
                 let order = if path == "/drain" { Order::Drain(order, reply) } else { Order::Undrain(order, reply) };
                 Ok(told(self.order(order, verdict).await?))
+            }
+            "/failback" => {
+                let order = DrainOrder { by, ..read(request).await? };
+                let (reply, verdict) = oneshot::channel();
+                Ok(told(self.order(Order::Failback(order, reply), verdict).await?))
             }
             "/weight" => {
                 let order = WeightOrder { by, ..read(request).await? };

@@ -5,19 +5,25 @@
 //! takes the backend's own short mutex and runs `health::step` on the thread that saw it.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use crate::class::{Classes, Says};
 use crate::clock::Time;
+use crate::crowd::{self, Crowd};
 use crate::estimate::Estimate;
 use crate::health::{self, Depth, Evidence, Health, Policy, Seen, Source, State, Transition};
-use crate::limits::{Budget, Gauge, Window};
+use crate::limits::{Budget, Gauge, Queue, Window};
+use crate::manner::Manner;
 use crate::metrics::{Counter, DETECT_BOUNDS, Histogram};
+use crate::pace::{self, Pace};
+use crate::poison::Poison;
 use crate::ratio::Ratio;
 use crate::silence::Silence;
+use crate::uplink::Uplink;
 use crate::witness::{Answered, Failing};
 
 /// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
@@ -27,6 +33,24 @@ const TOLD: u64 = 20;
 const DENIALS_APART: u64 = 60;
 /// A prefix that gets errors for at least this share of its requests elsewhere brings them along.
 const EVERYWHERE: f64 = 0.5;
+
+/// Clients that were served so lately outweigh a probe that fails, and the contradiction is shown for so long.
+const CONTRADICTION_MS: u64 = 2_000;
+const CONTRADICTION_SHOWN_MS: u64 = 3_000;
+/// Another cell's sign of life counts from so long after a silent attempt began, or from as long as a handshake takes; and
+/// for a probe from so long before.
+const LIFE_FLOOR: Duration = Duration::from_millis(20);
+const PROBE_SLACK: Duration = Duration::from_secs(1);
+
+/// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
+const SILENT: Duration = Duration::from_millis(250);
+/// Looks in which a backend is silent while others answer, before that counts.
+const MUTE_LOOKS: u32 = 4;
+/// Clients of a backend that is out have found their places after this.
+const OUT_LATELY: Duration = Duration::from_secs(60);
+
+/// Classes of requests are told apart for so long after an error.
+const CLASSES_WATCHED_MS: u64 = 10_000;
 
 /// How an attempt at a backend ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +95,12 @@ pub struct Counters {
     pub probes: [Counter; 2],
     /// Sessions that ended by a reset or a close of the backend before its first byte.
     pub unanswered: Counter,
+    /// How often its share was cut for its pace.
+    pub paced: Counter,
+    /// How often a class of requests began to fail alone.
+    pub class_failures: Counter,
+    /// Probes that failed while clients were served.
+    pub contradictions: Counter,
     /// Bursts of answers that denied clients something.
     pub denial_bursts: Counter,
 }
@@ -88,8 +118,22 @@ pub struct PoolShared {
     pub epoch: AtomicU64,
     /// Clients whose connections end unanswered.
     pub failing: Failing,
+    /// How its sessions begin.
+    pub manner: Manner,
+    /// Backends at which a class of requests fails.
+    pub classes_failing: AtomicU32,
+    /// Clients that wait for a place.
+    pub queue: Arc<Queue>,
+    /// What was sent on after a backend had died with it.
+    pub poison: Poison,
+    /// Which cells of the process show life.
+    pub uplink: Arc<Uplink>,
+    /// The cell that probes alone took out last, and when.
+    probe_removal: Mutex<Option<(usize, Time)>>,
     /// Races begun, and races won by the later attempt.
     pub races: [Counter; 2],
+    /// Sessions carried to another backend because the first did not answer.
+    pub replays: Counter,
     /// Clients refused because the pool was at its cap, or all backends were full.
     pub refused_full: Counter,
     /// Clients refused because no backend connected in time.
@@ -99,15 +143,39 @@ pub struct PoolShared {
 }
 
 impl PoolShared {
+    /// What shares follow from has changed.
+    pub fn changed(&self) {
+        self.epoch.fetch_add(1, Relaxed);
+    }
+
+    /// Whether probes alone may take out a backend of the cell at this place: only one cell in `between`.
+    fn probes_may_remove(&self, place: usize, between: Duration, now: Time) -> bool {
+        let mut last = self.probe_removal.lock().unwrap_or_else(PoisonError::into_inner);
+        let allowed = last.is_none_or(|(cell, at)| cell == place || now.since(at) >= between);
+        if allowed {
+            *last = Some((place, now));
+        }
+        allowed
+    }
+
     /// The state of a pool that is new.
-    pub fn new(name: &str) -> PoolShared {
+    pub fn new(name: &str, uplink: Arc<Uplink>) -> PoolShared {
+        let (queue, connections): (Arc<Queue>, Arc<Gauge>) = Default::default();
+        connections.tells(&queue);
         PoolShared {
             name: name.into(),
-            connections: Arc::default(),
+            connections,
+            classes_failing: AtomicU32::new(0),
+            queue,
             budget: Budget::default(),
             epoch: AtomicU64::new(1),
             failing: Failing::default(),
+            manner: Manner::default(),
+            poison: Poison::default(),
+            uplink,
+            probe_removal: Mutex::default(),
             races: Default::default(),
+            replays: Counter::default(),
             refused_full: Counter::default(),
             refused_unreachable: Counter::default(),
             detect: Histogram::new(&DETECT_BOUNDS),
@@ -179,11 +247,21 @@ pub struct Backend {
     good: AtomicU64,
     watched: AtomicBool,
     ratio: Mutex<Ratio>,
+    /// Its classes of requests, looked at until this moment (in milliseconds since the process began), and whether any fails.
+    classes: Mutex<Classes>,
+    classes_until: AtomicU64,
+    class_fails: AtomicBool,
     /// The same for answers that deny a client something (401, 403, 429).
     undenied: AtomicU64,
     denials: Mutex<Ratio>,
     /// When a burst of them was told of last, in whole seconds since the process began.
     denials_told: AtomicU64,
+    /// The place of its cell among those that vouch for each other.
+    place: AtomicUsize,
+    /// When a client last got what it came for, and when a probe last said otherwise in vain; in milliseconds since the
+    /// process began.
+    good_ms: AtomicU64,
+    contradicted_ms: AtomicU64,
     /// Wakes its prober, when it has one.
     pub prober: Mutex<Option<Arc<Notify>>>,
     /// When it is probed next, in milliseconds since the process began; 0: never.
@@ -192,12 +270,27 @@ pub struct Backend {
     pub certificate_expiry: AtomicI64,
     /// Whether an operator took it out.
     pub drained: AtomicBool,
+    /// How it does against its own past; `None` before it has had clients.
+    pace: Mutex<Option<Box<Pace>>>,
+    /// Share of its clients that it keeps for that, in ten-thousandths.
+    pace_share: AtomicU32,
+    /// How many clients may wait for its answers at once, as far as it was learned.
+    crowd: Mutex<Crowd>,
+    most_waiting: AtomicU32,
     /// Transitions of the last ten seconds.
     told: Window,
     view: AtomicU64,
     /// Next trial in milliseconds since the process began; `u64::MAX`: none is due.
     trial_ms: AtomicU64,
     locked: Mutex<Locked>,
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        if *self.class_fails.get_mut() {
+            self.shared.classes_failing.fetch_sub(1, Relaxed);
+        }
+    }
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -212,6 +305,8 @@ impl Backend {
         policy: &Policy,
         now: Time,
     ) -> Backend {
+        let in_flight: Arc<Gauge> = Arc::default();
+        in_flight.tells(&shared.queue);
         let health = Health::new(policy, now);
         let view = View { state: health.state(), since: health.since(), open_run: None };
         Backend {
@@ -220,7 +315,7 @@ impl Backend {
             address,
             shared,
             counters,
-            in_flight: Arc::default(),
+            in_flight,
             handshake: Estimate::default(),
             first_byte: Estimate::default(),
             answered: Answered::default(),
@@ -229,13 +324,23 @@ impl Backend {
             good: AtomicU64::new(0),
             watched: AtomicBool::new(false),
             ratio: Mutex::default(),
+            classes: Mutex::default(),
+            classes_until: AtomicU64::new(0),
+            class_fails: AtomicBool::new(false),
             undenied: AtomicU64::new(0),
             denials: Mutex::default(),
             denials_told: AtomicU64::new(0),
+            place: AtomicUsize::new(0),
+            good_ms: AtomicU64::new(0),
+            contradicted_ms: AtomicU64::new(0),
             prober: Mutex::default(),
             next_probe_ms: AtomicU64::new(0),
             certificate_expiry: AtomicI64::new(0),
             drained: AtomicBool::new(false),
+            pace: Mutex::default(),
+            pace_share: AtomicU32::new(10_000),
+            crowd: Mutex::default(),
+            most_waiting: AtomicU32::new(u32::MAX),
             told: Window::default(),
             view: AtomicU64::new(view.pack()),
             trial_ms: AtomicU64::new(u64::MAX),
@@ -253,9 +358,109 @@ impl Backend {
         matches!(self.view().state, State::Up | State::Returning) && !self.drained.load(Relaxed)
     }
 
-    /// Share of its full weight that it gets now, 0 to 1, drains apart.
-    pub fn ramp_share(&self, policy: &Policy, now: Time) -> f64 {
-        self.view().ramp_share(policy, now)
+    /// Share of its full weight that it gets now, 0 to 1, by state, ramp and pace; drains apart.
+    pub fn share_now(&self, policy: &Policy, now: Time) -> f64 {
+        self.view().ramp_share(policy, now) * self.pace_share()
+    }
+}
+
+impl Backend {
+    /// Share of its clients that it keeps for how it does against its own past, above 0 to 1.
+    pub fn pace_share(&self) -> f64 {
+        f64::from(self.pace_share.load(Relaxed)) / 10_000.0
+    }
+
+    /// The calm and the present median of its first bytes, each where it is known.
+    pub fn pace(&self) -> (Option<Duration>, Option<Duration>) {
+        let pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        pace.as_ref().map_or((None, None), |pace| (pace.calm(), pace.recent()))
+    }
+
+    /// Takes in what was seen of it since the last look; `None`: it never had a client. `shifted` says that a backend of its pool
+    /// is out.
+    pub fn look(&self, shifted: bool, now: Time) -> Option<pace::Look> {
+        let [ok, silent] = [Outcome::Ok, Outcome::Silent].map(|outcome| self.counters.attempts[outcome as usize].get());
+        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        if pace.is_none() && ok + silent == 0 {
+            return None;
+        }
+        let seen = pace::Seen { first_bytes: self.first_byte.ever(), handshakes: [ok, silent] };
+        let pace = pace.get_or_insert_with(|| Box::new(Pace::new(seen, now)));
+        let before = pace.answers();
+        let look = pace.look(seen, now);
+        let (waiting, came) = (self.silence.waiting(), pace.came(self.silence.wrote_ever()));
+        if waiting > 0 || self.most_waiting.load(Relaxed) != u32::MAX {
+            let silent_after = self.first_byte.learned().map_or(SILENT, |(_, p99)| SILENT.max(p99 * 5));
+            let crowded = crowd::Look {
+                waiting,
+                came,
+                answered: pace.answers().wrapping_sub(before),
+                shifted,
+                silent: self.silence.quiet(silent_after, now),
+                calm: pace.calm(),
+                recent: pace.recent(),
+            };
+            let mut crowd = self.crowd.lock().unwrap_or_else(PoisonError::into_inner);
+            crowd.look(crowded);
+            let limit = crowd.limit();
+            if limit > self.most_waiting.swap(limit, Relaxed) {
+                self.shared.queue.freed();
+            }
+        }
+        Some(look)
+    }
+
+    /// Whether others have got its clients lately: it is down, and not for more than a minute.
+    pub fn is_out(&self, now: Time) -> bool {
+        let view = self.view();
+        view.state == State::Down && now.since(view.since) <= OUT_LATELY
+    }
+
+    /// How many clients may wait for its answers at once; `None`: nothing was learned that limits them.
+    pub fn most_waiting(&self) -> Option<u32> {
+        Some(self.most_waiting.load(Relaxed)).filter(|most| *most != u32::MAX)
+    }
+
+    /// Whether it may take one more client, of at most `most` connections.
+    pub fn has_room(&self, most: u32) -> bool {
+        self.in_flight.used() < most && self.silence.waiting() < self.most_waiting.load(Relaxed)
+    }
+
+    /// A client that began to wait at `since` no longer does.
+    pub fn waits_no_more(&self, since: Time) {
+        self.silence.left(since);
+        self.shared.queue.freed();
+    }
+
+    /// Judges a look; says whether the share changed.
+    pub fn judge(&self, look: pace::Look, alike: pace::Look, now: Time) -> bool {
+        let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(pace) = pace.as_mut() else { return false };
+        if !pace.judge(look, alike, now) {
+            return false;
+        }
+        let before = self.pace_share.swap((pace.share() * 10_000.0) as u32, Relaxed);
+        if before == 10_000 || pace.share() >= 1.0 {
+            self.counters.paced.add(u64::from(before == 10_000));
+            if !self.told_too_often(now) {
+                let ms = |time: Option<Duration>| time.map(|time| time.as_secs_f64() * 1e3);
+                tracing::info!(
+                    pool = &*self.shared.name,
+                    backend = &*self.name,
+                    share = pace.share(),
+                    calm_ms = ms(pace.calm()),
+                    slowness = look.slowness,
+                    loss = look.loss,
+                    "pace"
+                );
+            }
+        }
+        true
+    }
+
+    fn told_too_often(&self, now: Time) -> bool {
+        self.told.add(now);
+        self.told.sum(now) > TOLD
     }
 }
 
@@ -281,6 +486,7 @@ impl Backend {
     pub fn connected(&self, policy: &Policy, handshake: Duration, began: Time, now: Time) {
         self.handshake.record(handshake);
         self.counters.attempts[Outcome::Ok as usize].add(1);
+        self.shows_life(now);
         let view = self.view();
         if view.state != State::Up || view.open_run.is_some() {
             self.success(policy, Source::Traffic, Depth::Connect, began, now);
@@ -289,9 +495,9 @@ impl Backend {
 
     /// The first byte of an answer to a client of `prefix`.
     pub fn answered(&self, policy: &Policy, prefix: u32, took: Duration, began: Time, now: Time) {
+        self.silence.heard(now);
         self.first_byte.record(took);
-        self.answered.note(prefix, now);
-        self.shared.failing.answered(prefix, self.id);
+        self.went_well(prefix, now);
         let view = self.view();
         if view.state != State::Up || view.open_run == Some(Depth::FirstByte) {
             self.success(policy, Source::Traffic, Depth::FirstByte, began, now);
@@ -306,18 +512,13 @@ impl Backend {
         }
     }
 
-    /// What the answer to a request says of this backend: whether it is an error.
-    pub fn replied(&self, policy: &Policy, prefix: u32, error: bool, began: Time, now: Time) {
+    /// What the answer to a request of `class` says of this backend: whether it is an error.
+    pub fn replied(&self, policy: &Policy, prefix: u32, class: u64, error: bool, began: Time, now: Time) {
+        if self.class_replied(prefix, class, error, now) {
+            return;
+        }
         if !error {
-            self.answered.note(prefix, now);
-            self.shared.failing.answered(prefix, self.id);
-            if self.watched.load(Relaxed) {
-                let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
-                ratio.good(self.good.swap(0, Relaxed) + 1);
-                self.watched.store(ratio.open(), Relaxed);
-            } else {
-                self.good.fetch_add(1, Relaxed);
-            }
+            self.went_well(prefix, now);
             let view = self.view();
             if view.state != State::Up || view.open_run.is_some() {
                 self.success(policy, Source::Traffic, Depth::Answer, began, now);
@@ -326,7 +527,74 @@ impl Backend {
         }
         let known = self.shared.failing.failed(prefix, self.id, &self.answered, now);
         // Nobody but this prefix may ever have asked it: then there is no past, and no others.
-        let blame = known.unwrap_or(health::Blame { prefix, others: true, elsewhere: 0.0 });
+        let blame = known.unwrap_or(health::Blame { prefix, others: true, elsewhere: 0.0, tries_elsewhere: 0 });
+        self.went_wrong(policy, Depth::Answer, blame, began, now);
+    }
+
+    /// Whether an error is a matter of its class alone. Classes are looked at for a while after each error only.
+    fn class_replied(&self, prefix: u32, class: u64, error: bool, now: Time) -> bool {
+        let ms = now.0 / 1_000;
+        if !error && self.classes_until.load(Relaxed) < ms && !self.class_fails.load(Relaxed) {
+            return false;
+        }
+        let mut classes = self.classes.lock().unwrap_or_else(PoisonError::into_inner);
+        let (turned, says) = if error {
+            self.classes_until.store(ms + CLASSES_WATCHED_MS, Relaxed);
+            let says = classes.bad(class, prefix, self.answered.others(prefix, now), now);
+            (says == Says::ClassFails, says)
+        } else {
+            (classes.good(class, now), Says::Backend)
+        };
+        let any = classes.any_failing();
+        match (self.class_fails.swap(any, Relaxed), any) {
+            (false, true) => drop(self.shared.classes_failing.fetch_add(1, Relaxed)),
+            (true, false) => drop(self.shared.classes_failing.fetch_sub(1, Relaxed)),
+            _ => {}
+        }
+        let failing = classes.is_failing(class);
+        drop(classes);
+        if turned {
+            self.counters.class_failures.add(u64::from(failing));
+            if failing {
+                // What is known to be the class's is nothing of the backend's.
+                *self.ratio.lock().unwrap_or_else(PoisonError::into_inner) = Ratio::default();
+            }
+            if !self.told_too_often(now) {
+                tracing::info!(
+                    pool = &*self.shared.name,
+                    backend = &*self.name,
+                    failing,
+                    "class of requests: its answers are {}",
+                    if failing { "errors, those of others are not; it goes elsewhere" } else { "good again" }
+                );
+            }
+        }
+        error && says != Says::Backend
+    }
+
+    /// Whether a request of this class should go elsewhere because its class fails here.
+    pub fn avoids_class(&self, class: u64, repeatable: bool, now: Time) -> bool {
+        self.class_fails.load(Relaxed)
+            && self.classes.lock().unwrap_or_else(PoisonError::into_inner).avoids(class, repeatable, now)
+    }
+
+    /// A client of `prefix` got what it came for.
+    fn went_well(&self, prefix: u32, now: Time) {
+        self.answered.note(prefix, now);
+        self.shared.failing.answered(prefix, self.id);
+        self.good_ms.store(now.0 / 1_000, Relaxed);
+        self.shared.uplink.answered(self.place.load(Relaxed), now);
+        if self.watched.load(Relaxed) {
+            let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
+            ratio.good(self.good.swap(0, Relaxed) + 1);
+            self.watched.store(ratio.open(), Relaxed);
+        } else {
+            self.good.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// A client got an error, or nothing: whether that happens more often than it used to.
+    fn went_wrong(&self, policy: &Policy, depth: Depth, blame: health::Blame, began: Time, now: Time) {
         let doubted = matches!(self.view().state, State::Suspect | State::Down);
         if doubted && blame.elsewhere >= EVERYWHERE {
             // What this client meets on other backends too says nothing about a doubted one.
@@ -343,7 +611,7 @@ impl Backend {
         self.watched.store(ratio.open(), Relaxed);
         drop(ratio);
         if alarm {
-            let evidence = Evidence { source: Source::Traffic, depth: Depth::Answer, seen: Seen::Errors, began };
+            let evidence = Evidence { source: Source::Traffic, depth, seen: Seen::Errors, began };
             self.observe(policy, &evidence, now);
         }
     }
@@ -358,7 +626,7 @@ impl Backend {
         let mut ratio = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
         ratio.good(self.undenied.swap(0, Relaxed));
         let others = self.answered.others(prefix, now);
-        let burst = ratio.bad(health::Blame { prefix, others, elsewhere: 0.0 });
+        let burst = ratio.bad(health::Blame { prefix, others, elsewhere: 0.0, tries_elsewhere: 0 });
         if burst {
             // What goes on is the past of tomorrow.
             ratio.known();
@@ -384,7 +652,7 @@ impl Backend {
     pub fn vanished(&self) -> bool {
         let view = self.view();
         view.state == State::Down
-            && self.silence.unheard(view.since)
+            && self.silence.heard_at() < view.since
             && self.health().cause().is_some_and(|cause| matches!(cause.kind, "silent" | "refused"))
     }
 
@@ -399,9 +667,15 @@ impl Backend {
         let blame = if spoke {
             self.shared.failing.failed(prefix, self.id, &self.answered, now)
         } else {
-            Some(health::Blame { prefix, others: false, elsewhere: 0.0 })
+            Some(health::Blame { prefix, others: false, elsewhere: 0.0, tries_elsewhere: 0 })
         };
         if let Some(blame) = blame {
+            // Of a client alone it must be known how it does elsewhere: a reset may be an answer to its bytes.
+            let unknown = if blame.others { 0.0 } else { 1.0 / f64::from(blame.tries_elsewhere.saturating_add(2)) };
+            let of_ratio = health::Blame { elsewhere: blame.elsewhere.max(unknown), ..blame };
+            if of_ratio.elsewhere < EVERYWHERE {
+                self.went_wrong(policy, Depth::FirstByte, of_ratio, began, now);
+            }
             let seen = Seen::Reset(blame);
             self.observe(policy, &Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen, began }, now);
         }
@@ -410,6 +684,7 @@ impl Backend {
     /// A probe that succeeded, as deep as it looks.
     pub fn probed(&self, policy: &Policy, depth: Depth, began: Time, now: Time) {
         self.counters.probes[0].add(1);
+        self.shows_life(now);
         let view = self.view();
         if view.state != State::Up || view.open_run.is_some() {
             self.success(policy, Source::Probe, depth, began, now);
@@ -421,10 +696,71 @@ impl Backend {
         self.observe(policy, &Evidence { source, depth, seen: Seen::Success { hits: 0 }, began }, now);
     }
 
+    /// Says in which cell it stands, by the cell's place in the uplink's list.
+    pub fn stands_in(&self, place: usize) {
+        self.place.store(place, Relaxed);
+    }
+
+    /// A handshake with it was finished.
+    fn shows_life(&self, now: Time) {
+        self.shared.uplink.connected(self.place.load(Relaxed), now);
+    }
+
+    /// Whether probes failed within the last seconds while clients were served: then the clients are believed.
+    pub fn contradicts_probes(&self, now: Time) -> bool {
+        let at = self.contradicted_ms.load(Relaxed);
+        at > 0 && now.0 / 1_000 < at + CONTRADICTION_SHOWN_MS
+    }
+
+    /// Whether a failure counts: silence only while another cell answers, and what probes say only where no client says
+    /// otherwise, and not of all cells at once.
+    fn counts(&self, health: &Health, policy: &Policy, evidence: &Evidence, now: Time) -> bool {
+        let place = self.place.load(Relaxed);
+        let probe = evidence.source == Source::Probe;
+        let silent = match evidence.seen {
+            Seen::Silent => evidence.depth == Depth::Connect,
+            Seen::Mute => true,
+            _ => false,
+        };
+        if silent {
+            let answers = evidence.seen == Seen::Mute;
+            let usual = if answers { self.first_byte.learned() } else { self.handshake.learned() };
+            let race = usual.map_or(LIFE_FLOOR, |(_, p99)| p99.max(LIFE_FLOOR));
+            // What was under way when everything stopped must not look like life. A probe is one of two at least.
+            let since = if probe { evidence.began - PROBE_SLACK } else { evidence.began + race };
+            if !self.shared.uplink.vouches(place, answers, since, now) {
+                return false;
+            }
+            // When all have become slower alike, one of them has to be the first to answer again.
+            if answers && self.silence.accused() < MUTE_LOOKS {
+                return false;
+            }
+        }
+        if !probe || !matches!(health.state(), State::Up | State::Returning) || health.open_by_traffic() {
+            return true;
+        }
+        let good = self.good_ms.load(Relaxed);
+        if good > 0 && now.0 / 1_000 <= good + CONTRADICTION_MS && good >= health.last_failure().0 / 1_000 {
+            self.counters.contradictions.add(1);
+            self.contradicted_ms.store((now.0 / 1_000).max(1), Relaxed);
+            return false;
+        }
+        !health.would_fall(policy) || self.shared.probes_may_remove(place, policy.between_probe_removals, now)
+    }
+
     /// Takes one fact; logs and publishes the transition it makes.
     pub fn observe(&self, policy: &Policy, evidence: &Evidence, now: Time) -> Option<Transition> {
         let mut locked = self.lock();
         let mut evidence = *evidence;
+        match evidence.seen {
+            Seen::Success { .. } => {}
+            Seen::Reset(_) | Seen::Wrong | Seen::Tls(_) | Seen::Errors => self.shows_life(now),
+            // A router may refuse as well.
+            Seen::Refused | Seen::Silent | Seen::Mute => {}
+        }
+        if !matches!(evidence.seen, Seen::Success { .. }) && !self.counts(&locked.health, policy, &evidence, now) {
+            return None;
+        }
         if let Seen::Success { hits } = &mut evidence.seen {
             let known = self.counters.attempts[Outcome::Ok as usize].get();
             *hits = known.saturating_sub(locked.hits_known).min(u64::from(u32::MAX)) as u32;
@@ -457,13 +793,22 @@ impl Backend {
         true
     }
 
+    /// An operator lets it return as soon as it is well; says whether that changes anything.
+    pub fn let_return(&self) -> bool {
+        let changes = self.lock().health.let_return();
+        if changes {
+            self.probe_now();
+        }
+        changes
+    }
+
     /// Takes over the policy of a new table.
     pub fn adopt(&self, policy: &Policy, now: Time) {
         let mut locked = self.lock();
         locked.health.adopt(policy, now);
         self.publish(&locked.health, policy);
         drop(locked);
-        self.shared.epoch.fetch_add(1, Relaxed);
+        self.shared.changed();
     }
 
     /// Whether a trial is or will be due.
@@ -477,7 +822,7 @@ impl Backend {
         let trial = health.trial_at(policy).map_or(u64::MAX, |at| at.0 / 1_000);
         // Whether it awaits one belongs to the plan.
         if (self.trial_ms.swap(trial, Relaxed) == u64::MAX) != (trial == u64::MAX) {
-            self.shared.epoch.fetch_add(1, Relaxed);
+            self.shared.changed();
         }
     }
 
@@ -486,18 +831,16 @@ impl Backend {
         if let Some(detected) = transition.detected {
             self.shared.detect.record(detected);
         }
-        self.shared.epoch.fetch_add(1, Relaxed);
+        self.shared.changed();
         if matches!(transition.to, State::Suspect | State::Down) {
             self.retired.fetch_add(1, Relaxed);
         }
         if matches!(transition.to, State::Suspect | State::Down | State::Returning) {
-            let prober = self.prober.lock().unwrap_or_else(PoisonError::into_inner);
-            prober.iter().for_each(|prober| prober.notify_one());
+            self.probe_now();
         }
         let cause = transition.cause;
         // A backend that changes its mind all the time must not fill the log.
-        self.told.add(cause.at);
-        if self.told.sum(cause.at) > TOLD {
+        if self.told_too_often(cause.at) {
             return;
         }
         tracing::info!(
@@ -512,6 +855,12 @@ impl Backend {
             detected_ms = transition.detected.map(|d| d.as_millis() as u64),
             "transition"
         );
+    }
+
+    /// Lets its prober ask at once, when it has one.
+    pub fn probe_now(&self) {
+        let prober = self.prober.lock().unwrap_or_else(PoisonError::into_inner);
+        prober.iter().for_each(|prober| prober.notify_one());
     }
 
     /// A panic while the lock was held leaves at worst one fact half counted; health goes on.

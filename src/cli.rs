@@ -67,6 +67,8 @@ pub enum Command {
     Drain(DrainFlags),
     /// End a drain.
     Undrain(UndrainFlags),
+    /// Let a cell that failed return, where its pool has `failback: manual`.
+    Failback(UndrainFlags),
     /// Change a cell's weight in a pool until further notice: a percentage of what is configured.
     Weight(WeightFlags),
     /// Running sessions, oldest first.
@@ -160,17 +162,17 @@ pub struct DrainFlags {
     force: bool,
 }
 
-/// Flags of `undrain`.
+/// Flags of `undrain` and `failback`.
 #[derive(Debug, Args)]
 pub struct UndrainFlags {
     #[command(flatten)]
     socket: SocketFlag,
     /// The cell.
     cell: String,
-    /// Only the drains of this pool.
+    /// Only in this pool.
     #[arg(long)]
     pool: Option<String>,
-    /// Only the drain of this backend.
+    /// Only this backend.
     #[arg(long)]
     backend: Option<String>,
     /// Why; shown in the log.
@@ -354,6 +356,11 @@ pub fn ask(command: Command) -> ExitCode {
                 let UndrainFlags { socket, cell, pool, backend, reason } = flags;
                 let order = DrainOrder { cell, pool, backend, reason, ..DrainOrder::default() };
                 send(&socket, "/undrain", &order, print).await
+            }
+            Command::Failback(flags) => {
+                let UndrainFlags { socket, cell, pool, backend, reason } = flags;
+                let order = DrainOrder { cell, pool, backend, reason, ..DrainOrder::default() };
+                send(&socket, "/failback", &order, print).await
             }
             Command::Weight(flags) => {
                 let (pool, cell) = flags.cell;

@@ -90,6 +90,91 @@ pub struct Pool {
     pub ramp: Duration,
     /// Most connections at once; `None`: half of the process's (all of them for an only pool).
     pub max_connections: Option<u32>,
+    /// Clients that wait for a place when all backends are full.
+    pub queue: Queue,
+    /// Whether the backends owe a first byte.
+    pub first_byte: FirstByte,
+    /// What of a session's beginning is kept to be sent again; `None`: nothing.
+    pub replay: Option<Replay>,
+    /// How a cell that failed comes back.
+    pub failback: Failback,
+    /// Time between two cells that probes alone take out.
+    #[serde(serialize_with = "as_text")]
+    pub probe_removal: Duration,
+}
+
+/// Clients that wait for a place.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Queue {
+    /// Most at once.
+    pub length: u32,
+    /// For each.
+    #[serde(serialize_with = "as_text")]
+    pub timeout: Duration,
+}
+
+/// Whether the backends of sessions owe a first byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FirstByte {
+    /// What sessions have shown until now says it.
+    Learn,
+    /// An answer to the client's first bytes.
+    Expect,
+    /// No.
+    Ignore,
+}
+
+/// What of a session's beginning is kept to be sent again to another backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Replay {
+    /// Most bytes.
+    pub up_to: u32,
+    /// Whether only TLS handshakes are.
+    pub only_tls: bool,
+}
+
+/// How a cell that failed gets new clients again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Failback {
+    /// By its ramp, when its hold is over.
+    Auto,
+    /// The same, when it has been well for its longest hold.
+    Hold,
+    /// When an operator says so.
+    Manual,
+}
+
+/// So many events in a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// In a minute, at least 1.
+    pub per_minute: u32,
+}
+
+impl Rate {
+    /// Parses `N/s` or `N/m`.
+    pub fn parse(text: &str) -> Option<Rate> {
+        let (number, unit) = text.split_once('/')?;
+        let times = match unit {
+            "s" => 60,
+            "m" => 1,
+            _ => return None,
+        };
+        let number: u32 = if number.starts_with('+') { return None } else { number.parse().ok()? };
+        let per_minute = number.checked_mul(times)?;
+        (per_minute > 0).then_some(Rate { per_minute })
+    }
+}
+
+impl Serialize for Rate {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.per_minute.is_multiple_of(60) {
+            true => serializer.collect_str(&format_args!("{}/s", self.per_minute / 60)),
+            false => serializer.collect_str(&format_args!("{}/m", self.per_minute)),
+        }
+    }
 }
 
 /// One cell's part of a pool.
@@ -101,6 +186,10 @@ pub struct Cell {
     pub weight: u32,
     /// 0 is used first.
     pub tier: u8,
+    /// Most connections at once; `None`: no bound of its own.
+    pub max_connections: Option<u32>,
+    /// New clients (HTTP: requests) that it can take; `None`: what it shows it can.
+    pub capacity: Option<Rate>,
     /// At least one.
     pub backends: Vec<Backend>,
 }
@@ -305,6 +394,9 @@ pub struct Timeouts {
     /// With bytes sent that the peer's kernel does not acknowledge.
     #[serde(serialize_with = "as_text")]
     pub unacked: Duration,
+    /// However slow a backend was until now, its silence counts after this.
+    #[serde(serialize_with = "as_text")]
+    pub first_byte: Duration,
 }
 
 /// What happens to the sessions of a backend that goes down.
@@ -368,6 +460,8 @@ pub struct Listener {
     /// How long a new connection waits at the cap before it is reset.
     #[serde(serialize_with = "as_text")]
     pub wait: Duration,
+    /// Bounds on what comes from one network of clients.
+    pub per_client: PerClient,
     /// For the whole head of an HTTP request.
     #[serde(serialize_with = "as_text")]
     pub header: Duration,
@@ -377,6 +471,17 @@ pub struct Listener {
     /// Without a byte either way, where that is shorter than the pool's; `None`: the pool's.
     #[serde(serialize_with = "as_optional_text")]
     pub idle: Option<Duration>,
+}
+
+/// Bounds on what comes from one network of clients.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PerClient {
+    /// Most connections at once.
+    pub connections: Option<u32>,
+    /// New connections (HTTP: requests).
+    pub rate: Option<Rate>,
+    /// Bits of an IPv4 address, and of an IPv6 one, that make a client.
+    pub prefix: (u8, u8),
 }
 
 /// TLS that ends at a listener.

@@ -357,10 +357,14 @@ fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng:
             Choice::Nothing if full => return Chosen::Full,
             Choice::Nothing => return Chosen::Nothing,
         };
-        let Some(permit) = pool.members[member].backend.in_flight.take(pool.members[member].max_connections) else {
-            // Another connection took the last place since the choice.
+        let Some(permit) = pool.take_place(member, now) else {
+            // Another connection took the last place since the choice, or the cell as a whole has enough.
             full = true;
-            passed.push(member);
+            let cell = &pool.cells[pool.members[member].cell];
+            match cell.capacity {
+                Some(_) => passed.extend(cell.members.clone()),
+                None => passed.push(member),
+            }
             continue;
         };
         if want.racing.is_none() {

@@ -14,13 +14,15 @@ const REFRESH: u32 = 16;
 /// Below this many samples nothing has been learned.
 const ENOUGH: u32 = 8;
 /// 50 us and 64 quarter octaves above it: 3.3 s.
-const BUCKETS: usize = 64;
+pub const BUCKETS: usize = 64;
 const LOWEST_US: f64 = 50.0;
 
 /// The distribution of one kind of time of one backend.
 #[derive(Debug)]
 pub struct Estimate {
+    /// All that ever was, which wraps; and how much of it is forgotten.
     counts: [AtomicU32; BUCKETS],
+    forgotten: [AtomicU32; BUCKETS],
     total: AtomicU32,
     median_us: AtomicU32,
     p99_us: AtomicU32,
@@ -30,6 +32,7 @@ impl Default for Estimate {
     fn default() -> Self {
         Estimate {
             counts: [const { AtomicU32::new(0) }; BUCKETS],
+            forgotten: [const { AtomicU32::new(0) }; BUCKETS],
             total: AtomicU32::new(0),
             median_us: AtomicU32::new(0),
             p99_us: AtomicU32::new(0),
@@ -47,6 +50,15 @@ impl Estimate {
         }
     }
 
+    /// How often each bucket was ever met; wraps.
+    pub fn ever(&self) -> [u32; BUCKETS] {
+        std::array::from_fn(|i| self.counts[i].load(Relaxed))
+    }
+
+    fn remembered(&self, bucket: usize) -> u32 {
+        self.counts[bucket].load(Relaxed).wrapping_sub(self.forgotten[bucket].load(Relaxed))
+    }
+
     /// The learned median and 99th percentile; `None` before enough samples.
     pub fn learned(&self) -> Option<(Duration, Duration)> {
         let median = self.median_us.load(Relaxed);
@@ -60,9 +72,9 @@ impl Estimate {
     fn refresh(&self, total: u32) {
         if total >= WINDOW {
             let mut kept = 0;
-            for count in &self.counts {
-                let half = count.load(Relaxed) / 2;
-                count.store(half, Relaxed);
+            for bucket in 0..BUCKETS {
+                let half = self.remembered(bucket) / 2;
+                self.forgotten[bucket].store(self.counts[bucket].load(Relaxed).wrapping_sub(half), Relaxed);
                 kept += half;
             }
             self.total.store(kept, Relaxed);
@@ -74,11 +86,11 @@ impl Estimate {
     }
 
     fn quantile(&self, q: f64) -> u32 {
-        let total: u32 = self.counts.iter().map(|count| count.load(Relaxed)).sum();
+        let total: u32 = (0..BUCKETS).map(|bucket| self.remembered(bucket)).sum();
         let rank = (f64::from(total) * q).ceil().max(1.0) as u32;
         let mut seen = 0;
-        for (i, count) in self.counts.iter().enumerate() {
-            seen += count.load(Relaxed);
+        for i in 0..BUCKETS {
+            seen += self.remembered(i);
             if seen >= rank {
                 return upper_us(i);
             }
@@ -92,7 +104,8 @@ fn bucket(time: Duration) -> usize {
     (((us / LOWEST_US).log2() * 4.0) as usize).min(BUCKETS - 1)
 }
 
-fn upper_us(bucket: usize) -> u32 {
+/// Upper end of a bucket in microseconds.
+pub fn upper_us(bucket: usize) -> u32 {
     (LOWEST_US * 2f64.powf((bucket as f64 + 1.0) / 4.0)) as u32
 }
 

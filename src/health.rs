@@ -151,6 +151,8 @@ pub struct Blame {
     pub others: bool,
     /// Share of this prefix's connections that end so on other backends, 0 to 1.
     pub elsewhere: f64,
+    /// How many of its connections those backends have had since the first that ended so.
+    pub tries_elsewhere: u32,
 }
 
 /// One fact about one backend.
@@ -211,6 +213,10 @@ pub struct Policy {
     pub probe_depth: Option<Depth>,
     /// Whether it looks at another port: then it cannot deny what traffic saw.
     pub probe_elsewhere: bool,
+    /// Time between two cells that probes alone take out.
+    pub between_probe_removals: Duration,
+    /// Whether a backend that was down stays out until an operator lets it return.
+    pub asks_operator: bool,
 }
 
 /// The configuration's defaults.
@@ -224,6 +230,8 @@ impl Default for Policy {
             ramp: Duration::from_secs(10),
             probe_depth: Some(Depth::Connect),
             probe_elsewhere: false,
+            between_probe_removals: Duration::from_secs(10),
+            asks_operator: false,
         }
     }
 }
@@ -320,6 +328,8 @@ pub struct Health {
     loss_slow: f64,
     hold: Duration,
     hold_until: Time,
+    /// An operator has let it return.
+    let_return: bool,
     returned: Option<Time>,
     trial_at: Time,
     trial_pause: Duration,
@@ -350,6 +360,7 @@ impl Health {
             loss_slow: 0.0,
             hold: policy.hold_first,
             hold_until: now,
+            let_return: false,
             returned: None,
             trial_at: now,
             trial_pause: TRIAL_FIRST,
@@ -384,6 +395,16 @@ impl Health {
     /// When traffic last failed on it; `Time(0)`: never.
     pub fn last_failure(&self) -> Time {
         self.last_failure
+    }
+
+    /// Whether clients have begun to speak against it.
+    pub fn open_by_traffic(&self) -> bool {
+        self.resets.run.count > 0 || self.refusals > self.probe_failures || self.silence.count > self.probe_failures
+    }
+
+    /// Whether one more failed probe takes it out.
+    pub fn would_fall(&self, policy: &Policy) -> bool {
+        self.probe_failures + 1 >= policy.fall
     }
 
     /// The present hold, and when it ends.
@@ -479,13 +500,13 @@ impl Health {
             State::Returning if now.since(self.since) >= policy.ramp => self.enter(State::Up, cause(1), policy, now),
             State::Returning => None,
             State::Suspect | State::Down if self.proof > 0 => {
-                if evidence.source == Source::Probe || evidence.depth < Depth::Answer {
+                if evidence.source == Source::Probe || evidence.depth < self.blamed {
                     return None;
                 }
                 self.successes += 1;
                 self.trial_pause = TRIAL_FIRST;
                 self.trial_at = now;
-                let enough = self.successes >= self.proof.max(policy.rise) && now >= self.hold_until;
+                let enough = self.successes >= self.proof.max(policy.rise) && self.may_return(policy, now);
                 if enough { self.enter(State::Returning, cause(self.successes), policy, now) } else { None }
             }
             State::Suspect if evidence.depth >= self.blamed => {
@@ -500,7 +521,7 @@ impl Health {
                 // One trial that went well calls for the next at once.
                 self.trial_pause = TRIAL_FIRST;
                 self.trial_at = now;
-                let enough = self.successes >= policy.rise && now >= self.hold_until;
+                let enough = self.successes >= policy.rise && self.may_return(policy, now);
                 if enough { self.enter(State::Returning, cause(self.successes), policy, now) } else { None }
             }
             State::Suspect | State::Down => None,
@@ -640,6 +661,7 @@ impl Health {
             self.next_hold(policy, now);
             self.hold_until = now + self.hold;
             self.successes = 0;
+            self.let_return = false;
             self.trial_at = self.trial_at.max(self.hold_until);
         }
         if to == State::Returning && from == State::Down {
@@ -661,6 +683,25 @@ impl Health {
         self.since = now;
         self.cause = Some(cause);
         Some(Transition { from, to, cause, detected })
+    }
+
+    fn may_return(&self, policy: &Policy, now: Time) -> bool {
+        // A doubt is no failure that anybody has to look after.
+        self.state == State::Suspect || now >= self.hold_until && (self.let_return || !policy.asks_operator)
+    }
+
+    /// Whether nothing but an operator's word keeps it from returning.
+    pub fn waits_for_operator(&self, policy: &Policy, now: Time) -> bool {
+        self.state == State::Down
+            && policy.asks_operator
+            && !self.let_return
+            && now >= self.hold_until
+            && self.successes >= policy.rise.max(self.proof)
+    }
+
+    /// An operator lets it return, as soon as it is well; says whether that changes anything.
+    pub fn let_return(&mut self) -> bool {
+        self.state == State::Down && !std::mem::replace(&mut self.let_return, true)
     }
 
     /// The hold halves with each full hold spent up, and doubles with a relapse.

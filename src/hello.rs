@@ -9,6 +9,8 @@ use std::net::SocketAddr;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
+use crate::clock;
+use crate::limits::ClientPermit;
 use crate::sniff::{self, HelloReader, Proxied, Verdict};
 use crate::table::{End, Face, Listener};
 use crate::witness;
@@ -37,12 +39,14 @@ pub struct Greeting {
     pub name: Option<String>,
     /// Bytes that were read and belong to the backend.
     pub bytes: Vec<u8>,
+    /// One of its network's connections, where a PROXY header told of it.
+    pub of_client: Option<ClientPermit>,
 }
 
 impl Greeting {
     /// Of a client that is not listened to first.
     pub fn unread(client: SocketAddr) -> Greeting {
-        Greeting { client, destination: None, tlvs: Vec::new(), name: None, bytes: Vec::new() }
+        Greeting { client, destination: None, tlvs: Vec::new(), name: None, bytes: Vec::new(), of_client: None }
     }
 }
 
@@ -75,6 +79,10 @@ pub async fn read(
                     expects_header = false;
                     // From here on the client counts, and not the balancer before us.
                     held = Held { prefix: witness::prefix(greeting.client.ip()), bytes: 0 };
+                    match listener.count_client(greeting.client.ip(), clock::now()) {
+                        Some(of_client) => greeting.of_client = of_client,
+                        None => return Err(End::Limited),
+                    }
                     if !listener.admits(greeting.client.ip()) {
                         return Err(End::Denied);
                     }

@@ -50,7 +50,7 @@ use crate::health::{Depth, Evidence, Seen, Source};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::log::{AccessRecord, HttpRecord, Served};
-use crate::pool::{CellShared, Policy, Pool, Want};
+use crate::pool::{CellShared, Member, Policy, Pool, Want};
 use crate::sniff;
 use crate::table::{self, End, Listener};
 use crate::{tcp, tls, witness};
@@ -95,8 +95,9 @@ pub struct Exchange {
     request_id: Option<HeaderValue>,
     /// May be sent twice.
     repeatable: bool,
-    /// A kind of request, for the record.
+    /// A kind of request, for the record; and its class, for its health.
     kind: u64,
+    class: u64,
 
     // One attempt.
     member: usize,
@@ -116,6 +117,8 @@ pub struct Exchange {
 
     // All attempts.
     tried: Vec<usize>,
+    /// The same with those where its class fails; empty when it fails nowhere.
+    avoided: Vec<usize>,
     aside: Option<Won>,
     story: Story,
     retries: u32,
@@ -130,6 +133,24 @@ pub struct Exchange {
 impl Exchange {
     fn link(&self) -> Option<&stream::Link> {
         self.connection.as_ref().map(|connection| &*connection.link)
+    }
+
+    /// Looks for members where the class of the request fails, as long as another is left.
+    fn avoid_failing(&mut self, pool: &Pool, now: Time) {
+        self.avoided.clear();
+        if pool.shared.classes_failing.load(Relaxed) == 0 {
+            return;
+        }
+        let fails = |member: &Member| member.backend.avoids_class(self.class, self.repeatable, now);
+        let failing = (0..pool.members.len()).filter(|&i| fails(&pool.members[i])).collect::<Vec<_>>();
+        if failing.is_empty() {
+            return;
+        }
+        let mut avoided = self.tried.clone();
+        avoided.extend(failing);
+        if pool.has_untried(&avoided, false) {
+            self.avoided = avoided;
+        }
     }
 
     /// Forgets the attempt, and gives back what it held.
@@ -174,7 +195,7 @@ impl Exchange {
             return;
         }
         if let (Some(backend), Some(policy)) = (&self.backend, &self.policy) {
-            backend.replied(&policy.health, self.prefix, error, self.attempt_began, clock::now());
+            backend.replied(&policy.health, self.prefix, self.class, error, self.attempt_began, clock::now());
         }
     }
 }
@@ -217,7 +238,17 @@ impl ProxyHttp for Gateway {
             session.set_ignore_info_resp(true);
         }
         match direction {
-            Ok(Direction::Pool) => Ok(false),
+            Ok(Direction::Pool) => match direct::place(exchange).await {
+                Ok(place) => {
+                    exchange.permits[0] = place;
+                    Ok(false)
+                }
+                Err(refused) => {
+                    exchange.end = Some(refused.end);
+                    exchange.refused = Some(refused.reason);
+                    Err(Error::new_down(ErrorType::HTTPStatus(refused.status)))
+                }
+            },
             Ok(Direction::Own) => {
                 let Some(route) = exchange.route.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
                 exchange.end = Some(End::Responded);
@@ -255,7 +286,7 @@ impl ProxyHttp for Gateway {
 
     async fn upstream_peer(&self, _session: &mut Session, exchange: &mut Box<Exchange>) -> Result<Box<HttpPeer>> {
         let Some(pool) = exchange.pool.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
-        let now = clock::now();
+        let mut now = clock::now();
         let header = match (&exchange.connection, pool.policy.send_proxy) {
             (Some(connection), Some(version)) => sniff::proxy_header(version, connection.addresses(), &connection.tlvs),
             _ => Vec::new(),
@@ -268,21 +299,29 @@ impl ProxyHttp for Gateway {
             }
             None => {
                 let mut rng = tcp::fork_rng();
+                exchange.avoid_failing(&pool, now);
                 // What may not be sent twice is no trial.
                 let want = Want {
                     pin: exchange.pin,
-                    tried: &exchange.tried,
+                    tried: if exchange.avoided.is_empty() { &exchange.tried } else { &exchange.avoided },
                     racing: None,
                     home: exchange.home,
                     trial: exchange.repeatable,
                 };
-                let first = crate::dial::choose_first(&self.host, &pool, &want, now, &mut rng).map_err(|error| {
+                let mut first = crate::dial::choose_first(&self.host, &pool, &want, now, &mut rng);
+                if matches!(first, Err(DialError::Full)) && exchange.tried.is_empty() {
+                    let ask = || crate::dial::choose_first(&self.host, &pool, &want, clock::now(), &mut rng).ok();
+                    let lane = exchange.route.as_ref().map_or(1, |route| route.lane);
+                    first = direct::in_turn(exchange, &pool, lane, ask).await.ok_or(DialError::Full);
+                }
+                let first = first.map_err(|error| {
                     exchange.end = Some(ended(&pool, error));
                     Error::new_in(ErrorType::HTTPStatus(503))
                 })?;
+                now = clock::now();
                 exchange.member = first.member;
                 let story = std::mem::take(&mut exchange.story);
-                let tried = exchange.tried.clone();
+                let tried = if exchange.avoided.is_empty() { &exchange.tried } else { &exchange.avoided }.clone();
                 Dialler::new(self.host.clone(), pool.clone(), exchange.pin, first, tried, header, story)
             }
         };
@@ -483,7 +522,7 @@ impl ProxyHttp for Gateway {
         exchange.owed = grpc && status == 200 && grpc_status(&response.headers).is_none();
         if !exchange.owed {
             let error = is_error(status) || grpc_status(&response.headers) == Some(UNAVAILABLE);
-            backend.replied(&policy.health, exchange.prefix, error, exchange.attempt_began, now);
+            backend.replied(&policy.health, exchange.prefix, exchange.class, error, exchange.attempt_began, now);
         }
         if let (Some(cell), Some(took)) = (&exchange.cell, took) {
             cell.first_byte.record(took);
@@ -647,6 +686,13 @@ impl ProxyHttp for Gateway {
         } else {
             exchange.tried.push(exchange.member);
         }
+        let died = verdict == Verdict::Waits && !unprocessed;
+        if died
+            && let Some(pool) = &exchange.pool
+            && !pool.shared.poison.may_go_on(exchange.kind, backend.id, wait::is_known(exchange.kind), now)
+        {
+            return error;
+        }
         if (exchange.repeatable || unprocessed) && exchange.another(session, false, verdict == Verdict::Move) {
             exchange.retries += 1;
             exchange.end = None;
@@ -672,7 +718,8 @@ impl ProxyHttp for Gateway {
         }
         exchange.status = status;
         let retry_after = match exchange.end {
-            Some(End::Full) => Some(1),
+            Some(End::Full | End::Limited) => Some(1),
+            Some(End::Poison) => Some(10),
             Some(End::Unreachable) => exchange.pool.as_ref().and_then(|pool| soonest_return(pool)),
             _ => None,
         };
@@ -883,9 +930,8 @@ fn soonest_return(pool: &Pool) -> Option<u64> {
 /// Whether a backend says of a request that it has not been looked at: a refused stream, or a connection that is going.
 fn is_unprocessed(error: &Error) -> bool {
     let Some(cause) = error.root_cause().downcast_ref::<h2::Error>() else { return false };
-    cause.is_remote()
-        && (cause.is_go_away() && cause.reason() == Some(h2::Reason::NO_ERROR)
-            || cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM))
+    // A GOAWAY is told only to streams after the last that it names, whatever its reason (RFC 9113, 6.8).
+    cause.is_remote() && (cause.is_go_away() || cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM))
 }
 
 /// How a handshake failed, in words.

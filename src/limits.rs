@@ -1,12 +1,18 @@
 //! Caps and budgets. Each belongs to the process, one listener, one pool or one backend; none is divided by
 //! workers, and none is shared between pools.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::timeout_at;
+use xxhash_rust::xxh3::xxh3_64;
 
-use crate::clock::Time;
+use crate::clock::{self, Time};
+use crate::config::Rate;
 
 /// Number of things in use at once. The bound is given with each request, because a reload may change it.
 #[derive(Debug, Default)]
@@ -14,18 +20,32 @@ pub struct Gauge {
     used: AtomicU32,
     freed: Notify,
     waiting: AtomicU32,
+    /// Who waits for one of several gauges.
+    queue: OnceLock<Arc<Queue>>,
 }
 
 /// One thing in use; dropping it gives it back.
 #[derive(Debug)]
-pub struct Permit(Arc<Gauge>);
+pub struct Permit {
+    gauge: Arc<Gauge>,
+    /// What belongs to it.
+    and: Option<Box<Permit>>,
+}
+
+impl Permit {
+    /// Both at once.
+    pub fn and(mut self, other: Option<Permit>) -> Permit {
+        self.and = other.map(Box::new);
+        self
+    }
+}
 
 impl Gauge {
     /// Takes one if fewer than `limit` are in use.
     pub fn take(self: &Arc<Self>, limit: u32) -> Option<Permit> {
         // A refusal leaves the gauge alone: it must not look like a place that became free.
         let taken = self.used.fetch_update(Relaxed, Relaxed, |used| (used < limit).then_some(used + 1));
-        taken.is_ok().then(|| Permit(self.clone()))
+        taken.is_ok().then(|| Permit { gauge: self.clone(), and: None })
     }
 
     /// How many are in use.
@@ -45,6 +65,15 @@ impl Gauge {
         if self.waiting.load(Relaxed) > 0 {
             self.freed.notify_waiters();
         }
+        if let Some(queue) = self.queue.get() {
+            queue.freed();
+        }
+    }
+
+    /// Tells a queue of what becomes free.
+    pub fn tells(&self, queue: &Arc<Queue>) {
+        // It has one already: the same.
+        let _ = self.queue.set(queue.clone());
     }
 }
 
@@ -58,7 +87,7 @@ impl Drop for Leave<'_> {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.0.give_back();
+        self.gauge.give_back();
     }
 }
 
@@ -139,10 +168,271 @@ impl Budget {
     }
 }
 
+/// Clients of one pool that wait for a place, by priority. Whoever comes later does not overtake.
+///
+/// A queue that has stood for a while is no burst but too much: then nobody waits long, so that those who are served are served
+/// in time (controlled delay, Nichols and Jacobson 2012; as a bound on queueing for requests, Maurer 2015).
+#[derive(Debug, Default)]
+pub struct Queue {
+    lanes: [Lane; 3],
+    /// Since when somebody is waiting nearly always, and when the last one left, in microseconds since the process began.
+    standing: AtomicU64,
+    emptied: AtomicU64,
+    refused: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Lane {
+    waiting: AtomicU32,
+    freed: Notify,
+}
+
+/// A queue that has stood for so long is more than a burst, and then nobody waits longer than this.
+const STANDING: Duration = Duration::from_millis(100);
+const STANDING_WAIT: Duration = Duration::from_millis(10);
+/// A queue that was empty for no longer than this has stood all the time.
+const STANDING_GAP: Duration = Duration::from_secs(1);
+/// Part of the queue's length that each priority may use, in tenths.
+const LANE_SHARE: [u32; 3] = [10, 8, 5];
+/// Places also come with time (a rate, a limit that grows): those who wait ask again after this.
+const ASK_AGAIN: Duration = Duration::from_millis(10);
+
+/// A place in a queue.
+#[derive(Debug)]
+pub struct Waiting<'a> {
+    queue: &'a Queue,
+    lane: usize,
+    since: Time,
+    until: Time,
+}
+
+impl Queue {
+    /// Whether somebody of this priority or a higher one waits already. 0 is the highest.
+    pub fn waits_before(&self, priority: usize) -> bool {
+        self.lanes[..=priority.min(2)].iter().any(|lane| lane.waiting.load(Relaxed) > 0)
+    }
+
+    /// How many wait.
+    pub fn length(&self) -> u32 {
+        self.lanes.iter().map(|lane| lane.waiting.load(Relaxed)).sum()
+    }
+
+    /// How many it had no place for, or not in time.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Relaxed)
+    }
+
+    /// A place at the end of the lane of `priority`, if there is one within `length`, for at most `timeout`.
+    pub fn enter(&self, priority: usize, length: u32, timeout: Duration, now: Time) -> Option<Waiting<'_>> {
+        let lane = priority.min(2);
+        let before = self.length();
+        if before >= (length * LANE_SHARE[lane]).div_ceil(10) {
+            self.refused.fetch_add(1, Relaxed);
+            return None;
+        }
+        self.lanes[lane].waiting.fetch_add(1, Relaxed);
+        if before == 0 && now.since(Time(self.emptied.load(Relaxed))) > STANDING_GAP {
+            self.standing.store(now.0, Relaxed);
+        }
+        Some(Waiting { queue: self, lane, since: now, until: now + timeout })
+    }
+
+    fn stands(&self, now: Time) -> bool {
+        now.since(Time(self.standing.load(Relaxed))) >= STANDING
+    }
+
+    /// A place may have become free: the first of the highest priority is told.
+    pub fn freed(&self) {
+        if let Some(lane) = self.lanes.iter().find(|lane| lane.waiting.load(Relaxed) > 0) {
+            lane.freed.notify_one();
+        }
+    }
+}
+
+impl Queue {
+    /// What `ask` gives, now or when it is this client's turn; `None`: no place in the queue, not in time, or the client has
+    /// gone. Whoever finds others waiting waits as well.
+    pub async fn take<T>(
+        &self,
+        priority: usize,
+        length: u32,
+        timeout: Duration,
+        gone: impl Fn() -> bool,
+        mut ask: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        let waiting = self.enter(priority, length, timeout, clock::now())?;
+        while waiting.turn().await {
+            // Work for a client that has left is not begun.
+            if gone() {
+                return None;
+            }
+            if let Some(taken) = ask() {
+                return Some(taken);
+            }
+        }
+        None
+    }
+}
+
+impl Waiting<'_> {
+    /// Waits until it is worth asking for a place again; `false` when the time is up.
+    pub async fn turn(&self) -> bool {
+        let now = clock::now();
+        let until = self.until(now).min(now + ASK_AGAIN);
+        // The result does not matter: whether there is a place is seen by asking.
+        let _ = timeout_at(until.instant(), self.queue.lanes[self.lane].freed.notified()).await;
+        let now = clock::now();
+        let left = self.until(now) > now;
+        if !left {
+            self.queue.refused.fetch_add(1, Relaxed);
+        }
+        left
+    }
+
+    fn until(&self, now: Time) -> Time {
+        if self.queue.stands(now) { self.until.min(self.since + STANDING_WAIT) } else { self.until }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.queue.lanes[self.lane].waiting.fetch_sub(1, Relaxed);
+        if self.queue.length() == 0 {
+            self.queue.emptied.store(clock::now().0, Relaxed);
+        } else {
+            // It may have been told of a place that it did not take.
+            self.queue.freed();
+        }
+    }
+}
+
+/// A rate, kept by the generic cell rate algorithm (ITU-T I.371): one number, and no clock of its own.
+#[derive(Debug, Default)]
+pub struct Bucket {
+    /// When the next is due, in nanoseconds since the process began.
+    due: AtomicU64,
+}
+
+impl Bucket {
+    /// Takes one if the rate allows it, with so much of it saved up at most.
+    pub fn take(&self, rate: Rate, saved: Duration, now: Time) -> bool {
+        let apart = 60_000_000_000 / u64::from(rate.per_minute);
+        let (now, saved) = (now.0 * 1_000, saved.as_nanos() as u64);
+        self.due.fetch_update(Relaxed, Relaxed, |due| (due <= now + saved).then_some(due.max(now) + apart)).is_ok()
+    }
+}
+
+/// What clients of one listener use, by network. Memory is bounded: networks without a connection are forgotten first, and
+/// when there are too many with one, those that come later are not counted.
+#[derive(Debug)]
+pub struct Clients {
+    shards: [Mutex<HashMap<u64, Client>>; 16],
+    refused: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Client {
+    connections: u32,
+    bucket: Bucket,
+    seen: u64,
+}
+
+/// Networks in one of the sixteen parts.
+const CLIENTS: usize = 4_096;
+/// Seconds after which a network without a connection is forgotten.
+const CLIENT_KEPT: u64 = 10;
+
+impl Default for Clients {
+    fn default() -> Self {
+        Clients { shards: std::array::from_fn(|_| Mutex::default()), refused: AtomicU64::new(0) }
+    }
+}
+
+/// One connection of a client; dropping it gives it back.
+#[derive(Debug)]
+pub struct ClientPermit {
+    clients: Arc<Clients>,
+    network: u64,
+}
+
+impl Clients {
+    /// Counts a connection from `network`, unless it has `most` already. `Some(None)`: it is not counted.
+    pub fn connect(self: &Arc<Self>, network: u64, most: u32, now: Time) -> Option<Option<ClientPermit>> {
+        let counted = self.with(network, now, |client| {
+            let room = client.connections < most;
+            client.connections += u32::from(room);
+            room
+        });
+        match counted {
+            Some(true) => Some(Some(ClientPermit { clients: self.clone(), network })),
+            Some(false) => {
+                self.refused.fetch_add(1, Relaxed);
+                None
+            }
+            None => Some(None),
+        }
+    }
+
+    /// Whether `rate` allows one more from `network`, with a second of it saved up at most.
+    pub fn allows(&self, network: u64, rate: Rate, now: Time) -> bool {
+        let allowed = self.with(network, now, |client| client.bucket.take(rate, Duration::from_secs(1), now));
+        if allowed == Some(false) {
+            self.refused.fetch_add(1, Relaxed);
+        }
+        allowed.unwrap_or(true)
+    }
+
+    /// How many were refused.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Relaxed)
+    }
+
+    fn with<T>(&self, network: u64, now: Time, act: impl FnOnce(&mut Client) -> T) -> Option<T> {
+        let shard = &self.shards[(network % 16) as usize];
+        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        if shard.len() >= CLIENTS && !shard.contains_key(&network) {
+            shard.retain(|_, client| client.connections > 0 || client.seen + CLIENT_KEPT > now.seconds());
+            if shard.len() >= CLIENTS {
+                shard.retain(|_, client| client.connections > 0);
+            }
+            if shard.len() >= CLIENTS {
+                return None;
+            }
+        }
+        let client = shard.entry(network).or_default();
+        client.seen = now.seconds();
+        Some(act(client))
+    }
+}
+
+impl Drop for ClientPermit {
+    fn drop(&mut self) {
+        let shard = &self.clients.shards[(self.network % 16) as usize];
+        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = shard.get_mut(&self.network) {
+            client.connections = client.connections.saturating_sub(1);
+        }
+    }
+}
+
+/// The network of a client, so many bits of its address, as a hash.
+pub fn network(client: IpAddr, (ipv4, ipv6): (u8, u8)) -> u64 {
+    match client.to_canonical() {
+        IpAddr::V4(v4) => {
+            let bits = v4.to_bits() & u32::MAX.checked_shl(32 - u32::from(ipv4)).unwrap_or(0);
+            xxh3_64(&bits.to_le_bytes())
+        }
+        IpAddr::V6(v6) => {
+            let bits = v6.to_bits() & u128::MAX.checked_shl(128 - u32::from(ipv6)).unwrap_or(0);
+            xxh3_64(&bits.to_le_bytes())
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use tokio::time::Instant;
 
     #[test]
     fn a_gauge_never_exceeds_its_limit_and_returns_to_zero() {
@@ -165,5 +455,66 @@ mod tests {
         assert_eq!(budget.refused(), 500);
         let later = now + Duration::from_secs(11);
         assert_eq!((0..1_000).filter(|_| budget.extra(later)).count(), 100);
+    }
+
+    #[test]
+    fn a_rate_is_kept_and_little_of_it_saved_up() {
+        let (bucket, rate) = (Bucket::default(), Rate { per_minute: 60_000 });
+        let mut now = Time(1_000_000);
+        let mut taken = 0;
+        for _ in 0..10_000 {
+            now = now + Duration::from_micros(500);
+            taken += u32::from(bucket.take(rate, Duration::from_millis(50), now));
+        }
+        assert!((5_000..=5_051).contains(&taken), "{taken} in five seconds at 1,000 a second");
+        now = now + Duration::from_secs(60);
+        let at_once = (0..1_000).filter(|_| bucket.take(rate, Duration::from_millis(50), now)).count();
+        assert!((50..=52).contains(&at_once), "{at_once}");
+    }
+
+    #[test]
+    fn clients_are_counted_by_network_and_memory_is_bounded() {
+        let clients = Arc::new(Clients::default());
+        let now = Time(1_000_000);
+        let of = |text: &str| network(text.parse().expect("an address"), (24, 64));
+        assert_eq!(of("192.0.2.1"), of("192.0.2.200"));
+        assert_ne!(of("192.0.2.1"), of("192.0.3.1"));
+        assert_ne!(of("0.0.0.0"), of("::"));
+        let held: Vec<_> = (0..3).map_while(|_| clients.connect(of("192.0.2.1"), 2, now)).collect();
+        assert_eq!((held.len(), clients.refused()), (2, 1));
+        drop(held);
+        assert!(clients.connect(of("192.0.2.1"), 2, now).is_some());
+        let many: Vec<_> = (0..200_000u32)
+            .map(|i| clients.connect(xxh3_64(&i.to_le_bytes()), 1, now).expect("each has one"))
+            .collect();
+        let known: usize = clients.shards.iter().map(|shard| shard.lock().expect("no panic").len()).sum();
+        assert!(known <= 16 * CLIENTS, "{known}");
+        drop(many);
+        assert!(clients.connect(7, 1, now).is_some_and(|permit| permit.is_some()), "and there is room again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_higher_priority_goes_first_and_a_standing_queue_is_short() {
+        let queue = Queue::default();
+        let now = crate::clock::now();
+        assert!(queue.enter(2, 0, Duration::from_secs(1), now).is_none());
+        let low = queue.enter(2, 10, Duration::from_secs(1), now).expect("room");
+        let high = queue.enter(0, 10, Duration::from_secs(1), now).expect("room");
+        assert!(queue.waits_before(2) && queue.waits_before(0));
+        queue.freed();
+        let start = Instant::now();
+        assert!(high.turn().await);
+        assert_eq!(start.elapsed(), Duration::ZERO, "the high one is told at once");
+        drop(high);
+        assert!(low.turn().await, "and what it may not have taken is the next one's");
+        let later = now + STANDING;
+        let late = queue.enter(1, 10, Duration::from_secs(1), later).expect("room");
+        assert_eq!(late.until(later), later + STANDING_WAIT);
+        assert!(
+            (0..10)
+                .filter(|_| std::mem::ManuallyDrop::new(queue.enter(2, 10, Duration::ZERO, later)).is_some())
+                .count()
+                <= 5
+        );
     }
 }

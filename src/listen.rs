@@ -18,8 +18,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::clock;
 use crate::host::Host;
-use crate::limits::Permit;
+use crate::limits::{ClientPermit, Permit};
 use crate::table::{End, Face, Listener, Table};
 use crate::{http, tcp};
 
@@ -170,6 +171,15 @@ fn refresh(listener: &mut Arc<Listener>, generation: &mut u64, table: &Table, bi
     }
 }
 
+/// What a connection holds for as long as it lives.
+#[derive(Debug)]
+pub struct Admission {
+    /// One of the process's connections, and one of the listener's.
+    pub permit: Permit,
+    /// One of its network's, where that is bounded and the client known from the start.
+    pub of_client: Option<ClientPermit>,
+}
+
 /// Gives a connection its permits and its task.
 fn admit(
     client: TcpStream,
@@ -185,8 +195,18 @@ fn admit(
         tcp::reset(&client);
         return;
     }
+    let of_client =
+        if listener.expects_header(peer.ip()) { Some(None) } else { listener.count_client(peer.ip(), clock::now()) };
+    let Some(of_client) = of_client else {
+        listener.shared.ends[End::Limited as usize].add(1);
+        tcp::reset(&client);
+        return;
+    };
     match permits(listener, host) {
-        Some(permits) => start(client, peer, bind, listener.clone(), host.clone(), permits, stop.clone()),
+        Some(permit) => {
+            let permits = Admission { permit, of_client };
+            start(client, peer, bind, listener.clone(), host.clone(), permits, stop.clone());
+        }
         None => {
             // Another worker took the last place since we looked.
             let (listener, host, stop) = (listener.clone(), host.clone(), stop.clone());
@@ -195,7 +215,8 @@ fn admit(
                 loop {
                     let freed = pin!(host.connections.freed());
                     let freed_here = pin!(listener.shared.connections.freed());
-                    if let Some(permits) = permits(&listener, &host) {
+                    if let Some(permit) = permits(&listener, &host) {
+                        let permits = Admission { permit, of_client };
                         return start(client, peer, bind, listener.clone(), host.clone(), permits, stop);
                     }
                     tokio::select! {
@@ -214,10 +235,10 @@ fn admit(
     }
 }
 
-fn permits(listener: &Listener, host: &Host) -> Option<[Permit; 2]> {
+fn permits(listener: &Listener, host: &Host) -> Option<Permit> {
     let of_listener = listener.shared.connections.take(listener.max_connections)?;
     let of_process = host.connections.take(host.max_connections.load(Relaxed))?;
-    Some([of_process, of_listener])
+    Some(of_process.and(Some(of_listener)))
 }
 
 fn start(
@@ -226,7 +247,7 @@ fn start(
     bind: SocketAddr,
     listener: Arc<Listener>,
     host: Arc<Host>,
-    permits: [Permit; 2],
+    permits: Admission,
     stop: Stop,
 ) {
     if matches!(listener.face, Face::Http(_)) {

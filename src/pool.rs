@@ -20,8 +20,9 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::backend::{Backend, PoolShared};
 use crate::clock::Time;
-use crate::config::{Affinity, Balance, HttpVersion, OnDown, WhenAllDown};
+use crate::config::{Affinity, Balance, FirstByte, HttpVersion, OnDown, Queue, Rate, Replay, WhenAllDown};
 use crate::health::{self, State};
+use crate::limits::{Bucket, Gauge, Permit};
 use crate::metrics::{Histogram, TIME_BOUNDS};
 use crate::sniff::ProxyVersion;
 use crate::tls::Upstream;
@@ -38,6 +39,8 @@ const DRAWS: usize = 4;
 /// `least_connections` looks at all backends of a cell up to this many, and at as many random ones beyond.
 const LEAST_LOOKED_AT: usize = 16;
 
+/// Most of a cell's capacity that is saved up.
+const CAPACITY_SAVED: Duration = Duration::from_millis(50);
 /// Backends that await a trial and are asked for one client.
 const TRIALS_LOOKED_AT: usize = 8;
 
@@ -63,6 +66,10 @@ pub struct Policy {
     pub drain: Duration,
     pub when_all_down: WhenAllDown,
     pub max_connections: u32,
+    pub queue: Queue,
+    pub first_byte: FirstByte,
+    pub first_byte_time: Duration,
+    pub replay: Option<Replay>,
 }
 
 /// The configuration's defaults, without a bound on connections.
@@ -87,6 +94,10 @@ impl Default for Policy {
             drain: Duration::from_secs(30),
             when_all_down: WhenAllDown::TryAll,
             max_connections: u32::MAX,
+            queue: Queue { length: 200, timeout: Duration::from_secs(1) },
+            first_byte: FirstByte::Learn,
+            first_byte_time: Duration::from_secs(10),
+            replay: None,
         }
     }
 }
@@ -100,6 +111,10 @@ pub struct CellShared {
     pub first_byte: Histogram,
     /// How much of its configured weight an operator left it, 0 to 100.
     pub percent: AtomicU32,
+    /// Connections, where the cell has a bound.
+    pub connections: Arc<Gauge>,
+    /// New clients, where it has a capacity.
+    pub clients: Bucket,
 }
 
 impl Default for CellShared {
@@ -108,6 +123,8 @@ impl Default for CellShared {
             handshake: Histogram::new(&TIME_BOUNDS),
             first_byte: Histogram::new(&TIME_BOUNDS),
             percent: AtomicU32::new(100),
+            connections: Arc::default(),
+            clients: Bucket::default(),
         }
     }
 }
@@ -136,6 +153,10 @@ pub struct Cell {
     pub weight: u32,
     /// Its members.
     pub members: Range<usize>,
+    /// Most connections at once.
+    pub max_connections: u32,
+    /// New clients that it can take.
+    pub capacity: Option<Rate>,
     /// What survives it.
     pub shared: Arc<CellShared>,
     hash: u64,
@@ -161,6 +182,10 @@ pub struct NewCell {
     pub weight: u32,
     /// Number of its members.
     pub count: usize,
+    /// Most connections at once; `u32::MAX`: no bound.
+    pub max_connections: u32,
+    /// New clients that it can take.
+    pub capacity: Option<Rate>,
     /// What survives it.
     pub shared: Arc<CellShared>,
 }
@@ -204,8 +229,8 @@ struct CellPlan {
     keeps: f64,
     /// The same if nothing were drained; negative when everything is.
     could_keep: f64,
-    /// Mean ramp share of the fit members, 0 to 1.
-    ramp: f64,
+    /// Mean share that the fit members have of their full weight, by ramp and pace, 0 to 1.
+    present: f64,
     fit: Vec<usize>,
     suspect: Vec<usize>,
     draw: Alias,
@@ -259,12 +284,13 @@ impl Pool {
         let mut first = 0;
         let cells = cells
             .into_iter()
-            .map(|NewCell { name, tier, weight, count, shared }| {
+            .map(|NewCell { name, tier, weight, count, max_connections, capacity, shared }| {
                 let range = first..first + count;
                 first += count;
                 let maglev = (policy.affinity != Affinity::None).then(|| Maglev::new(&members[range.clone()]));
                 let hash = xxh3_64(name.as_bytes());
-                Cell { name, tier, weight, members: range, shared, hash, maglev, turn: AtomicUsize::new(0) }
+                let turn = AtomicUsize::new(0);
+                Cell { name, tier, weight, members: range, max_connections, capacity, shared, hash, maglev, turn }
             })
             .collect();
         Pool {
@@ -286,7 +312,7 @@ impl Pool {
         for part in &plan.cells {
             let weight = |m: usize| {
                 let member = &self.members[m];
-                f64::from(member.weight) * member.backend.ramp_share(&self.policy.health, now)
+                f64::from(member.weight) * member.backend.share_now(&self.policy.health, now)
             };
             let all: f64 = part.fit.iter().map(|&m| weight(m)).sum();
             for &m in &part.fit {
@@ -484,9 +510,10 @@ impl Pool {
                     State::Up | State::Returning => {
                         let ramp = view.ramp_share(policy, now);
                         plan.moving |= ramp < 1.0;
+                        let share = ramp * member.backend.pace_share();
                         part.fit.push(index);
-                        weights.push(weight * ramp);
-                        fit += weight * ramp;
+                        weights.push(weight * share);
+                        fit += weight * share;
                         fit_full += weight;
                     }
                     State::Suspect => part.suspect.push(index),
@@ -495,7 +522,7 @@ impl Pool {
                 }
             }
             part.keeps = (OVERPROVISION * fit / all).min(1.0);
-            part.ramp = if fit_full > 0.0 { fit / fit_full } else { 1.0 };
+            part.present = if fit_full > 0.0 { fit / fit_full } else { 1.0 };
             if self.policy.balance == Balance::RoundRobin {
                 part.turns = turns(&part.fit, &weights);
             }
@@ -697,9 +724,9 @@ impl Pool {
                 continue;
             }
             match backend.view().state {
-                State::Up if kept => return Some(Choice::Member(member)),
-                State::Returning if kept => {
-                    let share = backend.ramp_share(&self.policy.health, now) / part.ramp;
+                State::Up if kept && backend.pace_share() >= part.present => return Some(Choice::Member(member)),
+                State::Up | State::Returning if kept => {
+                    let share = backend.share_now(&self.policy.health, now) / part.present;
                     if unit(pin, backend.id) < share {
                         return Some(Choice::Member(member));
                     }
@@ -731,7 +758,22 @@ impl Pool {
 
     fn has_room(&self, member: usize) -> bool {
         let member = &self.members[member];
-        member.backend.in_flight.used() < member.max_connections
+        let cell = &self.cells[member.cell];
+        member.backend.has_room(member.max_connections) && cell.shared.connections.used() < cell.max_connections
+    }
+
+    /// A place at a member: of its backend, of its cell where that has a bound, and one of the clients that the cell can take
+    /// in this time.
+    pub fn take_place(&self, member: usize, now: Time) -> Option<Permit> {
+        let member = &self.members[member];
+        let cell = &self.cells[member.cell];
+        let of_backend = member.backend.in_flight.take(member.max_connections)?;
+        let of_cell = match cell.max_connections {
+            u32::MAX => None,
+            most => Some(cell.shared.connections.take(most)?),
+        };
+        let in_time = cell.capacity.is_none_or(|rate| cell.shared.clients.take(rate, CAPACITY_SAVED, now));
+        in_time.then(|| of_backend.and(of_cell))
     }
 
     /// The one with fewer connections for its weight; the first when they are equal.

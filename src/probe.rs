@@ -187,7 +187,9 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
             Ok(Err(Failed::Error(error))) if reached == Depth::Connect && !dial::is_reset(&error) => {
                 Some(Some(Seen::Refused))
             }
-            Ok(Err(Failed::Error(_))) => Some(Some(Seen::Reset(Blame { prefix: 0, others: false, elsewhere: 0.0 }))),
+            Ok(Err(Failed::Error(_))) => {
+                Some(Some(Seen::Reset(Blame { prefix: 0, others: false, elsewhere: 0.0, tries_elsewhere: 0 })))
+            }
             Ok(Err(Failed::Tls(kind))) => Some(Some(Seen::Tls(kind))),
             Ok(Err(Failed::Wrong)) => {
                 reached = Depth::Answer;

@@ -118,7 +118,7 @@ mod tests {
     use fastrand::Rng;
 
     fn blame(prefix: u32, others: bool) -> Blame {
-        Blame { prefix, others, elsewhere: 0.0 }
+        Blame { prefix, others, elsewhere: 0.0, tries_elsewhere: 0 }
     }
 
     /// Answers until the alarm, with errors at `rate`.
@@ -174,7 +174,7 @@ mod tests {
     fn what_a_client_meets_everywhere_is_its_own_doing() {
         let mut ratio = Ratio::default();
         ratio.good(1_000);
-        let everywhere = Blame { prefix: 1, others: false, elsewhere: 1.0 };
+        let everywhere = Blame { prefix: 1, others: false, elsewhere: 1.0, tries_elsewhere: 0 };
         let alarm = (0..10).position(|_| ratio.bad(everywhere));
         assert!(alarm.is_none_or(|at| at >= 8), "{alarm:?}");
     }

@@ -64,11 +64,24 @@ pub struct Carried {
     pub client_left_first: bool,
     /// Whether bytes were taken from one side that the other did not get: then a clean close would be a lie.
     pub cut: bool,
+    /// All that the client said, as long as the backend had not said anything and there was room.
+    pub kept: Option<Box<Kept>>,
+}
+
+/// A session's beginning, kept to be sent again to another backend.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// What the client said.
+    pub bytes: Vec<u8>,
+    /// Most that is kept.
+    pub most: usize,
 }
 
 /// What is worth knowing at the moment it happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Notice {
+    /// The client's first byte is on its way, and the backend has not said anything.
+    Spoke,
     /// The backend's first byte came.
     Answered,
     /// The backend closed or reset before its first byte, and before the client did.
@@ -82,6 +95,8 @@ struct Direction {
     written: usize,
     pipe: Option<Pipe>,
     moved: u64,
+    /// What it has read until now; boxed, because nearly all sessions are past it.
+    kept: Option<Box<Kept>>,
     full_reads: u8,
     small_fills: u8,
     cautious: bool,
@@ -102,7 +117,7 @@ enum Broken {
 }
 
 /// Relays until the session ends, and says how. `begin` is this moment; `first` goes to the backend before anything
-/// else, and so many of its bytes at the front are not the client's.
+/// else, and so many of its bytes at the front are not the client's. `carried.kept` is what it begins with and what it ends with.
 #[allow(clippy::too_many_arguments)] // One call site; a struct would only name them a second time.
 pub async fn relay(
     client: &mut Stream,
@@ -118,7 +133,8 @@ pub async fn relay(
 ) -> End {
     let (first, ours) = first;
     let ours = ours as u64;
-    let mut up = Direction { moved: first.len() as u64, aside: first, ..Direction::default() };
+    let kept = carried.kept.take();
+    let mut up = Direction { moved: first.len() as u64, aside: first, kept, ..Direction::default() };
     let mut down = Direction::default();
     let mut waits = 0;
     let mut registered = false;
@@ -155,13 +171,17 @@ pub async fn relay(
                 Poll::Ready(Err(Broken::Sink(how))) => {
                     // This write has taken the socket's error away: its reads would end as if all were well.
                     server_reset = how != io::ErrorKind::BrokenPipe;
-                    up = Direction { moved: up.moved, done: true, ..Direction::default() };
+                    let (moved, kept) = (up.moved, up.kept.take());
+                    up = Direction { moved, kept, done: true, ..Direction::default() };
                 }
                 Poll::Pending => {}
             }
             if carried.spoke.is_none() && up.moved > ours {
                 // What was there from the start needs no look at the clock.
                 carried.spoke = Some(if first_poll { begin } else { Instant::now() });
+                if carried.answered.is_none() {
+                    notice(Notice::Spoke, carried);
+                }
             }
             carried.up = up.moved - ours;
             carried.client_left_first |= up.finished && !down.finished;
@@ -172,7 +192,9 @@ pub async fn relay(
             let result = down.poll(context, server, client, host, leave);
             if carried.answered.is_none() && down.moved > 0 {
                 carried.answered = Some(Instant::now());
+                carried.kept = up.kept.take();
                 notice(Notice::Answered, carried);
+                carried.kept = None;
             }
             carried.down = down.moved;
             match result {
@@ -232,6 +254,7 @@ pub async fn relay(
         Poll::Pending
     })
     .await;
+    carried.kept = up.kept.take();
     (carried.up, carried.down) = (up.moved - ours, down.moved);
     carried.cut = cut || up.held() + down.held() > 0 || up.unflushed || down.unflushed;
     end
@@ -313,6 +336,13 @@ impl Direction {
                 return Poll::Ready(Ok(()));
             }
             self.moved += bytes.len() as u64;
+            if let Some(kept) = &mut self.kept {
+                if kept.bytes.len() + bytes.len() <= kept.most {
+                    kept.bytes.extend_from_slice(bytes);
+                } else {
+                    self.kept = None;
+                }
+            }
             self.full_reads = if bytes.len() == BUFFER { self.full_reads.saturating_add(1) } else { 0 };
             self.cautious = false;
             self.unflushed = sink.plain().is_none();

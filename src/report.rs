@@ -85,6 +85,7 @@ pub fn status(host: &Host, info: &Info) -> Value {
         "cells": cells_status(&table),
         "pools": pools,
         "listeners": listeners_status(&table, info),
+        "uplink": { "dark_since": table.uplink.dark().map(|at| at.rfc3339()) },
         "workers": workers,
         "drains": info.drains.list(),
         "weights": info.drains.weights(),
@@ -186,12 +187,16 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
         "since": health.since().rfc3339(),
         "cause": cause,
         "hold_ms": (health.state() == State::Down).then(|| until.since(now).as_millis() as u64),
+        "waits_for_operator": health.waits_for_operator(&pool.policy.health, now),
         "next_hold_ms": hold.as_millis() as u64,
         "in_flight": in_flight,
         "attempts": { "ok": count(Outcome::Ok), "failed": count(Outcome::Refused) + count(Outcome::Silent) },
         "handshake_ms": { "p50": quantile(|(p50, _)| p50), "p99": quantile(|(_, p99)| p99) },
         "learned_loss": round(health.loss()),
-        "ramp": round(backend.ramp_share(&pool.policy.health, now)),
+        "ramp": round(backend.view().ramp_share(&pool.policy.health, now)),
+        "pace": round(backend.pace_share()),
+        "waiting": { "now": backend.silence.waiting(), "most": backend.most_waiting() },
+        "contradiction": backend.contradicts_probes(now).then_some("probes fail while clients are served"),
         "next_probe_in_ms": next_probe,
         "prober": info.probers.get(&backend.id),
         "certificate": certificate(backend),
@@ -329,9 +334,13 @@ fn why(pool: &Pool, member: &Member, chosen: bool, chance: f64, now: clock::Time
         return format!("it has all the {} connections it may have", member.max_connections);
     }
     let mut reasons = match state {
+        State::Up if backend.pace_share() < 1.0 => {
+            let share = backend.pace_share() * 100.0;
+            vec![format!("up, at {share:.1}% of its share: slower, or losing more, than it used to")]
+        }
         State::Up => vec!["up".to_owned()],
         State::Returning => {
-            let share = backend.ramp_share(&pool.policy.health, now) * 100.0;
+            let share = backend.view().ramp_share(&pool.policy.health, now) * 100.0;
             vec![format!("returning, at {share:.0}% of its share")]
         }
         State::Suspect => vec!["suspect: after the fit ones of its tier".to_owned()],
@@ -460,6 +469,18 @@ pub fn metrics(host: &Host, info: &Info) -> String {
             t.sample("sailover_request_ends_total", &labels, listener.shared.request_ends[end as usize].get());
         }
     }
+    t.family(
+        "sailover_client_limit_refused_total",
+        "counter",
+        "Connections and requests beyond what one client may have.",
+    );
+    for listener in &listeners {
+        t.sample(
+            "sailover_client_limit_refused_total",
+            &[("listener", &listener.name)],
+            listener.shared.clients.refused(),
+        );
+    }
     t.family("sailover_request_retries_total", "counter", "HTTP requests sent to a second or later backend.");
     for listener in http() {
         t.sample("sailover_request_retries_total", &[("listener", &listener.name)], listener.shared.retries.get());
@@ -514,6 +535,52 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
     for (labels, backend) in members() {
         t.sample("sailover_backend_drained", &labels, u8::from(backend.drained.load(Relaxed)));
     }
+    t.family(
+        "sailover_backend_most_waiting",
+        "gauge",
+        "Clients that may wait for answers at once, where that was learned.",
+    );
+    for (labels, backend) in members() {
+        if let Some(most) = backend.most_waiting() {
+            t.sample("sailover_backend_most_waiting", &labels, most);
+        }
+    }
+    for (name, help, count) in [
+        (
+            "sailover_class_failures_total",
+            "How often one class of requests began to fail alone.",
+            (|backend| backend.counters.class_failures.get()) as fn(&Backend) -> u64,
+        ),
+        ("sailover_paced_total", "How often a share was cut for slowness or loss.", |backend| {
+            backend.counters.paced.get()
+        }),
+        ("sailover_contradictions_total", "Probes that failed while clients were served.", |backend| {
+            backend.counters.contradictions.get()
+        }),
+    ] {
+        t.family(name, "counter", help);
+        for (labels, backend) in members() {
+            t.sample(name, &labels, count(backend));
+        }
+    }
+    t.family("sailover_uplink_dark", "gauge", "Whether nothing answers from any cell, which is held against none.");
+    t.sample("sailover_uplink_dark", &[], u8::from(table.uplink.dark().is_some()));
+    t.family(
+        "sailover_backend_contradiction",
+        "gauge",
+        "Whether probes of a backend fail while its clients are served; the clients are believed.",
+    );
+    for (labels, backend) in members() {
+        t.sample("sailover_backend_contradiction", &labels, u8::from(backend.contradicts_probes(clock::now())));
+    }
+    t.family(
+        "sailover_backend_pace_ratio",
+        "gauge",
+        "Share of its clients that a backend keeps for how it does against its own past.",
+    );
+    for (labels, backend) in members() {
+        t.sample("sailover_backend_pace_ratio", &labels, backend.pace_share());
+    }
     t.family("sailover_transitions_total", "counter", "Changes of state, by the state entered.");
     for (labels, backend) in members() {
         for state in State::ALL {
@@ -564,6 +631,22 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
             let count = if won == "false" { begun.saturating_sub(pool.shared.races[1].get()) } else { begun };
             t.sample("sailover_races_total", &[("pool", &pool.name), ("won", won)], count);
         }
+    }
+    t.family("sailover_queue_length", "gauge", "Clients that wait for a place because all are taken.");
+    for pool in &table.pools {
+        t.sample("sailover_queue_length", &[("pool", &pool.name)], pool.shared.queue.length());
+    }
+    t.family("sailover_queue_refused_total", "counter", "Clients that found no place in the queue, or none in time.");
+    for pool in &table.pools {
+        t.sample("sailover_queue_refused_total", &[("pool", &pool.name)], pool.shared.queue.refused());
+    }
+    t.family(
+        "sailover_replays_total",
+        "counter",
+        "Sessions carried to another backend because the first did not answer.",
+    );
+    for pool in &table.pools {
+        t.sample("sailover_replays_total", &[("pool", &pool.name)], pool.shared.replays.get());
     }
     t.family("sailover_budget_refused_total", "counter", "Extra attempts that the pool's budget did not allow.");
     for pool in &table.pools {

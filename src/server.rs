@@ -21,6 +21,7 @@ use crate::admin::{self, Admin, DrainOrder, Order, WeightOrder};
 use crate::clock;
 use crate::config;
 use crate::drain::{self, Drain, Keeper, Weight};
+use crate::govern;
 use crate::host::Host;
 use crate::listen;
 use crate::log::Logger;
@@ -198,6 +199,7 @@ async fn serve(
     );
     notify(&[sd_notify::NotifyState::Ready]);
 
+    let mut governing = tokio::spawn(govern::run(control.host.clone()));
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut tick = 0u64;
@@ -209,6 +211,9 @@ async fn serve(
             _ = interrupts.recv() => break,
             Some(number) = worker_ended.recv() => {
                 return Err(other(format!("worker {number} ended, which must not happen; the process ends with it")));
+            }
+            _ = &mut governing => {
+                return Err(other("judging backends ended, which must not happen; the process ends with it".to_owned()));
             }
             Some(order) = orders_in.recv() => control.obey(order),
             prepared = control.reloading.finished() => control.finish_reload(prepared),
@@ -400,6 +405,9 @@ impl Control {
                 let done = self.undrain(&order);
                 self.keep(done, reply);
             }
+            Order::Failback(order, reply) => {
+                let _ = reply.send(self.failback(&order));
+            }
             Order::Weigh(order, reply) => {
                 let done = self.weigh(order);
                 self.keep(done, reply);
@@ -448,6 +456,29 @@ impl Control {
         self.apply_orders(&self.host.live.load_full());
         tracing::info!(cell = order.cell, pool, backend, reason = order.reason, by_uid = order.by, "undrained");
         Ok(format!("undrained {} ({ended} drain{})", order.cell, if ended == 1 { "" } else { "s" }))
+    }
+
+    fn failback(&self, order: &DrainOrder) -> Result<String, String> {
+        let table = self.host.live.load_full();
+        let pools = table.pools.iter().filter(|pool| order.pool.as_ref().is_none_or(|name| **name == *pool.name));
+        let members = pools.flat_map(|pool| pool.members.iter().map(move |member| (pool, member)));
+        let mut named = members
+            .filter(|(pool, member)| *pool.cells[member.cell].name == *order.cell)
+            .filter(|(_, member)| order.backend.as_ref().is_none_or(|name| **name == *member.backend.name))
+            .peekable();
+        if named.peek().is_none() {
+            return Err(format!("there is no such cell, pool or backend: {}; see `sailover status`", order.cell));
+        }
+        let let_in = named.filter(|(_, member)| member.backend.let_return()).count();
+        tracing::info!(
+            cell = order.cell,
+            pool = order.pool,
+            reason = order.reason,
+            by_uid = order.by,
+            let_in,
+            "failback"
+        );
+        Ok(format!("{let_in} backend{} of {} may return", if let_in == 1 { "" } else { "s" }, order.cell))
     }
 
     fn weigh(&mut self, order: WeightOrder) -> Result<String, String> {

@@ -108,6 +108,11 @@ impl Handle {
         self.with(|entry| entry.waker = Some(waker.clone()));
     }
 
+    /// Its number among this worker's sessions, for as long as it lives.
+    pub fn number(&self) -> usize {
+        self.0
+    }
+
     /// Notes what the session waits to write to.
     pub fn set_waits(&self, waits: u8) {
         self.with(|entry| entry.waits = waits);
@@ -327,6 +332,15 @@ pub fn kick(filter: &Filter, worker: usize) -> usize {
         }
         marked
     })
+}
+
+/// Ends what a session has with its backend, which says nothing.
+pub fn backend_is_silent(number: usize) {
+    SESSIONS.with(|sessions| {
+        if let Some(entry) = sessions.borrow_mut().get_mut(number).filter(|entry| entry.ended.is_none()) {
+            end(entry, End::BackendSilent);
+        }
+    });
 }
 
 /// Whether any session waits for its reset.

@@ -22,6 +22,10 @@ pub struct Silence {
     mixed: AtomicBool,
     /// When the last first byte came.
     heard: AtomicU64,
+    /// How many were ever written; wraps.
+    ever: AtomicU32,
+    /// How often it was accused since the last first byte.
+    accused: AtomicU32,
 }
 
 /// A silence that has lasted too long.
@@ -37,6 +41,7 @@ impl Silence {
     /// A whole request was written for a client of `prefix`.
     pub fn wrote(&self, prefix: u32, now: Time) {
         self.waiting.fetch_add(1, Relaxed);
+        self.ever.fetch_add(1, Relaxed);
         if self.written.fetch_add(1, Relaxed) == 0 {
             self.first.store(now.0, Relaxed);
             self.prefix.store(prefix, Relaxed);
@@ -58,12 +63,30 @@ impl Silence {
     /// A first byte came, for anybody.
     pub fn heard(&self, now: Time) {
         self.written.store(0, Relaxed);
+        if self.accused.load(Relaxed) > 0 {
+            self.accused.store(0, Relaxed);
+        }
         self.heard.store(now.0, Relaxed);
     }
 
-    /// Whether nobody has got a first byte since `at`.
-    pub fn unheard(&self, at: Time) -> bool {
-        self.heard.load(Relaxed) < at.0
+    /// Accuses it once more, and says how often that makes since the last first byte.
+    pub fn accused(&self) -> u32 {
+        self.accused.fetch_add(1, Relaxed) + 1
+    }
+
+    /// How many were ever written; wraps.
+    pub fn wrote_ever(&self) -> u32 {
+        self.ever.load(Relaxed)
+    }
+
+    /// When the last first byte came; `Time(0)`: never.
+    pub fn heard_at(&self) -> Time {
+        Time(self.heard.load(Relaxed))
+    }
+
+    /// When the first was written that nobody has had a first byte since.
+    pub fn first(&self) -> Time {
+        Time(self.first.load(Relaxed))
     }
 
     /// How many requests wait.

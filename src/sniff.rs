@@ -163,6 +163,21 @@ fn server_name(hello: &[u8]) -> Option<Option<String>> {
     Some(found)
 }
 
+/// Whether `bytes` are the beginning of a TLS handshake and nothing else: records of handshake and change of cipher (RFC 8446,
+/// 5.1). Such a beginning asks for nothing yet, so it may be said to another server as well; early data may not.
+pub fn is_only_handshake(bytes: &[u8]) -> bool {
+    let mut rest = bytes;
+    while let [kind, 3, minor, high, low, ..] = rest {
+        if !matches!(kind, 20 | 22) || *minor > 4 {
+            return false;
+        }
+        let length = 5 + usize::from(u16::from_be_bytes([*high, *low]));
+        rest = rest.get(length..).unwrap_or_default();
+    }
+    // What has not come of the next record's header must not be the beginning of anything else.
+    !bytes.is_empty() && matches!(rest, [] | [20 | 22] | [20 | 22, 3, ..])
+}
+
 /// Whether this is a DNS name as a client may ask for it, in lower case.
 pub fn is_host_name(name: &str) -> bool {
     host_name(name.as_bytes()).is_some_and(|read| read == name)
@@ -453,6 +468,16 @@ mod tests {
             two[at..at + 2].copy_from_slice(&(old + more).to_be_bytes());
         }
         assert_eq!(at_once(&two), Verdict::Wrong("a malformed ClientHello"));
+    }
+
+    #[test]
+    fn only_a_handshake_may_be_said_twice() {
+        let hello = hello(Some("shop.example"), 300, 100);
+        assert!((1..=hello.len()).all(|cut| is_only_handshake(&hello[..cut])));
+        let early = [&hello[..], &[23, 3, 3, 0, 1, 0]].concat();
+        assert!(!is_only_handshake(&early), "early data asks for something");
+        assert!(!is_only_handshake(&early[..hello.len() + 1]), "and is known by its first byte");
+        assert!(!is_only_handshake(b"") && !is_only_handshake(b"GET / HTTP/1.1\r\n") && !is_only_handshake(&[22, 2]));
     }
 
     #[test]

@@ -35,6 +35,11 @@ impl TcpInfo {
         matches!(self.state, ESTABLISHED | CLOSE_WAIT)
     }
 
+    /// Whether the peer has finished sending, or more.
+    pub fn finished(&self) -> bool {
+        matches!(self.state, CLOSE | CLOSE_WAIT)
+    }
+
     /// Whether the connection is gone: reset, or closed both ways.
     pub fn gone(&self) -> bool {
         self.state == CLOSE
@@ -46,6 +51,13 @@ pub fn shut_down(descriptor: std::os::fd::RawFd) {
     // SAFETY: shutdown(2) reads no memory. The caller knows the descriptor for open, and for a socket: it stands in the
     // list of the worker's connections, which an entry leaves before its descriptor is closed, on the same thread.
     unsafe { libc::shutdown(descriptor, libc::SHUT_RDWR) };
+}
+
+/// Whether the peer of a TCP connection has finished sending, or more.
+pub fn has_finished(descriptor: std::os::fd::RawFd) -> bool {
+    // SAFETY: the caller knows the descriptor for open: it is its own connection's, which cannot be closed before the caller
+    // has ended, on the same thread. The borrow ends with this call.
+    tcp_info(unsafe { BorrowedFd::borrow_raw(descriptor) }).is_ok_and(|info| info.finished())
 }
 
 /// Asks the kernel about the TCP connection of `socket`.

@@ -3,7 +3,7 @@
 //! [`build`] makes a new one and takes over whatever the previous one has under the same name: an unchanged pool
 //! as it stands, and in a changed one each backend whose name and address stayed. Health is never in it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -20,13 +20,14 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::backend::{Backend, Counters, PoolShared};
 use crate::clock::Time;
 use crate::config::http::{Forwarded, Page};
-use crate::config::{self, Config, Network, ProbeKind};
+use crate::config::{self, Config, Failback, Network, ProbeKind};
 use crate::health::{self, Depth};
 use crate::http::route::Routes;
-use crate::limits::Gauge;
+use crate::limits::{self, ClientPermit, Clients, Gauge};
 use crate::metrics::Counter;
 use crate::pool::{Cell, Member, NewCell, Policy, Pool};
 use crate::tls::{self, Identity, Upstream};
+use crate::uplink::Uplink;
 
 /// One generation.
 #[derive(Debug)]
@@ -43,6 +44,8 @@ pub struct Table {
     pub hash: String,
     /// Makers of tickets; taken over from table to table.
     pub tickets: Tickets,
+    /// Which cells show life; taken over from table to table.
+    pub uplink: Arc<Uplink>,
 }
 
 /// What a listener does with a connection.
@@ -66,6 +69,8 @@ pub struct Listener {
     pub max_connections: u32,
     /// How long a new connection waits at the cap.
     pub wait: Duration,
+    /// Bounds on what comes from one network of clients.
+    pub per_client: config::PerClient,
     /// For the whole head of an HTTP request.
     pub header: Duration,
     /// Between two HTTP requests.
@@ -176,6 +181,8 @@ pub enum End {
     ClientStuck,
     /// The backend's kernel acknowledged nothing for too long.
     BackendStuck,
+    /// The backend said nothing from the start, and no other could take its client.
+    BackendSilent,
     /// The backend went down.
     BackendDown,
     /// No backend connected in time.
@@ -186,6 +193,10 @@ pub enum End {
     Cap,
     /// `allow` or `deny`.
     Denied,
+    /// Requests like it have ended more than one backend a moment ago.
+    Poison,
+    /// The client's network has, or asks for, more than it may.
+    Limited,
     /// The client went away while a backend was dialled.
     ClientGone,
     /// An operator ended it.
@@ -208,7 +219,7 @@ pub enum End {
 
 impl End {
     /// All, in the order of the counters.
-    pub const ALL: [End; 22] = [
+    pub const ALL: [End; 25] = [
         End::ClientClosed,
         End::BackendClosed,
         End::ClientReset,
@@ -217,11 +228,14 @@ impl End {
         End::HalfClosed,
         End::ClientStuck,
         End::BackendStuck,
+        End::BackendSilent,
         End::BackendDown,
         End::Unreachable,
         End::Full,
         End::Cap,
         End::Denied,
+        End::Limited,
+        End::Poison,
         End::ClientGone,
         End::Kicked,
         End::Handshake,
@@ -244,10 +258,13 @@ impl End {
             End::HalfClosed => "half_closed",
             End::ClientStuck => "client_stuck",
             End::BackendStuck => "backend_stuck",
+            End::BackendSilent => "backend_silent",
             End::BackendDown => "backend_down",
             End::Unreachable => "unreachable",
             End::Full => "full",
             End::Cap => "cap",
+            End::Poison => "poison",
+            End::Limited => "client_limit",
             End::Denied => "denied",
             End::ClientGone => "client_gone",
             End::Kicked => "kicked",
@@ -282,6 +299,8 @@ pub struct ListenerShared {
     pub beginnings: Arc<Gauge>,
     /// Connections by end.
     pub ends: [Counter; End::ALL.len()],
+    /// What clients use, by network.
+    pub clients: Arc<Clients>,
     /// HTTP requests by end.
     pub request_ends: [Counter; End::ALL.len()],
     /// Bytes from clients, and to clients.
@@ -295,6 +314,25 @@ pub struct ListenerShared {
 }
 
 impl Listener {
+    /// Counts a connection of a client, where its network may have one more; `Some(None)`: it need not be counted.
+    pub fn count_client(&self, client: IpAddr, now: Time) -> Option<Option<ClientPermit>> {
+        let bounds = &self.per_client;
+        if bounds.connections.is_none() && bounds.rate.is_none() {
+            return Some(None);
+        }
+        let network = limits::network(client, bounds.prefix);
+        // Of HTTP the requests are counted.
+        if let Some(rate) = bounds.rate.filter(|_| !matches!(self.face, Face::Http(_)))
+            && !self.shared.clients.allows(network, rate, now)
+        {
+            return None;
+        }
+        match bounds.connections {
+            Some(most) => self.shared.clients.connect(network, most, now),
+            None => Some(None),
+        }
+    }
+
     /// Longest time without a byte either way: the shorter of its own and the pool's.
     pub fn idle(&self, pool: &Pool) -> Duration {
         self.idle.map_or(pool.policy.idle, |idle| idle.min(pool.policy.idle))
@@ -355,6 +393,10 @@ pub fn build(
     process_limit: u32,
     now: Time,
 ) -> Result<(Table, Difference), Vec<String>> {
+    let uplink = previous.map_or_else(Arc::default, |table| table.uplink.clone());
+    let cells: HashSet<&str> =
+        config.pools.iter().flat_map(|pool| &pool.cells).map(|cell| cell.name.as_str()).collect();
+    uplink.set_cells(cells.len());
     let mut tickets = Tickets::new();
     let mut errors = Vec::new();
     let mut pools = Vec::with_capacity(config.pools.len());
@@ -374,7 +416,7 @@ pub fn build(
         let policy = policy(wanted, &config, process_limit, tls);
         let pool = match before {
             Some((config, pool)) if config == wanted && *pool.policy == policy => pool.clone(),
-            _ => Arc::new(build_pool(wanted, policy, before.map(|(_, pool)| &**pool), now)),
+            _ => Arc::new(build_pool(wanted, policy, before.map(|(_, pool)| &**pool), &uplink, now)),
         };
         pools.push(pool);
     }
@@ -403,6 +445,7 @@ pub fn build(
             deny: wanted.deny.clone(),
             max_connections: wanted.max_connections.unwrap_or(u32::MAX),
             wait: wanted.wait,
+            per_client: wanted.per_client,
             header: wanted.header,
             keepalive: wanted.keepalive,
             idle: wanted.idle,
@@ -415,7 +458,7 @@ pub fn build(
     }
     let difference = previous.map_or_else(Difference::default, |table| difference(&table.config, &config));
     let generation = previous.map_or(1, |table| table.generation + 1);
-    Ok((Table { generation, pools, listeners, config, hash, tickets }, difference))
+    Ok((Table { generation, pools, listeners, config, hash, tickets, uplink }, difference))
 }
 
 fn listener_tls(
@@ -502,11 +545,14 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32, tls: Option<
         health: health::Policy {
             fall,
             rise,
-            hold_first: pool.hold.first,
+            // With `hold` every failure counts as much as the last of many.
+            hold_first: if pool.failback == Failback::Hold { pool.hold.longest } else { pool.hold.first },
             hold_longest: pool.hold.longest,
             ramp: pool.ramp,
             probe_depth,
             probe_elsewhere: elsewhere,
+            between_probe_removals: pool.probe_removal,
+            asks_operator: pool.failback == Failback::Manual,
         },
         balance: pool.balance,
         affinity: pool.affinity.clone(),
@@ -525,11 +571,16 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32, tls: Option<
         drain: config.shutdown.drain,
         when_all_down: pool.when_all_down,
         max_connections: pool.max_connections.unwrap_or(half.max(1)),
+        queue: pool.queue,
+        first_byte: pool.first_byte,
+        first_byte_time: pool.timeouts.first_byte,
+        replay: pool.replay,
     }
 }
 
-fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, now: Time) -> Pool {
-    let shared = before.map_or_else(|| Arc::new(PoolShared::new(&wanted.name)), |pool| pool.shared.clone());
+fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, uplink: &Arc<Uplink>, now: Time) -> Pool {
+    let shared =
+        before.map_or_else(|| Arc::new(PoolShared::new(&wanted.name, uplink.clone())), |pool| pool.shared.clone());
     // A session keeps its policy: an equal one is taken over, so that memory does not grow with reloads.
     let policy = match before {
         Some(pool) if *pool.policy == policy => pool.policy.clone(),
@@ -542,12 +593,15 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, now:
     for cell in &wanted.cells {
         let old = before.and_then(|pool| pool.cells.iter().find(|old| *old.name == *cell.name));
         let kept = old.map_or_else(Arc::default, |old: &Cell| old.shared.clone());
+        kept.connections.tells(&shared.queue);
         let count = cell.backends.len();
         cells.push(NewCell {
             name: cell.name.as_str().into(),
             tier: cell.tier,
             weight: cell.weight,
             count,
+            max_connections: cell.max_connections.unwrap_or(u32::MAX),
+            capacity: cell.capacity,
             shared: kept,
         });
         for backend in &cell.backends {
@@ -566,6 +620,7 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, now:
                     ))
                 }
             };
+            backend_now.stands_in(uplink.place(&cell.name));
             members.push(Member {
                 backend: backend_now,
                 cell: cells.len() - 1,

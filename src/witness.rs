@@ -126,10 +126,16 @@ impl Failing {
             .filter(|(id, failures, _)| *id != backend && *failures > 0)
             .map(|(_, failures, answers)| f64::from(*failures) / f64::from(failures + answers))
             .fold(0.0, f64::max);
+        let tries_elsewhere = tally
+            .backends
+            .iter()
+            .filter(|(id, ..)| *id != backend)
+            .map(|(_, failures, answers)| failures.saturating_add(*answers))
+            .fold(0, u32::saturating_add);
         self.used.store(tallies.len() as u32, Relaxed);
         drop(tallies);
         let others = answered.others(prefix, now);
-        answered.lately(prefix, now).then_some(Blame { prefix, others, elsewhere })
+        answered.lately(prefix, now).then_some(Blame { prefix, others, elsewhere, tries_elsewhere })
     }
 
     /// Forgets prefixes without new failures; called now and then.
@@ -165,7 +171,7 @@ mod tests {
         assert_eq!(failing.failed(7, 1, &answered, NOW), None);
         answered.note(7, NOW);
         let blame = failing.failed(7, 1, &answered, NOW).expect("answered lately");
-        assert_eq!(blame, Blame { prefix: 7, others: false, elsewhere: 0.0 });
+        assert_eq!(blame, Blame { prefix: 7, others: false, elsewhere: 0.0, tries_elsewhere: 0 });
         assert_eq!(failing.failed(7, 1, &answered, Time(NOW.0 + 61_000_000)), None);
     }
 

@@ -17,6 +17,7 @@ use crate::clock;
 use crate::host::Host;
 use crate::http;
 use crate::listen::{self, Stop};
+use crate::owed;
 use crate::session;
 use crate::sys;
 
@@ -104,6 +105,7 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
     let mut accepting = JoinSet::new();
     // If it ended by a panic no request would have its time any more.
     accepting.spawn(http::wait::watch());
+    accepting.spawn(owed::watch());
     loop {
         tokio::select! {
             command = commands.recv() => match command {

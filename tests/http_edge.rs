@@ -238,7 +238,7 @@ fn an_idle_connection_that_turned_bad_costs_no_request() {
     for i in 0..10 {
         let answer =
             raw(proxy.address(0), b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-        assert!(answer.starts_with("HTTP/1.1 200"), "request {i}: {answer}");
+        assert!(answer.starts_with("HTTP/1.1 200"), "request {i}: {answer}\n{}", proxy.log());
     }
 }
 

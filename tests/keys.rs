@@ -28,6 +28,23 @@ const KEYS: &[(&str, &str)] = &[
     ("pools.*.cells.*.backends.name", "names_show_in_status"),
     ("pools.*.cells.*.backends.weight", "backend_weights_count_turns"),
     ("pools.*.cells.*.backends.max_connections", "caps_of_backend_and_pool_reset_what_is_beyond"),
+    ("pools.*.cells.*.max_connections", "a_cell_has_a_cap_and_the_queue_its_time"),
+    ("pools.*.cells.*.capacity", "a_capacity_is_kept"),
+    ("pools.*.timeouts.first_byte", "silence_counts_when_an_answer_is_owed"),
+    ("pools.*.first_byte", "silence_counts_when_an_answer_is_owed"),
+    ("pools.*.replay", "what_a_client_said_is_said_again"),
+    ("pools.*.replay.up_to", "what_a_client_said_is_said_again"),
+    ("pools.*.replay.for", "what_a_client_said_is_said_again"),
+    ("pools.*.hold.between_probe_removals", "probes_alone_take_out_one_cell_at_a_time"),
+    ("pools.*.failback", "a_cell_comes_back_as_failback_says"),
+    ("pools.*.limits.queue", "a_cell_has_a_cap_and_the_queue_its_time"),
+    ("pools.*.limits.queue_timeout", "a_cell_has_a_cap_and_the_queue_its_time"),
+    ("listeners.limits.per_client", "clients_have_bounds_of_their_own"),
+    ("listeners.limits.per_client.connections", "clients_have_bounds_of_their_own"),
+    ("listeners.limits.per_client.rate", "clients_have_bounds_of_their_own"),
+    ("listeners.limits.per_client.prefix", "clients_have_bounds_of_their_own"),
+    ("listeners.limits.per_client.ipv4", "clients_have_bounds_of_their_own"),
+    ("listeners.limits.per_client.ipv6", "clients_have_bounds_of_their_own"),
     ("pools.*.balance", "balance_looks_at_connections_or_does_not"),
     ("pools.*.affinity", "affinity_pins_a_client"),
     ("pools.*.affinity.by", "affinity_pins_a_client"),
@@ -213,8 +230,18 @@ fn every_key_of_the_reference_has_a_test() {
     let missing: Vec<_> = keys.difference(&listed).collect();
     let surplus: Vec<_> = listed.difference(&keys).collect();
     assert!(missing.is_empty() && surplus.is_empty(), "without a test: {missing:?}; not in the reference: {surplus:?}");
-    let tests = ["keys.rs", "operate.rs", "tcp.rs", "hello.rs", "tls.rs", "http.rs", "backend_tls.rs", "drills/mod.rs"]
-        .map(|file| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(file)).unwrap());
+    let tests = [
+        "keys.rs",
+        "operate.rs",
+        "tcp.rs",
+        "hello.rs",
+        "tls.rs",
+        "http.rs",
+        "backend_tls.rs",
+        "confine.rs",
+        "drills/mod.rs",
+    ]
+    .map(|file| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(file)).unwrap());
     for (key, test) in KEYS {
         let there = tests.iter().any(|text| text.contains(&format!("#[test]\nfn {test}()")));
         assert!(there, "{key}: there is no test {test}");

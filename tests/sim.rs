@@ -20,7 +20,7 @@ fn policy(probe_depth: Depth) -> Policy {
 }
 
 fn pool(probe_depth: Depth, cells: usize, each: usize, now: Time) -> Pool {
-    let shared = Arc::new(PoolShared::new("p"));
+    let shared = Arc::new(PoolShared::new("p", Arc::default()));
     let policy = Arc::new(policy(probe_depth));
     let mut parts = Vec::new();
     let mut members = Vec::new();
@@ -30,6 +30,8 @@ fn pool(probe_depth: Depth, cells: usize, each: usize, now: Time) -> Pool {
             tier: 0,
             weight: 1,
             count: each,
+            max_connections: u32::MAX,
+            capacity: None,
             shared: Arc::default(),
         });
         for i in 0..each {
@@ -134,7 +136,7 @@ impl World {
             Truth::Refuses => self.observe(member, Source::Probe, Depth::Connect, Seen::Refused),
             Truth::Swallows => self.observe(member, Source::Probe, Depth::Connect, Seen::Silent),
             Truth::Resets if answer => {
-                let blame = Blame { prefix: 0, others: false, elsewhere: 0.0 };
+                let blame = Blame { prefix: 0, others: false, elsewhere: 0.0, tries_elsewhere: 0 };
                 self.observe(member, Source::Probe, Depth::FirstByte, Seen::Reset(blame));
             }
             Truth::Loses(share) if lost(&mut self.rng, share) => {
@@ -173,7 +175,7 @@ impl World {
                 Truth::Swallows => self.observe(member, Source::Traffic, Depth::Connect, Seen::Silent),
                 Truth::Loses(_) if lost => self.observe(member, Source::Traffic, Depth::Connect, Seen::Silent),
                 Truth::Resets => {
-                    let blame = Blame { prefix: self.rng.u32(1..4), others: true, elsewhere: 0.0 };
+                    let blame = Blame { prefix: self.rng.u32(1..4), others: true, elsewhere: 0.0, tries_elsewhere: 0 };
                     self.observe(member, Source::Traffic, Depth::FirstByte, Seen::Reset(blame));
                     return;
                 }

@@ -195,7 +195,8 @@ fn garbage_from_one_client_moves_no_backend() {
         }
     }
     for to in ["suspect", "down"] {
-        assert_eq!(proxy.metric("sailover_transitions_total", &[&format!("to=\"{to}\"")]), 0.0, "{to}");
+        let entered = proxy.metric("sailover_transitions_total", &[&format!("to=\"{to}\"")]);
+        assert_eq!(entered, 0.0, "{to}: {}", proxy.log());
     }
 }
 

@@ -8,6 +8,7 @@ mod support;
 mod drills;
 /// Every sub-command, by what it prints.
 mod commands;
+mod confine;
 /// Files judged right and wrong, from the outside.
 mod files;
 /// What a client sends first: server names, PROXY headers.
@@ -20,6 +21,7 @@ mod http_edge;
 mod keys;
 /// The operator's side: status, reload, drain, stop.
 mod operate;
+mod overload;
 /// What is measured over a longer time, and short versions of it.
 mod show;
 /// Years of health and choosing in seconds.

@@ -97,6 +97,13 @@ pub struct FilePool {
     pub hold_longest: Option<Duration>,
     pub ramp: Option<Duration>,
     pub max_connections: Option<u64>,
+    pub queue: Option<u64>,
+    pub queue_timeout: Option<Duration>,
+    pub first_byte: Option<super::FirstByte>,
+    pub first_byte_time: Option<Duration>,
+    pub replay: Option<super::Replay>,
+    pub failback: Option<super::Failback>,
+    pub probe_removal: Option<Duration>,
     pub send_proxy: Option<ProxyVersion>,
     pub http: Option<super::HttpVersion>,
     pub tls: Option<FileBackendTls>,
@@ -108,6 +115,8 @@ pub struct FilePool {
 pub struct FileCell {
     pub weight: Option<u64>,
     pub tier: Option<u64>,
+    pub max_connections: Option<u64>,
+    pub capacity: Option<super::Rate>,
     /// Each with its path, because a cell may be a list or a map.
     pub backends: Vec<(String, FileBackend)>,
 }
@@ -193,6 +202,9 @@ pub struct FileListener {
     pub deny: Option<Vec<Network>>,
     pub max_connections: Option<u64>,
     pub wait: Option<Duration>,
+    pub client_connections: Option<u64>,
+    pub client_rate: Option<super::Rate>,
+    pub client_prefix: (Option<u64>, Option<u64>),
     pub idle: Option<Duration>,
 }
 
@@ -394,8 +406,11 @@ impl Reader<'_> {
             "send_proxy",
             "http",
             "tls",
+            "first_byte",
+            "replay",
+            "failback",
         ];
-        let Some(fields) = self.fields(node, &known, &["replay"]) else { return pool };
+        let Some(fields) = self.fields(node, &known, &[]) else { return pool };
         match fields.get("cells") {
             Some(node) => pool.cells = self.entries(&node, Self::cell),
             None => self.missing(&fields, "cells", "a pool is served by at least one cell"),
@@ -428,12 +443,13 @@ impl Reader<'_> {
             });
         }
         if let Some(node) = fields.get("timeouts")
-            && let Some(fields) = self.fields(&node, &["request", "idle", "half_close", "unacked"], &[])
+            && let Some(fields) = self.fields(&node, &["request", "idle", "half_close", "unacked", "first_byte"], &[])
         {
             pool.request = self.duration_at(&fields, "request", 10, DAY);
             pool.idle = self.duration_at(&fields, "idle", 10, 30 * DAY);
             pool.half_close = self.duration_at(&fields, "half_close", 10, DAY);
             pool.unacked = self.duration_at(&fields, "unacked", 1_000, DAY);
+            pool.first_byte_time = self.duration_at(&fields, "first_byte", 50, DAY);
         }
         pool.on_down = fields.get("on_down").and_then(|node| {
             use super::OnDown::*;
@@ -444,8 +460,9 @@ impl Reader<'_> {
             self.word(&node, &[("try_all", TryAll), ("refuse", Refuse)])
         });
         if let Some(node) = fields.get("hold")
-            && let Some(fields) = self.fields(&node, &["first", "longest"], &[])
+            && let Some(fields) = self.fields(&node, &["first", "longest", "between_probe_removals"], &[])
         {
+            pool.probe_removal = self.duration_at(&fields, "between_probe_removals", 0, DAY);
             pool.hold_first = self.duration_at(&fields, "first", 10, DAY);
             pool.hold_longest = self.duration_at(&fields, "longest", 10, DAY);
         }
@@ -458,14 +475,39 @@ impl Reader<'_> {
             pool.http = fields.get("version").and_then(|node| self.http_version(&node));
         }
         pool.tls = fields.get("tls").map(|node| self.backend_tls(&node));
+        pool.first_byte = fields.get("first_byte").and_then(|node| {
+            use super::FirstByte::*;
+            self.word(&node, &[("learn", Learn), ("expect", Expect), ("ignore", Ignore)])
+        });
+        pool.replay = fields.get("replay").and_then(|node| self.replay(&node));
+        pool.failback = fields.get("failback").and_then(|node| {
+            use super::Failback::*;
+            self.word(&node, &[("auto", Auto), ("hold", Hold), ("manual", Manual)])
+        });
         pool.ramp = self.duration_at(&fields, "ramp", 0, DAY);
         if let Some(node) = fields.get("limits")
-            && let Some(fields) = self.fields(&node, &["max_connections"], &["queue", "queue_timeout"])
+            && let Some(fields) = self.fields(&node, &["max_connections", "queue", "queue_timeout"], &[])
         {
+            pool.queue = fields.get("queue").and_then(|node| self.number(&node, 0, MAX_QUEUE));
+            pool.queue_timeout = self.duration_at(&fields, "queue_timeout", 1, 60_000);
             pool.max_connections =
                 fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
         }
         pool
+    }
+
+    fn replay(&mut self, node: &Node<'_>) -> Option<super::Replay> {
+        let fields = self.fields(node, &["up_to", "for"], &[])?;
+        let up_to = match fields.get("up_to") {
+            Some(node) => self.size(&node, 1, 65_536)? as u32,
+            None => 16 << 10,
+        };
+        let Some(what) = fields.get("for") else {
+            self.missing(&fields, "for", "tls is safe; any is for protocols whose first bytes may be sent twice");
+            return None;
+        };
+        let only_tls = self.word(&what, &[("tls", true), ("any", false)])?;
+        Some(super::Replay { up_to, only_tls })
     }
 
     fn affinity(&mut self, node: &Node<'_>) -> Option<super::Affinity> {
@@ -501,7 +543,12 @@ impl Reader<'_> {
             cell.backends = self.backends(node);
             return cell;
         }
-        let Some(fields) = self.fields(node, &["weight", "tier", "backends"], &[]) else { return cell };
+        let Some(fields) = self.fields(node, &["weight", "tier", "max_connections", "capacity", "backends"], &[])
+        else {
+            return cell;
+        };
+        cell.max_connections = fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
+        cell.capacity = fields.get("capacity").and_then(|node| self.rate(&node));
         cell.weight = fields.get("weight").and_then(|node| self.number(&node, 1, MAX_WEIGHT));
         cell.tier = fields.get("tier").and_then(|node| self.number(&node, 0, 15));
         match fields.get("backends") {
@@ -713,6 +760,30 @@ impl Reader<'_> {
         }
     }
 
+    fn rate(&mut self, node: &Node<'_>) -> Option<super::Rate> {
+        let rate = match node.value {
+            Value::String(text) => super::Rate::parse(text),
+            _ => None,
+        };
+        rate.or_else(|| self.refuse(node, "a rate such as 100/s or 30/m, at least 1"))
+    }
+
+    /// A number of bytes with its unit.
+    fn size(&mut self, node: &Node<'_>, low: u64, high: u64) -> Option<u64> {
+        let bytes = match node.value {
+            Value::String(text) => {
+                let (number, unit) = match text.strip_suffix("KiB") {
+                    Some(number) => (number, 1_024),
+                    None => (text.strip_suffix('B').unwrap_or(""), 1),
+                };
+                number.trim_end().parse::<u64>().ok().and_then(|number| number.checked_mul(unit))
+            }
+            _ => None,
+        };
+        let wanted = format!("a size with its unit, such as 512B or 16KiB, from {low}B to {}KiB", high / 1_024);
+        bytes.filter(|bytes| (low..=high).contains(bytes)).or_else(|| self.refuse(node, &wanted))
+    }
+
     fn duration_at(&mut self, fields: &Fields<'_>, key: &str, low: u64, high: u64) -> Option<Duration> {
         let node = fields.get(key)?;
         let (low, high) = (Duration::from_millis(low), Duration::from_millis(high));
@@ -784,6 +855,7 @@ const MAIN_ONLY: [&str; 5] = ["include", "workers", "admin", "log", "shutdown"];
 const DAY: u64 = 24 * 3_600 * 1_000;
 const MAX_WEIGHT: u64 = 1_000;
 const MAX_CONNECTIONS: u64 = 10_000_000;
+const MAX_QUEUE: u64 = 100_000;
 const NAME: &str = "a name of 1 to 64 letters, digits, '-', '_' or '.', beginning with a letter or digit";
 
 fn is_name(text: &str) -> bool {

@@ -293,6 +293,8 @@ fn resolve_pool(
             name: cell_name,
             weight: cell.weight.unwrap_or(1) as u32,
             tier: cell.tier.unwrap_or(0) as u8,
+            max_connections: cell.max_connections.map(|n| n as u32),
+            capacity: cell.capacity,
             backends,
         });
     }
@@ -374,6 +376,7 @@ fn resolve_pool(
             idle: pool.idle.unwrap_or(Duration::from_secs(3_600)),
             half_close: pool.half_close.unwrap_or(Duration::from_secs(30)),
             unacked: pool.unacked.unwrap_or(Duration::from_secs(15)),
+            first_byte: pool.first_byte_time.unwrap_or(Duration::from_secs(10)),
         },
         send_proxy: pool.send_proxy,
         on_down: pool.on_down.unwrap_or(OnDown::Stuck),
@@ -381,6 +384,14 @@ fn resolve_pool(
         hold,
         ramp: pool.ramp.unwrap_or(Duration::from_secs(10)),
         max_connections: pool.max_connections.map(|n| n as u32),
+        queue: Queue {
+            length: pool.queue.unwrap_or(200) as u32,
+            timeout: pool.queue_timeout.unwrap_or(Duration::from_secs(1)),
+        },
+        first_byte: pool.first_byte.unwrap_or(FirstByte::Learn),
+        replay: pool.replay,
+        failback: pool.failback.unwrap_or(Failback::Auto),
+        probe_removal: pool.probe_removal.unwrap_or(Duration::from_secs(10)),
     }
 }
 
@@ -437,6 +448,11 @@ fn resolve_listener(
         deny: listener.deny.unwrap_or_default(),
         max_connections: listener.max_connections.map(|n| n as u32),
         wait: listener.wait.unwrap_or(Duration::from_secs(1)),
+        per_client: PerClient {
+            connections: listener.client_connections.map(|n| n as u32),
+            rate: listener.client_rate,
+            prefix: (listener.client_prefix.0.unwrap_or(32) as u8, listener.client_prefix.1.unwrap_or(64) as u8),
+        },
         idle: listener.idle,
     }
 }

@@ -78,7 +78,7 @@ impl Rig {
     /// One backend in each cell, all up, all with a learned handshake of a millisecond.
     fn new(scripts: &[Script]) -> Rig {
         let policy = Arc::new(Policy::default());
-        let shared = Arc::new(PoolShared::new("p"));
+        let shared = Arc::new(PoolShared::new("p", Arc::default()));
         let now = clock::now();
         let mut members = Vec::new();
         let mut cells = Vec::new();
@@ -105,6 +105,7 @@ impl Rig {
             config: Arc::new(config.config),
             hash: String::new(),
             tickets: HashMap::new(),
+            uplink: Arc::default(),
         };
         let host = Host::new(Arc::new(table), 1, AccessLog::off());
         host.max_extra.store(100, Relaxed);
@@ -295,5 +296,13 @@ async fn a_timer_that_runs_late_proves_no_silence() {
 
 /// Tiers put the cells into a fixed order.
 fn cell(i: usize) -> NewCell {
-    NewCell { name: Arc::from(format!("c{i}")), tier: i as u8, weight: 1, count: 1, shared: Arc::default() }
+    NewCell {
+        name: Arc::from(format!("c{i}")),
+        tier: i as u8,
+        weight: 1,
+        count: 1,
+        max_connections: u32::MAX,
+        capacity: None,
+        shared: Arc::default(),
+    }
 }

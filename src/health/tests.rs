@@ -40,7 +40,11 @@ impl Bench {
     }
 
     fn reset(&mut self, prefix: u32, others: bool, elsewhere: f64) -> Option<State> {
-        self.see(Source::Traffic, Depth::FirstByte, Seen::Reset(Blame { prefix, others, elsewhere }))
+        self.see(
+            Source::Traffic,
+            Depth::FirstByte,
+            Seen::Reset(Blame { prefix, others, elsewhere, tries_elsewhere: 0 }),
+        )
     }
 
     /// Takes it down by refusal.

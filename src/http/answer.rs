@@ -18,6 +18,7 @@ pub fn sentence(status: u16) -> &'static str {
         408 => "The request did not come in time.",
         417 => "The expectation cannot be met.",
         421 => "This host is not served here.",
+        429 => "Too many requests came from this address.",
         431 => "The header of the request is too large.",
         501 => "This is not supported.",
         502 => "The service ended the exchange without an answer.",

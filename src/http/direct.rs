@@ -13,7 +13,8 @@ use super::route::{Action, Found};
 use super::{Exchange, answer, forward, framer, route};
 use crate::config::Affinity;
 use crate::host::Host;
-use crate::pool;
+use crate::limits::{self, Permit};
+use crate::pool::{self, Pool};
 use crate::table::{self, End};
 use crate::tcp;
 
@@ -35,6 +36,35 @@ pub enum Direction {
     Own,
 }
 
+/// One of the pool's connections for a request, at once or in the pool's queue by its route's priority.
+///
+/// # Errors
+/// There is no place, or not in time.
+pub async fn place(exchange: &Exchange) -> std::result::Result<Option<Permit>, Refused> {
+    let (Some(pool), Some(route)) = (&exchange.pool, &exchange.route) else { return Ok(None) };
+    let most = (u64::from(pool.policy.max_connections) * u64::from(route.share) / 100).max(1) as u32;
+    let ask = || pool.shared.connections.take(most);
+    if !pool.shared.queue.waits_before(route.lane)
+        && let Some(place) = ask()
+    {
+        return Ok(Some(place));
+    }
+    match in_turn(exchange, pool, route.lane, ask).await {
+        Some(place) => Ok(Some(place)),
+        None => {
+            pool.shared.refused_full.add(1);
+            Err(Refused { status: 503, reason: answer::sentence(503), end: End::Full })
+        }
+    }
+}
+
+/// What `ask` gives when it is the request's turn in the pool's queue.
+pub async fn in_turn<T>(exchange: &Exchange, pool: &Pool, lane: usize, ask: impl FnMut() -> Option<T>) -> Option<T> {
+    let queue = pool.policy.queue;
+    let gone = || exchange.connection.as_ref().is_some_and(|connection| connection.is_left());
+    pool.shared.queue.take(lane, queue.length, queue.timeout, gone, ask).await
+}
+
 /// Finds the route of a request, and its place in a pool.
 pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std::result::Result<Direction, Refused> {
     let malformed = |status, reason| Refused { status, reason, end: End::Malformed };
@@ -44,6 +74,14 @@ pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std
         // The listener got another face by a reload, and this connection is still here.
         _ => return Err(Refused { status: 421, reason: answer::sentence(421), end: End::NoRoute }),
     };
+    if let (Some(listener), Some(connection)) = (&listener, &exchange.connection)
+        && let Some(rate) = listener.per_client.rate
+    {
+        let network = limits::network(connection.client.ip(), listener.per_client.prefix);
+        if !listener.shared.clients.allows(network, rate, exchange.began) {
+            return Err(Refused { status: 429, reason: answer::sentence(429), end: End::Limited });
+        }
+    }
     let head = session.req_header();
     let (head_authority, path_and_query) = target(head);
     exchange.host = head_authority.to_owned();
@@ -96,12 +134,20 @@ pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std
     exchange.pool_name = Some(pool.name.clone());
     let pool = pool.clone();
 
-    let full = |reason| Refused { status: 503, reason, end: End::Full };
-    let most = (u64::from(pool.policy.max_connections) * u64::from(route.share) / 100).max(1) as u32;
-    let Some(place) = pool.shared.connections.take(most) else {
-        pool.shared.refused_full.add(1);
-        return Err(full(answer::sentence(503)));
+    exchange.class = xxh3_64(route.name.as_bytes()) << 1 | u64::from(!head.method.is_safe());
+    exchange.kind = {
+        let mut kind = Xxh3::new();
+        for part in [&*route.name, head.method.as_str(), &normal] {
+            kind.update(part.as_bytes());
+            kind.update(b"\0");
+        }
+        kind.digest()
     };
+    if pool.shared.poison.kills(exchange.kind, exchange.began) {
+        let reason = "Requests like this have ended the service more than once; it is not served for some seconds.";
+        return Err(Refused { status: 503, reason, end: End::Poison });
+    }
+    let full = |reason| Refused { status: 503, reason, end: End::Full };
     let connection = exchange.connection.as_deref();
     let crowded = connection.is_some_and(|connection| connection.link.active.load(Relaxed) > 1);
     let process = match crowded.then(|| process.connections.take(process.max_connections.load(Relaxed))) {
@@ -110,7 +156,7 @@ pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std
         // Each stream of one connection needs a backend's connection, and descriptors are counted for all.
         Some(None) => return Err(full(answer::sentence(503))),
     };
-    exchange.permits = [Some(place), process];
+    exchange.permits[1] = process;
     if let Some(connection) = connection.filter(|_| !exchange.h2_client) {
         connection.link.bound_idle(pool.policy.idle);
     }
@@ -127,14 +173,6 @@ pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std
     let keyed = key.is_some_and(|name| head.headers.get(name).is_some_and(|value| !value.is_empty()));
     exchange.tunnel = upgrade.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
     exchange.repeatable = (head.method.is_idempotent() || keyed) && !exchange.tunnel;
-    exchange.kind = {
-        let mut kind = Xxh3::new();
-        for part in [&*route.name, head.method.as_str(), &normal] {
-            kind.update(part.as_bytes());
-            kind.update(b"\0");
-        }
-        kind.digest()
-    };
     let client = exchange.connection.as_ref().map(|connection| connection.client.ip());
     match &pool.policy.affinity {
         Affinity::None => {}

@@ -35,6 +35,8 @@ pub struct Route {
     pub timeout: Option<Duration>,
     /// How much of the pool's bound on connections it may use, in percent.
     pub share: u32,
+    /// Its priority in the pool's queue, 0 first.
+    pub lane: usize,
     /// Changes to the request.
     pub request: Changes,
     /// Changes to the answer.
@@ -95,7 +97,12 @@ impl Routes {
                 (config::Action::Pool(pool), Priority::Normal) if high(pool) => 90,
                 _ => 100,
             };
-            let ready = Arc::new(ready(route, pools, share)?);
+            let lane = match route.priority {
+                Priority::High => 0,
+                Priority::Normal => 1,
+                Priority::Low => 2,
+            };
+            let ready = Arc::new(ready(route, pools, share, lane)?);
             let list = match route.host.as_deref().map(|host| (host.strip_prefix("*."), host)) {
                 None => &mut found.any,
                 Some((Some(suffix), _)) => found.suffixes.entry(suffix.to_owned()).or_default(),
@@ -163,7 +170,7 @@ fn under<'a>(prefix: &str, path: &'a str) -> Option<&'a str> {
     (rest.is_empty() || rest.starts_with('/')).then_some(rest)
 }
 
-fn ready(route: &config::Route, pools: &[Arc<Pool>], share: u32) -> Option<Route> {
+fn ready(route: &config::Route, pools: &[Arc<Pool>], share: u32, lane: usize) -> Option<Route> {
     // The reader has judged all names and values.
     let header = |(name, value): &(String, String)| {
         Some((HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_str(value).ok()?))
@@ -189,6 +196,7 @@ fn ready(route: &config::Route, pools: &[Arc<Pool>], share: u32) -> Option<Route
         strip_prefix: route.strip_prefix,
         timeout: route.timeout,
         share,
+        lane,
         request: changes(&route.request),
         response: changes(&route.response),
         idempotency_key: route.idempotency_key.as_ref().and_then(|name| HeaderName::from_bytes(name.as_bytes()).ok()),
@@ -357,7 +365,7 @@ mod tests {
     fn a_prefix_comes_off_on_the_border_of_a_segment() {
         let mut config = route(None, "/v1");
         config.strip_prefix = true;
-        let stripped = ready(&config, &[], 100).expect("no pool");
+        let stripped = ready(&config, &[], 100, 1).expect("no pool");
         assert_eq!(stripped.path_to_send("/v1"), "/");
         assert_eq!(stripped.path_to_send("/v1/a"), "/a");
     }

@@ -2,6 +2,7 @@
 
 use std::cell::OnceCell;
 use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,9 +21,10 @@ use super::{Gateway, PASSES};
 use crate::clock;
 use crate::hello::Greeting;
 use crate::host::Host;
-use crate::limits::Permit;
+use crate::listen::Admission;
 use crate::listen::Stop;
 use crate::log::{AccessRecord, HttpRecord};
+use crate::sys;
 use crate::table::{End, Face, Listener, ListenerShared};
 use crate::tcp;
 use crate::tls::Stream;
@@ -56,6 +58,7 @@ pub struct Connection {
     /// What survives the listener's table.
     pub shared: Arc<ListenerShared>,
     bind: SocketAddr,
+    descriptor: RawFd,
     /// The listener, and the generation of the table it was taken from.
     seen: Mutex<(u64, Option<Arc<Listener>>)>,
 }
@@ -68,6 +71,11 @@ pub struct Secured {
 }
 
 impl Connection {
+    /// Whether the client has left; to be asked by its own requests alone.
+    pub fn is_left(&self) -> bool {
+        sys::has_finished(self.descriptor)
+    }
+
     /// The listener as the live table has it; one that is gone serves its last requests as it stood.
     pub fn listener(&self, host: &Host) -> Option<Arc<Listener>> {
         let table = host.live.load();
@@ -127,7 +135,7 @@ pub async fn serve(
     bind: SocketAddr,
     listener: Arc<Listener>,
     host: Arc<Host>,
-    permits: [Permit; 2],
+    permits: Admission,
     stop: Stop,
 ) {
     let _permits = permits;
@@ -135,7 +143,8 @@ pub async fn serve(
     let shared = listener.shared.clone();
     let mut record = AccessRecord::new(listener.name.clone(), peer);
     let end = match tcp::begin(client, &listener, &host, &mut record).await {
-        Ok((stream, greeting)) => {
+        Ok((stream, mut greeting)) => {
+            let _of_client = greeting.of_client.take();
             let deadline = Instant::now() + listener.header;
             match first_bytes(stream, greeting, &listener, deadline).await {
                 Ok(ready) => run(ready, bind, listener, &host, stop, &mut record).await,
@@ -218,6 +227,7 @@ async fn run(
         name: listener.name.clone(),
         shared: listener.shared.clone(),
         bind,
+        descriptor: stream.socket().as_raw_fd(),
         seen: Mutex::new((0, Some(listener))),
     });
     let shared = connection.shared.clone();

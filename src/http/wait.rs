@@ -153,7 +153,7 @@ impl Drop for Wait {
         if let Ok(Some(entry)) = entry
             && entry.complete
         {
-            entry.request.backend.silence.left(entry.since);
+            entry.request.backend.waits_no_more(entry.since);
         }
     }
 }
@@ -172,6 +172,11 @@ pub fn learn(kind: u64, took: Duration) {
             record.longest = [Duration::ZERO, record.longest[0]];
         }
     });
+}
+
+/// Whether requests of this kind are answered.
+pub fn is_known(kind: u64) -> bool {
+    RECORDS.with_borrow(|records| records.get(&kind).is_some_and(|record| record.answers > 0))
 }
 
 /// After how long a request of this kind takes unusually long.

@@ -10,7 +10,7 @@ const NOW: Time = Time(100_000_000);
 
 /// Cells of (tier, weight, backends); all backends are up.
 fn pool(policy: Policy, cells: &[(u8, u32, usize)]) -> Pool {
-    let shared = Arc::new(PoolShared::new("p"));
+    let shared = Arc::new(PoolShared::new("p", Arc::default()));
     let policy = Arc::new(policy);
     let mut parts = Vec::new();
     let mut members = Vec::new();
@@ -20,6 +20,8 @@ fn pool(policy: Policy, cells: &[(u8, u32, usize)]) -> Pool {
             tier: *tier,
             weight: *weight,
             count: *count,
+            max_connections: u32::MAX,
+            capacity: None,
             shared: Arc::default(),
         });
         for i in 0..*count {
@@ -306,7 +308,7 @@ fn with_affinity_the_rest_of_a_cell_shares_its_clients() {
 #[test]
 fn trials_of_a_whole_pool_are_bounded() {
     let pool = pool(Policy::default(), &[(0, 1, 100), (0, 1, 1)]);
-    let blame = health::Blame { prefix: 1, others: false, elsewhere: 0.0 };
+    let blame = health::Blame { prefix: 1, others: false, elsewhere: 0.0, tries_elsewhere: 0 };
     for m in 0..100 {
         for ms in [0, 20] {
             let at = NOW + Duration::from_millis(ms);

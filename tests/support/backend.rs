@@ -34,6 +34,12 @@ pub enum Mode {
     Mute,
     /// Answers 503 to so many of a hundred requests.
     Fail(u8),
+    /// Answers after so many milliseconds.
+    Slow(u16),
+    /// Holds requests until it is told something else, then works on them as `Work` does.
+    Stall(u8, u16),
+    /// So many requests at once take so many milliseconds each; the others wait for their turn.
+    Work(u8, u16),
 }
 
 /// A running one; stopped when dropped.
@@ -108,6 +114,7 @@ async fn serve(
     let mut listener = Some(bind(address));
     let address = listener.as_ref().unwrap().local_addr().unwrap();
     told.send(address).unwrap();
+    let turns = Arc::new(Turns::default());
     let mut tick = tokio::time::interval(Duration::from_millis(2));
     while !stop.load(Relaxed) {
         let mode = *state.lock().unwrap();
@@ -130,11 +137,42 @@ async fn serve(
                 if mode == Mode::Reset {
                     let _ = stream.set_zero_linger();
                 } else {
-                    tokio::spawn(connection(stream, mode, name, state.clone(), posts.clone()));
+                    tokio::spawn(connection(stream, mode, name, state.clone(), posts.clone(), turns.clone()));
                 }
             }
             _ = tick.tick() => {}
         }
+    }
+}
+
+/// Turns of requests that can be worked on at once.
+#[derive(Default)]
+struct Turns {
+    used: Arc<Mutex<u8>>,
+    freed: Arc<tokio::sync::Notify>,
+}
+
+struct Turn<'a>(&'a Turns);
+
+impl Turns {
+    async fn take(&self, most: u8) -> Turn<'_> {
+        loop {
+            {
+                let mut used = self.used.lock().unwrap();
+                if *used < most {
+                    *used += 1;
+                    return Turn(self);
+                }
+            }
+            self.freed.notified().await;
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.used.lock().unwrap() -= 1;
+        self.0.freed.notify_one();
     }
 }
 
@@ -144,6 +182,7 @@ async fn connection(
     name: String,
     state: Arc<Mutex<Mode>>,
     posts: Arc<Mutex<Vec<String>>>,
+    turns: Arc<Turns>,
 ) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut request = Vec::new();
@@ -199,6 +238,14 @@ async fn connection(
                             return;
                         }
                         Mode::Mute => std::future::pending::<()>().await,
+                        Mode::Work(workers, ms) | Mode::Stall(workers, ms) => {
+                            while matches!(*state.lock().unwrap(), Mode::Stall(..)) {
+                                tokio::time::sleep(Duration::from_millis(5)).await;
+                            }
+                            let _turn = turns.take(workers).await;
+                            tokio::time::sleep(Duration::from_millis(ms.into())).await;
+                        }
+                        Mode::Slow(ms) if !healthz => tokio::time::sleep(Duration::from_millis(ms.into())).await,
                         _ => {}
                     }
                     if head.starts_with("GET /slow") {

@@ -22,6 +22,10 @@ pub struct Manner {
     pub kept: bool,
     /// One request in so many asks for `/slow`, which takes three seconds; 0: none.
     pub slow_one_in: u32,
+    /// How long one try may take; zero: eight seconds.
+    pub patience: Duration,
+    /// How often it tries; zero: once.
+    pub tries: u32,
     /// One request in so many is a POST with an id of its own; 0: none.
     pub post_one_in: u32,
 }
@@ -142,17 +146,26 @@ async fn run(target: SocketAddr, rate: f64, length: Duration, manner: Manner) ->
             _ => "GET / HTTP/1.1\r\nHost: x\r\n".to_owned(),
         };
         tasks.spawn(async move {
-            let asked = async {
-                match manner.kept {
-                    true => request_kept(target, &kept, start_of_request).await,
-                    false => request(target, start_of_request).await,
+            let patience = if manner.patience.is_zero() { PATIENCE } else { manner.patience };
+            let mut result = Err(String::new());
+            for number in 0..manner.tries.max(1) {
+                let begun = if number == 0 { start + at } else { Instant::now() };
+                let head = start_of_request.clone();
+                let asked = async {
+                    match manner.kept {
+                        true => request_kept(target, &kept, head).await,
+                        false => request(target, head).await,
+                    }
+                };
+                result = match timeout_at(begun + patience, asked).await {
+                    Ok(Ok(body)) => Ok(body),
+                    Ok(Err(error)) => Err(error.to_string()),
+                    Err(_) => Err("no answer in time".to_owned()),
+                };
+                if result.is_ok() {
+                    break;
                 }
-            };
-            let result = match timeout_at(start + at + PATIENCE, asked).await {
-                Ok(Ok(body)) => Ok(body),
-                Ok(Err(error)) => Err(error.to_string()),
-                Err(_) => Err("no answer in time".to_owned()),
-            };
+            }
             let latency = start.elapsed() - at;
             samples.lock().unwrap().push(Sample { slow, post, at, latency, result });
         });

@@ -82,6 +82,30 @@ impl Rig {
         );
     }
 
+    /// Drops so many of a hundred packets to and from the cell, at random.
+    pub fn lose(&self, i: usize, percent: u8) {
+        let drop = format!("numgen random mod 1000 < {} drop", u32::from(percent) * 5);
+        self.nft(
+            i,
+            &format!(
+                "table ip fault {{
+                    chain in {{ type filter hook input priority 0; {drop}; }}
+                    chain out {{ type filter hook output priority 0; {drop}; }}
+                }}"
+            ),
+        );
+    }
+
+    /// Drops every packet of one flow in eight to the cell: the same flows for as long as it lasts.
+    pub fn break_flows(&self, i: usize) {
+        self.nft(
+            i,
+            "table ip fault {
+                chain in { type filter hook input priority 0; jhash tcp sport mod 8 == 1 drop; }
+            }",
+        );
+    }
+
     /// First handshake packets that the cell has swallowed.
     pub fn swallowed(&self, i: usize) -> f64 {
         let text = self.nft(i, "list counters");

@@ -56,8 +56,21 @@ impl Reader<'_> {
         listener.allow = fields.get("allow").map(|node| self.networks(&node));
         listener.deny = fields.get("deny").map(|node| self.networks(&node));
         if let Some(node) = fields.get("limits")
-            && let Some(fields) = self.fields(&node, &["max_connections", "wait"], &["per_client"])
+            && let Some(fields) = self.fields(&node, &["max_connections", "wait", "per_client"], &[])
         {
+            if let Some(node) = fields.get("per_client")
+                && let Some(fields) = self.fields(&node, &["connections", "rate", "prefix"], &[])
+            {
+                listener.client_connections =
+                    fields.get("connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
+                listener.client_rate = fields.get("rate").and_then(|node| self.rate(&node));
+                if let Some(node) = fields.get("prefix")
+                    && let Some(fields) = self.fields(&node, &["ipv4", "ipv6"], &[])
+                {
+                    listener.client_prefix.0 = fields.get("ipv4").and_then(|node| self.number(&node, 8, 32));
+                    listener.client_prefix.1 = fields.get("ipv6").and_then(|node| self.number(&node, 16, 128));
+                }
+            }
             listener.max_connections =
                 fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
             listener.wait = self.duration_at(&fields, "wait", 0, 60_000);

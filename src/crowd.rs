@@ -1,0 +1,252 @@
+//! How many clients may wait for one backend's answers at once, learned from what it shows. Pure.
+//!
+//! While a backend is as quick as it used to be nothing is limited. Being slow alone is no reason either: a backend that takes
+//! longer for each answer has more of them under way, and then as many as come are answered again. But when it is slow and
+//! keeps answering fewer than come, or is slow while another backend of its pool is out, more comes than it can do. Then the limit is what it has at that moment,
+//! lowered as the gradient of its time says (as in Netflix's concurrency limits, 2018, after TCP Vegas: calm time over present
+//! time); when it is quick again the limit rises, and at last is gone. When lowering it has not made the backend any quicker,
+//! it was not the crowd, and the present time becomes the measure. Of a backend that says nothing at all no more is asked than a
+//! few times what it used to have.
+
+use std::time::Duration;
+
+/// So many times slower, and so much slower, is still as quick as it used to be.
+const SAME: f64 = 2.0;
+const SAME_BY: Duration = Duration::from_millis(20);
+/// The least limit, and the least of a silent one.
+const LEAST: f64 = 4.0;
+const LEAST_SILENT: f64 = 16.0;
+/// A silent backend is asked for at most so many times what it usually had.
+const SILENT_TIMES: f64 = 4.0;
+/// One step lowers the limit by no more than this, and raises it by this and one.
+const FALL: f64 = 0.7;
+const RISE: f64 = 1.1;
+/// A limit of so many times what is usual, and so many more, limits nothing.
+const GONE_TIMES: f64 = 8.0;
+const GONE: f64 = 64.0;
+/// Weight of one look in what is usual.
+const USUAL: f64 = 0.05;
+/// So many looks make a window, or as many as its answers take twice over; in so many windows in a row fewer must have been
+/// answered than came, by this part and so many.
+const WINDOW: u32 = 4;
+const WINDOWS: u32 = 3;
+const FEWER: f64 = 0.1;
+const FEWER_BY: f64 = 3.0;
+/// For so many looks after a silence slowness is put down to what had gathered.
+const AFTER_SILENCE: u32 = 100;
+/// Time between two looks.
+const LOOK: Duration = Duration::from_millis(100);
+/// A limit that was halved and has not made the backend quicker by a fifth within so many looks was none of the reason.
+const PATIENCE: u32 = 10;
+const HELPED: f64 = 0.8;
+
+/// What one look at a backend found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Look {
+    /// Clients that wait for its first byte.
+    pub waiting: u32,
+    /// How many came, and how many were answered, since the last look.
+    pub came: u32,
+    /// See `came`.
+    pub answered: u32,
+    /// Whether another backend of its pool is out, so that its clients come here.
+    pub shifted: bool,
+    /// Whether it has been silent as a whole for longer than its answers take.
+    pub silent: bool,
+    /// Median of its times while nothing is wrong, and of the last few.
+    pub calm: Option<Duration>,
+    /// See `calm`.
+    pub recent: Option<Duration>,
+}
+
+/// The limit of one backend.
+#[derive(Clone, Debug)]
+pub struct Crowd {
+    limit: f64,
+    /// The same while it says nothing.
+    while_silent: f64,
+    /// Looks for which what waited through a silence may still be the reason for slowness.
+    after_silence: u32,
+    usual: f64,
+    /// Of the present window: looks, clients that came, and answers; and how many windows had too few answers.
+    window: (u32, f64, f64),
+    behind: u32,
+    /// What was when the limit began, and worst since: the limit, the time; and how many looks ago.
+    began: (f64, Duration, u32),
+    /// What is taken for calm where the crowd turned out not to be the reason.
+    base: Duration,
+}
+
+impl Default for Crowd {
+    fn default() -> Self {
+        Crowd {
+            limit: f64::INFINITY,
+            while_silent: f64::INFINITY,
+            after_silence: 0,
+            usual: 0.0,
+            window: (0, 0.0, 0.0),
+            behind: 0,
+            began: (f64::INFINITY, Duration::ZERO, 0),
+            base: Duration::ZERO,
+        }
+    }
+}
+
+impl Crowd {
+    /// The limit; `u32::MAX`: none.
+    pub fn limit(&self) -> u32 {
+        self.limit.min(self.while_silent) as u32
+    }
+
+    /// Takes in one look.
+    pub fn look(&mut self, look: Look) {
+        let waiting = f64::from(look.waiting);
+        self.while_silent = f64::INFINITY;
+        if look.silent {
+            self.while_silent = (self.usual * SILENT_TIMES).max(LEAST_SILENT);
+            self.after_silence = AFTER_SILENCE;
+            return;
+        }
+        self.after_silence = self.after_silence.saturating_sub(1);
+        let window = look.recent.map_or(WINDOW, |recent| WINDOW.max((recent * 2).div_duration_f64(LOOK).ceil() as u32));
+        self.window.0 += 1;
+        self.window.1 += f64::from(look.came);
+        self.window.2 += f64::from(look.answered);
+        if self.window.0 >= window {
+            let (_, came, answered) = std::mem::take(&mut self.window);
+            self.behind = if came - answered > came * FEWER + FEWER_BY { self.behind + 1 } else { 0 };
+        }
+        if look.answered == 0 {
+            return;
+        }
+        let calm = look.calm.map(|calm| calm.max(self.base));
+        let slow = calm.zip(look.recent).filter(|(calm, recent)| *recent > (*calm + SAME_BY).max(calm.mul_f64(SAME)));
+        if let Some((calm, recent)) = slow {
+            if self.limit.is_infinite() {
+                if self.behind < WINDOWS && !look.shifted && self.after_silence == 0 {
+                    return;
+                }
+                self.began = (waiting, recent, 0);
+            }
+            self.began.1 = self.began.1.max(recent);
+            self.began.2 += 1;
+            if self.began.2 >= PATIENCE {
+                if self.limit <= self.began.0 / 2.0 && recent > self.began.1.mul_f64(HELPED) {
+                    (self.limit, self.base) = (f64::INFINITY, recent);
+                    return;
+                }
+                self.began = (self.limit, recent, 0);
+            }
+            let gradient = (SAME * calm.as_secs_f64().max(1e-3) / recent.as_secs_f64()).clamp(FALL, 1.0);
+            self.limit = (self.limit.min(waiting.max(1.0)) * gradient).max(LEAST);
+            return;
+        }
+        self.usual += (waiting - self.usual) * USUAL;
+        if look.recent.is_some_and(|recent| recent < self.base / 2) {
+            self.base = Duration::ZERO;
+        }
+        if self.limit.is_finite() {
+            if waiting * 2.0 >= self.limit || look.recent.is_some() {
+                self.limit = self.limit * RISE + 1.0;
+            }
+            if self.limit >= self.usual * GONE_TIMES + GONE {
+                self.limit = f64::INFINITY;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// A backend with `workers` that take `time_ms` each, `offered` a second: what it served a second.
+    fn run(crowd: &mut Crowd, workers: f64, time_ms: f64, offered: f64, seconds: u32, shifted: bool) -> f64 {
+        let can = workers / time_ms * 1e3;
+        let (mut inside, mut served) = (0.0, 0.0);
+        for _ in 0..seconds * 10 {
+            // Little's law: what waits is what comes times how long it takes.
+            inside = match offered <= can {
+                true => offered * time_ms / 1e3,
+                false => inside + (offered - can) / 10.0,
+            };
+            inside = inside.min(crowd.limit);
+            let takes = time_ms.max(inside / can * 1e3);
+            served += (inside / takes * 1e3).min(can) / 10.0;
+            let time = |ms: f64| Some(Duration::from_secs_f64(ms / 1e3));
+            let (calm, recent) = (time(time_ms), time(takes));
+            let came = if offered <= can { offered } else { offered.min(can + crowd.limit - inside) };
+            let done = (inside / takes * 1e3).min(can);
+            let (came, answered) = ((came / 10.0) as u32, (done / 10.0) as u32);
+            crowd.look(Look { waiting: inside as u32, came, answered, shifted, silent: false, calm, recent });
+        }
+        served / f64::from(seconds)
+    }
+
+    #[test]
+    fn too_much_is_held_back_and_what_can_be_done_is_done() {
+        let mut crowd = Crowd::default();
+        let served = run(&mut crowd, 10.0, 20.0, 400.0, 5, false);
+        assert!(served > 390.0 && crowd.limit() == u32::MAX, "{served} {crowd:?}");
+        let served = run(&mut crowd, 10.0, 20.0, 900.0, 20, true);
+        assert!(crowd.limit() < 40 && crowd.limit() >= 10, "{crowd:?}");
+        assert!(served > 475.0, "{served}");
+        run(&mut crowd, 10.0, 20.0, 200.0, 20, false);
+        assert_eq!(crowd.limit(), u32::MAX, "and then nothing is limited");
+    }
+
+    #[test]
+    fn one_that_only_takes_longer_may_have_more_at_once() {
+        let mut crowd = Crowd::default();
+        run(&mut crowd, 1e6, 1.0, 200.0, 5, false);
+        let (calm, recent) = (Some(MS), Some(MS * 101));
+        for (i, waiting) in [5, 12, 20, 20, 21, 19, 20, 22, 18, 20].repeat(20).into_iter().enumerate() {
+            let answered = if i == 0 { 0 } else { 18 + waiting % 4 };
+            crowd.look(Look { waiting, came: 20, answered, shifted: false, silent: false, calm, recent });
+            assert_eq!(crowd.limit(), u32::MAX, "{crowd:?}");
+        }
+    }
+
+    #[test]
+    fn a_limit_that_does_not_help_is_lifted() {
+        let mut crowd = Crowd::default();
+        let (calm, recent) = (Some(MS * 20), Some(MS * 300));
+        let mut limited = false;
+        for i in 0..200 {
+            let waiting = (f64::from(i) * 5.0).min(crowd.limit) as u32;
+            crowd.look(Look { waiting, came: 25, answered: 20, shifted: false, silent: false, calm, recent });
+            limited |= crowd.limit() != u32::MAX;
+        }
+        assert!(limited && crowd.limit() == u32::MAX, "{crowd:?}");
+    }
+
+    #[test]
+    fn a_silent_one_is_asked_for_little() {
+        let mut crowd = Crowd::default();
+        let calm =
+            Look { waiting: 8, came: 40, answered: 40, calm: Some(MS * 20), recent: Some(MS * 20), ..Look::default() };
+        (0..100).for_each(|_| crowd.look(calm));
+        crowd.look(Look { waiting: 500, answered: 0, silent: true, ..calm });
+        assert!((30..=32).contains(&crowd.limit()), "{crowd:?}");
+        (0..100).for_each(|_| crowd.look(calm));
+        assert_eq!(crowd.limit(), u32::MAX);
+    }
+
+    #[test]
+    fn a_quick_one_may_have_thousands() {
+        let mut crowd = Crowd::default();
+        let look = Look {
+            waiting: 5_000,
+            came: 9,
+            answered: 5,
+            shifted: true,
+            silent: false,
+            calm: Some(MS),
+            recent: Some(MS * 15),
+        };
+        (0..1_000).for_each(|_| crowd.look(look));
+        assert_eq!(crowd.limit(), u32::MAX);
+    }
+}

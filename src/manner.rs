@@ -1,0 +1,102 @@
+//! How the sessions of a pool begin, learned from those that were: whether a backend owes them a first byte.
+//!
+//! Some protocols let the server speak first, in some the client asks, and some servers never answer.
+
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use crate::config::FirstByte;
+
+/// Sessions that teach a manner, and after how many the older half of them is forgotten.
+const ENOUGH: u32 = 16;
+const WINDOW: u32 = 1_024;
+
+/// How the sessions of a pool begin.
+#[derive(Debug, Default)]
+pub struct Manner {
+    /// The backend spoke first.
+    server_first: AtomicU32,
+    /// The client did, and was answered.
+    asked: AtomicU32,
+    /// The client did, and was not answered while others were.
+    unanswered: AtomicU32,
+}
+
+/// When a first byte is owed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owes {
+    /// Never.
+    Nothing,
+    /// After the client's first bytes.
+    AnAnswer,
+    /// As soon as the connection stands.
+    AGreeting,
+}
+
+impl Manner {
+    /// A session whose backend spoke, before or after its client.
+    pub fn spoke(&self, first: bool) {
+        let count = if first { &self.server_first } else { &self.asked };
+        self.count(count);
+    }
+
+    /// A session that ended without an answer, of a backend that answered others meanwhile.
+    pub fn was_silent(&self) {
+        self.count(&self.unanswered);
+    }
+
+    fn count(&self, one: &AtomicU32) {
+        one.fetch_add(1, Relaxed);
+        let all = [&self.server_first, &self.asked, &self.unanswered];
+        if all.iter().map(|count| count.load(Relaxed)).sum::<u32>() > WINDOW {
+            all.iter().for_each(|count| count.store(count.load(Relaxed) / 2, Relaxed));
+        }
+    }
+
+    /// What is owed, as far as was learned.
+    pub fn owes(&self, wanted: FirstByte) -> Owes {
+        let [first, asked, unanswered] =
+            [&self.server_first, &self.asked, &self.unanswered].map(|count| count.load(Relaxed));
+        let all = first + asked + unanswered;
+        match wanted {
+            FirstByte::Ignore => Owes::Nothing,
+            FirstByte::Expect if first > asked => Owes::AGreeting,
+            FirstByte::Expect => Owes::AnAnswer,
+            // One in fifty that is never answered is more than chance, and enough of them at once would look like a failure.
+            FirstByte::Learn if all < ENOUGH || unanswered * 50 > all => Owes::Nothing,
+            FirstByte::Learn if first * 10 > all * 9 => Owes::AGreeting,
+            FirstByte::Learn if first * 10 < all => Owes::AnAnswer,
+            FirstByte::Learn => Owes::Nothing,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manner(server_first: u32, asked: u32, unanswered: u32) -> Manner {
+        let manner = Manner::default();
+        (0..server_first).for_each(|_| manner.spoke(true));
+        (0..asked).for_each(|_| manner.spoke(false));
+        (0..unanswered).for_each(|_| manner.was_silent());
+        manner
+    }
+
+    #[test]
+    fn what_is_owed_is_learned() {
+        assert_eq!(manner(0, 15, 0).owes(FirstByte::Learn), Owes::Nothing, "too few");
+        assert_eq!(manner(0, 100, 0).owes(FirstByte::Learn), Owes::AnAnswer);
+        assert_eq!(manner(100, 0, 0).owes(FirstByte::Learn), Owes::AGreeting);
+        assert_eq!(manner(50, 50, 0).owes(FirstByte::Learn), Owes::Nothing, "now so, now otherwise");
+        assert_eq!(manner(0, 100, 3).owes(FirstByte::Learn), Owes::Nothing, "some servers never answer");
+        assert_eq!(manner(0, 100, 3).owes(FirstByte::Expect), Owes::AnAnswer);
+        assert_eq!(manner(0, 100, 0).owes(FirstByte::Ignore), Owes::Nothing);
+    }
+
+    #[test]
+    fn what_was_learned_is_forgotten_for_what_is_seen_now() {
+        let manner = manner(0, 2_000, 0);
+        (0..20_000).for_each(|_| manner.spoke(true));
+        assert_eq!(manner.owes(FirstByte::Learn), Owes::AGreeting);
+    }
+}

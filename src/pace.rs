@@ -1,0 +1,475 @@
+//! How a backend does against its own past, and the share of its clients that it keeps for it. Pure: time is an argument.
+//!
+//! A far cloud is not a slow one, so each backend is measured by its own calm: the median and the ninth decile of its first
+//! bytes while nothing was wrong. What counts is how many times slower it is than that, against the others of its pool: when
+//! all slow down alike nobody loses anything. Handshakes that are never answered count in the same way.
+//!
+//! The share falls with the square of the slowness, at once, to a trickle; it never falls to nothing, because the trickle is
+//! what shows that the backend has recovered. It is given back in steps, each only after fresh answers at the new share were as
+//! quick as they used to be: what the backend carries well decides, not a clock.
+
+use std::time::Duration;
+
+use crate::clock::Time;
+use crate::estimate::{BUCKETS, upper_us};
+
+/// Answers that make a judgement, and answers that make one of the ninth decile.
+const ENOUGH: f64 = 8.0;
+const ENOUGH_FOR_TAIL: f64 = 30.0;
+/// Answers that teach the calm.
+const ENOUGH_FOR_CALM: f64 = 20.0;
+/// Each look forgets this part of what it saw before, as long as enough is left.
+const FORGET: f64 = 0.3;
+/// So many times slower is still the same, and so much.
+const SAME: f64 = 2.0;
+const SAME_BY_US: f64 = 5_000.0;
+/// The ninth decile of a few dozen answers is less certain.
+const SAME_TAIL: f64 = 3.0;
+/// Least share.
+const TRICKLE: f64 = 0.007;
+/// A share grows by this, no sooner than this after the last change.
+const GROWTH: f64 = 1.6;
+const GROWTH_EVERY: Duration = Duration::from_millis(200);
+/// Fresh answers, and fresh handshakes, that a growth needs.
+const FRESH: f64 = 2.0;
+/// A trickle shows little in a long time: below this share one good answer is enough, and a growth is this.
+const SMALL: f64 = 0.1;
+const SMALL_GROWTH: f64 = 3.0;
+const FRESH_HANDSHAKES: f64 = 24.0;
+/// Without any client for so long a share grows by itself, because only clients can tell.
+const UNSEEN: Duration = Duration::from_secs(5);
+/// How fast the calm follows, by look: downwards, upwards with all others, and upwards alone. Half a minute of too much work
+/// must not become the measure of what is too much.
+const LEARN_DOWN: f64 = 0.05;
+const LEARN_UP: f64 = 0.002;
+const LEARN_ALONE: f64 = 0.001;
+/// Until so many looks have taught it, it follows quickly.
+const FIRST_LOOKS: u32 = 50;
+const LEARN_FIRST: f64 = 0.1;
+/// Handshakes that make a judgement of loss, those of them lost, and the loss beyond the others' that is still the same.
+const ENOUGH_HANDSHAKES: f64 = 20.0;
+const ENOUGH_LOST: f64 = 3.0;
+const SAME_LOSS: f64 = 0.03;
+/// And so many standard deviations of what that loss would do by chance.
+const LOSS_SIGMAS: f64 = 2.0;
+/// Share of one that loses more than that. Each loss costs a client a race, so there is little reason for more.
+const LOSSY_TRICKLE: f64 = 0.03;
+/// Each look forgets this part of the handshakes it saw before: half of them in a second.
+const FORGET_HANDSHAKES: f64 = 0.07;
+
+/// Counts by bucket of time, as [`crate::estimate`] has them.
+#[derive(Clone, Debug)]
+struct Times {
+    counts: [f32; BUCKETS],
+    total: f64,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Times { counts: [0.0; BUCKETS], total: 0.0 }
+    }
+}
+
+impl Times {
+    fn add(&mut self, bucket: usize, count: u32) {
+        self.counts[bucket] += count as f32;
+        self.total += f64::from(count);
+    }
+
+    fn scale(&mut self, by: f64) {
+        self.counts.iter_mut().for_each(|count| *count *= by as f32);
+        self.total *= by;
+    }
+
+    fn quantile_us(&self, q: f64) -> f64 {
+        let rank = self.total * q;
+        let mut seen = 0.0;
+        for (bucket, count) in self.counts.iter().enumerate() {
+            seen += f64::from(*count);
+            if seen >= rank && seen > 0.0 {
+                return f64::from(upper_us(bucket));
+            }
+        }
+        f64::from(upper_us(BUCKETS - 1))
+    }
+}
+
+/// What a look is told of one backend: counts that only ever rise (and wrap).
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    /// First bytes by bucket.
+    pub first_bytes: [u32; BUCKETS],
+    /// Handshakes that ended well, and those that were never answered.
+    pub handshakes: [u64; 2],
+}
+
+/// What one look found, before it is compared with the others'.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Look {
+    /// How many times slower than its calm; `None`: too few answers to tell.
+    pub slowness: Option<f64>,
+    /// Part of the handshakes that were lost; `None`: too few.
+    pub loss: Option<f64>,
+}
+
+/// The pace of one backend.
+#[derive(Clone, Debug)]
+pub struct Pace {
+    before: Seen,
+    came: u32,
+    recent: Times,
+    /// Answers and handshakes since the share last changed.
+    fresh: Times,
+    fresh_handshakes: [f64; 2],
+    handshakes: [f64; 2],
+    /// Binary logarithms of the calm median and ninth decile in microseconds.
+    calm: Option<(f64, f64)>,
+    taught: u32,
+    share: f64,
+    /// Whether handshakes were the reason for less than all of it.
+    lossy: bool,
+    changed: Time,
+    seen: Time,
+}
+
+impl Pace {
+    /// Of a backend that has shown `seen` until now.
+    pub fn new(seen: Seen, now: Time) -> Pace {
+        Pace {
+            before: seen,
+            came: 0,
+            recent: Times::default(),
+            fresh: Times::default(),
+            fresh_handshakes: [0.0; 2],
+            handshakes: [0.0; 2],
+            calm: None,
+            taught: 0,
+            share: 1.0,
+            lossy: false,
+            changed: now,
+            seen: now,
+        }
+    }
+
+    /// The share of its clients that it keeps, above 0 to 1.
+    pub fn share(&self) -> f64 {
+        self.share
+    }
+
+    /// How many answers it knows of; wraps.
+    pub fn answers(&self) -> u32 {
+        self.before.first_bytes.iter().fold(0, |sum, count| sum.wrapping_add(*count))
+    }
+
+    /// How many came since it was asked last, of so many that ever came (which wraps).
+    pub fn came(&mut self, ever: u32) -> u32 {
+        ever.wrapping_sub(std::mem::replace(&mut self.came, ever))
+    }
+
+    /// The calm median; `None` before it was learned.
+    pub fn calm(&self) -> Option<Duration> {
+        self.calm.map(|(median, _)| Duration::from_secs_f64(median.exp2() / 1e6))
+    }
+
+    /// The median of the last few answers; `None` where they are too few.
+    pub fn recent(&self) -> Option<Duration> {
+        (self.recent.total >= ENOUGH).then(|| Duration::from_secs_f64(self.recent.quantile_us(0.5) / 1e6))
+    }
+
+    /// Takes in what came since the last look.
+    pub fn look(&mut self, seen: Seen, now: Time) -> Look {
+        let mut came = 0.0;
+        if self.recent.total * (1.0 - FORGET) >= ENOUGH {
+            self.recent.scale(1.0 - FORGET);
+        }
+        for bucket in 0..BUCKETS {
+            let new = seen.first_bytes[bucket].wrapping_sub(self.before.first_bytes[bucket]);
+            if new > 0 {
+                self.recent.add(bucket, new);
+                self.fresh.add(bucket, new);
+                came += f64::from(new);
+            }
+        }
+        for i in 0..2 {
+            let new = seen.handshakes[i].saturating_sub(self.before.handshakes[i]) as f64;
+            self.handshakes[i] = self.handshakes[i] * (1.0 - FORGET_HANDSHAKES) + new;
+            self.fresh_handshakes[i] += new;
+            came += new;
+        }
+        self.before = seen;
+        if came > 0.0 {
+            self.seen = now;
+        }
+        Look { slowness: self.slowness(), loss: self.loss() }
+    }
+
+    fn slowness(&self) -> Option<f64> {
+        let (median, tail) = self.calm?;
+        let judged = if self.share < 1.0 { &self.fresh } else { &self.recent };
+        let enough = match self.share {
+            share if share < SMALL => 1.0,
+            share if share < 1.0 => FRESH,
+            _ => ENOUGH,
+        };
+        if judged.total < enough {
+            return None;
+        }
+        let times = |quantile: f64, calm: f64, same: f64| {
+            let now = judged.quantile_us(quantile);
+            let calm = calm.exp2();
+            if now - calm < SAME_BY_US { 1.0 } else { now / calm * SAME / same }
+        };
+        let of_median = times(0.5, median, SAME);
+        let of_tail = if judged.total >= ENOUGH_FOR_TAIL { times(0.9, tail, SAME_TAIL) } else { 1.0 };
+        Some(of_median.max(of_tail).max(1.0))
+    }
+
+    fn loss(&self) -> Option<f64> {
+        let of = if self.share < 1.0 { self.fresh_handshakes } else { self.handshakes };
+        let enough = if self.share < 1.0 { ENOUGH } else { ENOUGH_HANDSHAKES };
+        let all = of[0] + of[1];
+        (all >= enough).then(|| if of[1] >= ENOUGH_LOST { of[1] / all } else { 0.0 })
+    }
+
+    /// Whether a loss is more than the others' and more than chance.
+    fn exceeds(&self, loss: f64, others: f64) -> bool {
+        let of = if self.share < 1.0 { self.fresh_handshakes } else { self.handshakes };
+        let same = others + SAME_LOSS;
+        loss > same + LOSS_SIGMAS * (same / (of[0] + of[1])).sqrt()
+    }
+
+    /// Judges a look: `alike` is what the least affected other backend of the pool showed. Says whether the share changed.
+    pub fn judge(&mut self, look: Look, alike: Look, now: Time) -> bool {
+        let slowness = look.slowness.map(|slowness| slowness / alike.slowness.unwrap_or(1.0).max(1.0));
+        let excess = look.loss.is_some_and(|loss| self.exceeds(loss, alike.loss.unwrap_or(0.0)));
+        self.learn(slowness.is_some_and(|slowness| slowness > SAME), look.slowness.is_some());
+
+        let for_pace =
+            slowness.filter(|slowness| *slowness > SAME).map(|slowness| (SAME / slowness).powi(2).max(TRICKLE));
+        let for_loss = excess.then_some(LOSSY_TRICKLE);
+        let target = for_pace.unwrap_or(1.0).min(for_loss.unwrap_or(1.0));
+        self.lossy |= for_loss.is_some();
+        if target < self.share {
+            self.set(target, now);
+            return true;
+        }
+        if self.share >= 1.0 {
+            return false;
+        }
+        if target < 1.0 {
+            // As bad as it was: what is judged next must be newer.
+            self.fresh = Times::default();
+            self.fresh_handshakes = [0.0; 2];
+            self.changed = now;
+            return false;
+        }
+        let [well, lost] = self.fresh_handshakes;
+        let carried = well + lost >= FRESH_HANDSHAKES && lost <= SAME_LOSS * (well + lost);
+        let by_handshakes = self.lossy && self.share >= LOSSY_TRICKLE || self.calm.is_none();
+        let small = self.share < SMALL;
+        let proven = if by_handshakes { carried } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
+        let unseen = now.since(self.seen.max(self.changed)) >= UNSEEN;
+        if proven && now.since(self.changed) >= GROWTH_EVERY || unseen {
+            // So many handshakes prove more than a few answers.
+            let growth = match proven {
+                true if by_handshakes => GROWTH * GROWTH,
+                true if small => SMALL_GROWTH,
+                _ => GROWTH,
+            };
+            self.set((self.share * growth).min(1.0), now);
+            return true;
+        }
+        false
+    }
+
+    fn set(&mut self, share: f64, now: Time) {
+        self.share = share;
+        self.changed = now;
+        self.fresh = Times::default();
+        self.fresh_handshakes = [0.0; 2];
+        if share >= 1.0 {
+            self.lossy = false;
+            self.recent = Times::default();
+            self.handshakes = [0.0; 2];
+        }
+    }
+
+    fn learn(&mut self, alone: bool, any: bool) {
+        if self.recent.total < ENOUGH_FOR_CALM && self.calm.is_none() || self.recent.total < ENOUGH {
+            return;
+        }
+        let now = (self.recent.quantile_us(0.5).log2(), self.recent.quantile_us(0.9).log2());
+        let first = self.taught < FIRST_LOOKS && !alone;
+        let follow = |calm: f64, now: f64| {
+            let rate = match now < calm {
+                _ if first => LEARN_FIRST,
+                true => LEARN_DOWN,
+                false if alone || self.share < 1.0 => LEARN_ALONE,
+                false => LEARN_UP,
+            };
+            calm + (now - calm) * rate
+        };
+        self.calm = Some(match self.calm {
+            None => now,
+            Some(calm) if any => (follow(calm.0, now.0), follow(calm.1, now.1)),
+            Some(calm) => calm,
+        });
+        self.taught = self.taught.saturating_add(1);
+    }
+}
+
+/// What the least affected of a pool's backends show: the measure of what is the same for all.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Alike {
+    slowness: [Option<(f64, usize)>; 2],
+    loss: [Option<(f64, usize)>; 2],
+}
+
+impl Alike {
+    /// Takes in what the backend number `of` showed.
+    pub fn add(&mut self, of: usize, look: Look) {
+        for (two, value) in [(&mut self.slowness, look.slowness), (&mut self.loss, look.loss)] {
+            let Some(value) = value else { continue };
+            if two[0].is_none_or(|(least, _)| value < least) {
+                *two = [Some((value, of)), two[0]];
+            } else if two[1].is_none_or(|(least, _)| value < least) {
+                two[1] = Some((value, of));
+            }
+        }
+    }
+
+    /// The least that any but this one showed.
+    pub fn but(&self, of: usize) -> Look {
+        let least =
+            |two: &[Option<(f64, usize)>; 2]| two.iter().flatten().find(|(_, by)| *by != of).map(|(value, _)| *value);
+        Look { slowness: least(&self.slowness), loss: least(&self.loss) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::estimate::Estimate;
+    use fastrand::Rng;
+
+    const STEP: Duration = Duration::from_millis(100);
+
+    /// Backends under load, each with its time and its loss, and clients drawn by the shares.
+    struct Rig {
+        estimates: Vec<Estimate>,
+        handshakes: Vec<[u64; 2]>,
+        paces: Vec<Pace>,
+        now: Time,
+        rng: Rng,
+    }
+
+    impl Rig {
+        fn new(count: usize) -> Rig {
+            let now = Time(1_000_000);
+            let estimates: Vec<Estimate> = (0..count).map(|_| Estimate::default()).collect();
+            let seen = |estimate: &Estimate| Seen { first_bytes: estimate.ever(), handshakes: [0; 2] };
+            let paces = estimates.iter().map(|estimate| Pace::new(seen(estimate), now)).collect();
+            Rig { estimates, handshakes: vec![[0; 2]; count], paces, now, rng: Rng::with_seed(7) }
+        }
+
+        /// Runs for a time at `rate` a second; each backend's time in milliseconds and its loss.
+        fn run(&mut self, seconds: f64, rate: f64, of: &[(f64, f64)]) {
+            for _ in 0..(seconds * 10.0) as usize {
+                self.now = self.now + STEP;
+                let shares: f64 = self.paces.iter().map(Pace::share).sum();
+                for _ in 0..(rate / 10.0) as usize {
+                    let mut point = self.rng.f64() * shares;
+                    let to = self.paces.iter().position(|pace| {
+                        point -= pace.share();
+                        point < 0.0
+                    });
+                    let to = to.unwrap_or(0);
+                    let (ms, loss) = of[to];
+                    let lost = self.rng.f64() < loss;
+                    self.handshakes[to][usize::from(lost)] += 1;
+                    if !lost {
+                        let jitter = 0.8 + 0.6 * self.rng.f64();
+                        self.estimates[to].record(Duration::from_secs_f64(ms * jitter / 1e3));
+                    }
+                }
+                let looks: Vec<Look> = (0..of.len())
+                    .map(|i| {
+                        let seen = Seen { first_bytes: self.estimates[i].ever(), handshakes: self.handshakes[i] };
+                        self.paces[i].look(seen, self.now)
+                    })
+                    .collect();
+                let mut alike = Alike::default();
+                looks.iter().enumerate().for_each(|(i, look)| alike.add(i, *look));
+                for (i, look) in looks.into_iter().enumerate() {
+                    self.paces[i].judge(look, alike.but(i), self.now);
+                }
+            }
+        }
+
+        fn share(&self, of: usize) -> f64 {
+            self.paces[of].share() / self.paces.iter().map(Pace::share).sum::<f64>()
+        }
+    }
+
+    #[test]
+    fn a_slow_one_keeps_a_trickle_and_comes_back_when_it_is_quick() {
+        for (calm, slow) in [(1.0, 401.0), (30.0, 430.0), (20.0, 400.0)] {
+            let mut rig = Rig::new(2);
+            rig.run(10.0, 400.0, &[(calm, 0.0), (calm, 0.0)]);
+            assert_eq!(rig.share(0), 0.5);
+            rig.run(1.0, 400.0, &[(slow, 0.0), (calm, 0.0)]);
+            assert!(rig.share(0) < 0.02, "{calm}: {}", rig.share(0));
+            rig.run(30.0, 400.0, &[(slow, 0.0), (calm, 0.0)]);
+            assert!((0.005..0.02).contains(&rig.share(0)), "{calm}: {}", rig.share(0));
+            rig.run(5.0, 400.0, &[(calm, 0.0), (calm, 0.0)]);
+            assert!(rig.share(0) > 0.45, "{calm}: {}", rig.share(0));
+        }
+    }
+
+    #[test]
+    fn a_far_one_that_slows_is_seen_against_its_own_past() {
+        let mut rig = Rig::new(2);
+        rig.run(20.0, 400.0, &[(150.0, 0.0), (2.0, 0.0)]);
+        assert_eq!(rig.share(0), 0.5, "far is not slow");
+        rig.run(1.5, 400.0, &[(550.0, 0.0), (2.0, 0.0)]);
+        assert!(rig.share(0) < 0.25, "{}", rig.share(0));
+    }
+
+    #[test]
+    fn when_all_slow_down_alike_nobody_loses_anything() {
+        let mut rig = Rig::new(3);
+        rig.run(10.0, 400.0, &[(2.0, 0.0); 3]);
+        rig.run(30.0, 400.0, &[(100.0, 0.0); 3]);
+        assert!((0..3).all(|i| (rig.share(i) - 1.0 / 3.0).abs() < 0.05));
+    }
+
+    #[test]
+    fn chance_moves_nothing() {
+        let mut rig = Rig::new(3);
+        for _ in 0..600 {
+            rig.run(1.0, 300.0, &[(2.0, 0.01), (8.0, 0.0), (30.0, 0.01)]);
+            assert!((0..3).all(|i| rig.paces[i].share() == 1.0));
+        }
+    }
+
+    #[test]
+    fn a_lossy_path_loses_its_share_and_one_like_all_others_does_not() {
+        let mut rig = Rig::new(2);
+        rig.run(10.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        rig.run(2.0, 400.0, &[(2.0, 0.12), (2.0, 0.0)]);
+        assert!(rig.share(0) < 0.1, "{} {:?}", rig.share(0), rig.paces[0].handshakes);
+        rig.run(8.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        assert!(rig.share(0) > 0.45, "{}", rig.share(0));
+        rig.run(20.0, 400.0, &[(2.0, 0.1), (2.0, 0.1)]);
+        assert!((rig.share(0) - 0.5).abs() < 0.25, "{}", rig.share(0));
+    }
+
+    #[test]
+    fn without_clients_a_share_comes_back_by_itself() {
+        let mut rig = Rig::new(2);
+        rig.run(10.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        rig.run(2.0, 400.0, &[(500.0, 0.0), (2.0, 0.0)]);
+        rig.run(80.0, 0.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        assert_eq!(rig.paces[0].share(), 1.0);
+    }
+}

@@ -1,0 +1,141 @@
+//! Requests that kill whoever receives them.
+//!
+//! What a backend had received when it died may have been the reason, and sent on it would kill the next one. So it is sent
+//! on once at most, and remembered by its fingerprint; when the second one has died as well, nothing of that fingerprint goes
+//! to anybody within the window. What others of the same fingerprint were answered to is innocent.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::clock::Time;
+
+/// Seconds for which a death is remembered, and an answer.
+const WINDOW: u64 = 10;
+const INNOCENT: u64 = 60;
+/// Backends that have to die with one fingerprint before nothing of it is sent to anybody within the window.
+const KILLS: usize = 2;
+/// Fingerprints remembered for one pool. When so many die at once it is the backends, and nothing more is sent on.
+const MOST: usize = 4_096;
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Known {
+    /// Backends that died with it, 0: none; and when the last one did.
+    died_on: [u64; KILLS],
+    died: u64,
+    /// When it was last answered.
+    answered: u64,
+}
+
+impl Known {
+    fn lives(&self, now: Time) -> bool {
+        self.has_killed(now) > 0 || self.is_innocent(now)
+    }
+
+    /// How many backends died with it within the window.
+    fn has_killed(&self, now: Time) -> usize {
+        if self.died + WINDOW > now.seconds() { self.died_on.iter().filter(|on| **on != 0).count() } else { 0 }
+    }
+
+    fn is_innocent(&self, now: Time) -> bool {
+        self.answered > 0 && self.answered + INNOCENT > now.seconds()
+    }
+}
+
+/// What backends of one pool died with, and what they answered after others had died with it.
+#[derive(Debug, Default)]
+pub struct Poison {
+    known: Mutex<HashMap<u64, Known>>,
+    /// Whether anything has killed lately; in seconds since the process began.
+    last: AtomicU64,
+}
+
+impl Poison {
+    /// The backend `on` died with a request or session of this fingerprint: whether it may be sent to another. What is known to
+    /// be answered may; anything else until a second backend has died with it in the window.
+    pub fn may_go_on(&self, fingerprint: u64, on: u64, innocent: bool, now: Time) -> bool {
+        let mut known = self.lock();
+        if known.len() >= MOST {
+            known.retain(|_, one| one.lives(now));
+            if known.len() >= MOST {
+                return false;
+            }
+        }
+        let one = known.entry(fingerprint).or_default();
+        if innocent || one.is_innocent(now) {
+            return true;
+        }
+        if one.has_killed(now) == 0 {
+            one.died_on = [0; KILLS];
+        }
+        if !one.died_on.contains(&on)
+            && let Some(free) = one.died_on.iter_mut().find(|on| **on == 0)
+        {
+            *free = on;
+        }
+        one.died = now.seconds();
+        self.last.store(now.seconds().max(1), Relaxed);
+        one.has_killed(now) < KILLS
+    }
+
+    /// Something of this fingerprint was answered.
+    pub fn answered(&self, fingerprint: u64, now: Time) {
+        let mut known = self.lock();
+        if known.len() >= MOST && !known.contains_key(&fingerprint) {
+            known.retain(|_, one| one.lives(now));
+            if known.len() >= MOST {
+                return;
+            }
+        }
+        *known.entry(fingerprint).or_default() = Known { answered: now.seconds().max(1), ..Known::default() };
+    }
+
+    /// Whether this fingerprint has killed more than one backend within the window, and was not answered.
+    pub fn kills(&self, fingerprint: u64, now: Time) -> bool {
+        let last = self.last.load(Relaxed);
+        last > 0
+            && last + WINDOW > now.seconds()
+            && self.lock().get(&fingerprint).is_some_and(|one| one.has_killed(now) >= KILLS && !one.is_innocent(now))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: u64) -> Time {
+        Time(second * 1_000_000)
+    }
+
+    #[test]
+    fn what_kills_goes_on_once_and_after_the_second_death_nowhere() {
+        let poison = Poison::default();
+        assert!(poison.may_go_on(1, 7, false, at(100)) && !poison.kills(1, at(100)));
+        assert!(poison.may_go_on(1, 7, false, at(100)) && !poison.kills(1, at(100)), "the same one again is no second");
+        assert!(!poison.may_go_on(1, 8, false, at(101)) && poison.kills(1, at(101)));
+        assert!(!poison.kills(2, at(101)));
+        assert!(!poison.kills(1, at(111)) && poison.may_go_on(1, 9, false, at(111)), "and the window ends");
+    }
+
+    #[test]
+    fn what_is_answered_is_no_poison() {
+        let poison = Poison::default();
+        assert!((1..10).all(|i| poison.may_go_on(1, i, true, at(100))), "known from elsewhere");
+        poison.answered(2, at(100));
+        assert!((1..10).all(|i| poison.may_go_on(2, i, false, at(150))) && !poison.kills(2, at(150)));
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let poison = Poison::default();
+        let went = (0..20_000).filter(|&fingerprint| poison.may_go_on(fingerprint, 7, false, at(100))).count();
+        assert!(went <= MOST, "{went}");
+        (0..20_000).for_each(|fingerprint| poison.answered(fingerprint, at(100)));
+        assert!(poison.lock().len() <= MOST);
+        assert!(poison.may_go_on(5, 7, false, at(170)), "and forgotten again");
+    }
+}

@@ -1,0 +1,354 @@
+//! Failures that stay where they are: silence, errors of one class, poison, too many clients, and how a cell comes back.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::http::{by_hand, pool, proxy, raw, read_request};
+use crate::support::backend::{Backend, Mode, get, read_all};
+use crate::support::eventually;
+use crate::support::proxy::Proxy;
+use crate::tcp::yaml;
+
+fn up(proxy: &Proxy, backends: &[&Backend]) {
+    backends.iter().for_each(|b| proxy.wait_health(&b.address.to_string(), "up", Duration::from_secs(5)));
+}
+
+fn over(backends: &[&Backend], more: &str) -> Proxy {
+    let addresses: Vec<SocketAddr> = backends.iter().map(|backend| backend.address).collect();
+    let proxy = Proxy::start(&yaml(&addresses, more, ""));
+    up(&proxy, backends);
+    proxy
+}
+
+/// A connection that has said something and waits; whether it is still open after a while is for the caller.
+fn asks(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    stream
+}
+
+#[test]
+fn a_cell_has_a_cap_and_the_queue_its_time() {
+    let backend = Backend::start("a");
+    backend.set(Mode::Echo);
+    let start = |limits: &str| {
+        let yaml = format!(
+            "pools: {{ p: {{ cells: {{ c: {{ max_connections: 2, backends: [ '{}' ] }} }}, limits: {{ {limits} }} }} }}\n\
+             listeners: [ {{ bind: '127.0.0.1:0', tcp: p }} ]",
+            backend.address
+        );
+        let proxy = Proxy::start(&yaml);
+        up(&proxy, &[&backend]);
+        proxy
+    };
+    let session = |proxy: &Proxy| {
+        let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        // One that is refused may be so before it speaks.
+        let _ = stream.write_all(b"x");
+        stream
+    };
+    let served = |stream: &mut TcpStream| stream.read_exact(&mut [0; 1]).is_ok();
+
+    let without = start("queue: 0");
+    let mut two = [session(&without), session(&without)];
+    assert!(two.iter_mut().all(served));
+    assert!(!served(&mut session(&without)), "the third has no place and nowhere to wait");
+
+    // Whoever waits gets the place of one who leaves.
+    let long = start("queue: 1, queue_timeout: 20s");
+    let mut two = [session(&long), session(&long)];
+    assert!(two.iter_mut().all(served));
+    let waiting = std::thread::spawn({
+        let mut third = session(&long);
+        move || served(&mut third)
+    });
+    eventually("the third waits", Duration::from_secs(5), || {
+        (long.metric("sailover_queue_length", &[]) == 1.0).then_some(())
+    });
+    assert!(!served(&mut session(&long)), "the fourth has no place in the queue");
+    drop(two);
+    assert!(waiting.join().unwrap());
+
+    let short = start("queue: 1, queue_timeout: 50ms");
+    let mut two = [session(&short), session(&short)];
+    assert!(two.iter_mut().all(served));
+    assert!(!served(&mut session(&short)), "the third waits in vain, but not for long");
+}
+
+#[test]
+fn a_capacity_is_kept() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let count = |capacity: &str| {
+        let yaml = format!(
+            "pools: {{ p: {{ cells: {{ a: {{ {capacity} backends: [ '{}' ] }}, b: [ '{}' ] }} }} }}\n\
+             listeners: [ {{ bind: '127.0.0.1:0', tcp: p }} ]",
+            a.address, b.address
+        );
+        let proxy = Proxy::start(&yaml);
+        up(&proxy, &[&a, &b]);
+        let begin = Instant::now();
+        let of_a = (0..400).filter(|_| get(proxy.address(0)).unwrap() == "a").count();
+        (of_a as f64, begin.elapsed().as_secs_f64())
+    };
+    let (of_a, _) = count("");
+    assert!(of_a > 120.0, "half of them without a bound: {of_a}");
+    let (of_a, took) = count("capacity: 60/m,");
+    assert!(of_a <= took + 1.1, "{of_a} in {took} s at one a second");
+}
+
+#[test]
+fn silence_counts_when_an_answer_is_owed() {
+    // Nothing was learned, and nothing is owed: a backend that never answers stays as it is.
+    let suspected = |more: &str, learn: usize, wait: Duration| {
+        let (a, b) = (Backend::start("a"), Backend::start("b"));
+        let proxy = over(
+            &[&a, &b],
+            &format!("probe: off, {more}").replace("probe: off, ", "probe: { interval: 1h, timeout: 1s }\n    "),
+        );
+        (0..learn).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+        a.set(Mode::Silent);
+        let begin = Instant::now();
+        let mut open = Vec::new();
+        while begin.elapsed() < wait {
+            open.push(asks(proxy.address(0)));
+            if proxy.health(&a.address.to_string()) != "up" {
+                return Some(begin.elapsed());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        None
+    };
+    let wait = Duration::from_secs(3);
+    assert_eq!(suspected("first_byte: learn", 0, wait / 2), None, "nothing was learned");
+    assert!(suspected("first_byte: learn", 100, wait).is_some());
+    assert_eq!(suspected("first_byte: ignore", 100, wait / 2), None);
+    let expected = suspected("first_byte: expect", 0, wait).expect("an answer is expected");
+    let sooner =
+        suspected("first_byte: expect\n    timeouts: { first_byte: 50ms }", 0, wait).expect("an answer is expected");
+    assert!(sooner < expected, "{sooner:?} {expected:?}");
+}
+
+#[test]
+fn what_a_client_said_is_said_again() {
+    // How many of the clients of a backend that falls silent, or ends, are answered by the other one.
+    let answered = |replay: &str, mode: Mode, bytes: &'static [u8]| {
+        let (a, b) = (Backend::start("a"), Backend::start("b"));
+        let proxy = over(&[&a, &b], replay);
+        (0..100).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+        b.set(Mode::Echo);
+        a.set(mode);
+        let clients: Vec<_> = (0..40)
+            .map(|_| {
+                let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+                let _ = stream.write_all(bytes);
+                std::thread::spawn(move || {
+                    let mut came = vec![0; bytes.len()];
+                    stream.read_exact(&mut came).is_ok_and(|()| came == bytes)
+                })
+            })
+            .collect();
+        clients.into_iter().filter(|_| true).map(|client| client.join().unwrap()).filter(|whole| *whole).count()
+    };
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n";
+    const HELLO: &[u8] = b"\x16\x03\x01\x00\x05hello";
+    assert!(answered("", Mode::Silent, REQUEST) < 40);
+    assert_eq!(answered("replay: { for: any }", Mode::Silent, REQUEST), 40);
+    assert!(answered("replay: { for: any, up_to: 8B }", Mode::Silent, REQUEST) < 40, "more than is kept");
+    assert!(answered("replay: { for: tls }", Mode::Silent, REQUEST) < 40, "no handshake");
+    assert_eq!(answered("replay: { for: tls }", Mode::Silent, HELLO), 40);
+}
+
+#[test]
+fn probes_alone_take_out_one_cell_at_a_time() {
+    let down_together = |between: &str| {
+        let backends: Vec<Backend> = ["a", "b", "c"].map(Backend::start).into();
+        let all: Vec<&Backend> = backends.iter().collect();
+        let probe = "probe: { http: { path: /healthz }, interval: 100ms, timeout: 80ms }";
+        let proxy = over(&all, &format!("{probe}\n    hold: {{ between_probe_removals: {between} }}"));
+        backends.iter().for_each(|backend| backend.set(Mode::Unhealthy));
+        let down = || backends.iter().filter(|b| proxy.health(&b.address.to_string()) == "down").count();
+        eventually("one is down", Duration::from_secs(5), || (down() > 0).then_some(()));
+        // Ten more probes of each.
+        let probes = || proxy.metric("sailover_probes_total", &["failed"]);
+        let before = probes();
+        eventually("probes go on", Duration::from_secs(10), || (probes() >= before + 30.0).then_some(()));
+        down()
+    };
+    assert_eq!(down_together("1h"), 1);
+    assert_eq!(down_together("0s"), 3);
+}
+
+#[test]
+fn clients_that_are_served_outweigh_probes_that_fail() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = over(&[&a, &b], "probe: { http: { path: /healthz }, interval: 50ms, timeout: 40ms }");
+    [&a, &b].iter().for_each(|backend| backend.set(Mode::Unhealthy));
+    let before = proxy.metric("sailover_probes_total", &["failed"]);
+    eventually("probes have failed", Duration::from_secs(10), || {
+        get(proxy.address(0)).unwrap();
+        (proxy.metric("sailover_probes_total", &["failed"]) >= before + 20.0).then_some(())
+    });
+    assert_eq!(proxy.metric("sailover_backend_contradiction", &[]), 2.0);
+    assert_eq!(proxy.health(&a.address.to_string()), "up");
+    assert_eq!(proxy.health(&b.address.to_string()), "up");
+}
+
+#[test]
+fn a_cell_comes_back_as_failback_says() {
+    let fast = "probe: { interval: 50ms, timeout: 40ms }\n    hold: { first: 100ms, longest: 3s, between_probe_removals: 0s }\n    ramp: 0s";
+    let out_for = |failback: &str, back: &dyn Fn(&Proxy)| {
+        let (a, b) = (Backend::start("a"), Backend::start("b"));
+        let proxy = over(&[&a, &b], &format!("{fast}\n    failback: {failback}"));
+        let health = || proxy.health(&a.address.to_string());
+        a.set(Mode::Refuse);
+        eventually("it is down", Duration::from_secs(5), || (health() == "down").then_some(()));
+        a.set(Mode::Serve);
+        let begin = Instant::now();
+        back(&proxy);
+        eventually("it is back", Duration::from_secs(10), || (health() != "down").then_some(()));
+        begin.elapsed()
+    };
+    let auto = out_for("auto", &|_| {});
+    let hold = out_for("hold", &|_| {});
+    assert!(hold > auto * 2 && hold > Duration::from_secs(2), "{auto:?} {hold:?}");
+    out_for("manual", &|proxy| {
+        let waits = || proxy.status()["pools"][0]["cells"][0]["backends"][0]["waits_for_operator"] == true;
+        eventually("it waits for a word", Duration::from_secs(5), || waits().then_some(()));
+        let told = proxy.command(&["failback", "nowhere"]);
+        assert!(!told.status.success());
+        let told = proxy.command(&["failback", "c0"]);
+        assert!(told.status.success(), "{told:?}");
+    });
+}
+
+#[test]
+fn clients_have_bounds_of_their_own() {
+    let backend = Backend::start("a");
+    let start = |face: &str, per_client: &str| {
+        let proxy = Proxy::start(&format!(
+            "pools: {{ p: {{ cells: {{ c: [ '{}' ] }} }} }}\n\
+             listeners: [ {{ bind: '127.0.0.1:0', {face}, limits: {{ per_client: {{ {per_client} }} }} }} ]",
+            backend.address
+        ));
+        up(&proxy, &[&backend]);
+        proxy
+    };
+    let from = |last: u8, proxy: &Proxy| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 1, last], 0)).into()).unwrap();
+        socket.connect(&proxy.address(0).into()).unwrap();
+        let mut stream: TcpStream = socket.into();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let _ = stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n");
+        let served = stream.read(&mut [0; 512]).is_ok_and(|read| read > 0);
+        (stream, served)
+    };
+    let proxy = start("tcp: p", "connections: 2");
+    let held: Vec<_> = (0..3).map(|_| from(1, &proxy)).collect();
+    assert_eq!(held.iter().map(|(_, served)| *served).collect::<Vec<_>>(), [true, true, false]);
+    assert!(from(2, &proxy).1, "another address is another client");
+    drop(held);
+    eventually("and there is room again", Duration::from_secs(5), || from(1, &proxy).1.then_some(()));
+
+    let proxy = start("tcp: p", "connections: 2, prefix: { ipv4: 24, ipv6: 64 }");
+    let held: Vec<_> = (1..4).map(|last| from(last, &proxy)).collect();
+    assert_eq!(held.iter().filter(|(_, served)| *served).count(), 2, "one network is one client");
+
+    let proxy = start("tcp: p", "rate: 60/m");
+    let served = (0..20).filter(|_| from(1, &proxy).1).count();
+    assert!((1..=4).contains(&served), "{served}");
+
+    let proxy = start("http: { routes: [ { pool: p } ] }", "rate: 60/m");
+    let ask = || raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let answers: Vec<String> = (0..5).map(|_| ask()).collect();
+    let refused = answers.iter().find(|answer| answer.starts_with("HTTP/1.1 429")).expect("too many");
+    assert!(refused.to_ascii_lowercase().contains("retry-after: 1"), "{refused}");
+
+    let proxy = Proxy::start(&format!(
+        "pools: {{ p: {{ cells: {{ c: [ '{}' ] }} }} }}\n\
+         listeners: [ {{ bind: '[::1]:0', tcp: p, limits: {{ per_client: {{ connections: 1, prefix: {{ ipv6: 64 }} }} }} }} ]",
+        backend.address
+    ));
+    up(&proxy, &[&backend]);
+    let _first = TcpStream::connect(proxy.address(0)).unwrap();
+    eventually("the first is counted", Duration::from_secs(5), || {
+        (proxy.metric("sailover_connections", &[]) >= 1.0).then_some(())
+    });
+    let mut second = TcpStream::connect(proxy.address(0)).unwrap();
+    assert!(read_all(&mut second).map_or(true, |bytes| bytes.is_empty()));
+}
+
+/// Writes fail on one cell, reads do not: the writes go elsewhere, and the reads stay.
+#[test]
+fn a_failing_class_moves_and_the_others_stay() {
+    let writes = Arc::new(AtomicU32::new(0));
+    let serve = |fails: bool, name: &'static str, writes: Arc<AtomicU32>| {
+        by_hand(move |mut stream| {
+            while let Some(head) = read_request(&mut stream) {
+                let write = head.starts_with("post ");
+                writes.fetch_add(u32::from(write && fails), Relaxed);
+                let status = if write && fails { "500 Broken" } else { "200 OK" };
+                let _ = stream.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 1\r\n\r\n{name}").as_bytes());
+            }
+        })
+    };
+    let (a, b) = (serve(true, "a", writes.clone()), serve(false, "b", writes.clone()));
+    let proxy = proxy(&pool("p", &[a, b], "probe: off"), "routes: [ { pool: p } ]", "");
+    let ask = |request: &str| {
+        raw(
+            proxy.address(0),
+            format!("{request} / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes(),
+        )
+    };
+    let (mut failed_late, mut reads_of_a) = (0, 0);
+    for i in 0..600 {
+        let answer = ask(if i % 4 == 0 { "POST" } else { "GET" });
+        let failed = answer.starts_with("HTTP/1.1 500");
+        assert!(!failed || i % 4 == 0, "a read failed");
+        failed_late += u32::from(failed && i >= 100);
+        reads_of_a += u32::from(i >= 100 && i % 4 != 0 && answer.ends_with('a'));
+    }
+    assert!(failed_late <= 1, "{failed_late} writes failed after the class had moved");
+    assert!(reads_of_a > 150, "{reads_of_a} of 375 reads went to the first cell\n{}", proxy.log());
+    assert_eq!(proxy.metric("sailover_transitions_total", &["to=\"suspect\""]), 0.0);
+    assert_eq!(proxy.metric("sailover_class_failures_total", &[]), 1.0);
+}
+
+/// One request kills whoever gets it. It is sent on once, and then to nobody for some seconds.
+#[test]
+fn a_request_that_kills_is_sent_on_once() {
+    let deaths: Vec<Arc<AtomicU32>> = (0..4).map(|_| Arc::default()).collect();
+    let backends: Vec<SocketAddr> = deaths
+        .iter()
+        .map(|deaths| {
+            let deaths = deaths.clone();
+            by_hand(move |mut stream| {
+                while let Some(head) = read_request(&mut stream) {
+                    if head.starts_with("get /poison") {
+                        deaths.fetch_add(1, Relaxed);
+                        return;
+                    }
+                    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+                }
+            })
+        })
+        .collect();
+    let proxy = proxy(&pool("p", &backends, "probe: off"), "routes: [ { pool: p } ]", "");
+    let ask = |path: &str| {
+        raw(proxy.address(0), format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+    };
+    (0..20).for_each(|_| assert!(ask("/").starts_with("HTTP/1.1 200")));
+    let answers: Vec<String> = (0..10).map(|_| ask("/poison")).collect();
+    assert!(answers.iter().all(|answer| answer.starts_with("HTTP/1.1 50")), "{answers:?}");
+    // On an idle connection it cannot be told from one that had ended before, so the same backend is asked once more.
+    let died: Vec<u32> = deaths.iter().map(|deaths| deaths.load(Relaxed)).collect();
+    assert!(died.iter().filter(|times| **times > 0).count() <= 2 && died.iter().sum::<u32>() <= 4, "{died:?}");
+    assert!(answers[9].to_ascii_lowercase().contains("retry-after"), "{}", answers[9]);
+    (0..20).for_each(|_| assert!(ask("/").starts_with("HTTP/1.1 200")));
+}
