@@ -326,8 +326,15 @@ impl Bucket {
 /// when there are too many with one, those that come later are not counted.
 #[derive(Debug)]
 pub struct Clients {
-    shards: [Mutex<HashMap<u64, Client>>; 16],
+    shards: [Mutex<Shard>; 16],
     refused: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    clients: HashMap<u64, Client>,
+    /// When it was last looked through, in seconds since the process began.
+    swept: u64,
 }
 
 #[derive(Debug, Default)]
@@ -390,16 +397,21 @@ impl Clients {
     fn with<T>(&self, network: u64, now: Time, act: impl FnOnce(&mut Client) -> T) -> Option<T> {
         let shard = &self.shards[(network % 16) as usize];
         let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        if shard.len() >= CLIENTS && !shard.contains_key(&network) {
-            shard.retain(|_, client| client.connections > 0 || client.seen + CLIENT_KEPT > now.seconds());
-            if shard.len() >= CLIENTS {
-                shard.retain(|_, client| client.connections > 0);
+        if shard.clients.len() >= CLIENTS && !shard.clients.contains_key(&network) {
+            // Once a second is enough: a crowd of new networks must not make each of them dear.
+            if shard.swept == now.seconds() {
+                return None;
             }
-            if shard.len() >= CLIENTS {
+            shard.swept = now.seconds();
+            shard.clients.retain(|_, client| client.connections > 0 || client.seen + CLIENT_KEPT > now.seconds());
+            if shard.clients.len() >= CLIENTS {
+                shard.clients.retain(|_, client| client.connections > 0);
+            }
+            if shard.clients.len() >= CLIENTS {
                 return None;
             }
         }
-        let client = shard.entry(network).or_default();
+        let client = shard.clients.entry(network).or_default();
         client.seen = now.seconds();
         Some(act(client))
     }
@@ -409,7 +421,7 @@ impl Drop for ClientPermit {
     fn drop(&mut self) {
         let shard = &self.clients.shards[(self.network % 16) as usize];
         let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(client) = shard.get_mut(&self.network) {
+        if let Some(client) = shard.clients.get_mut(&self.network) {
             client.connections = client.connections.saturating_sub(1);
         }
     }
@@ -487,10 +499,11 @@ mod tests {
         let many: Vec<_> = (0..200_000u32)
             .map(|i| clients.connect(xxh3_64(&i.to_le_bytes()), 1, now).expect("each has one"))
             .collect();
-        let known: usize = clients.shards.iter().map(|shard| shard.lock().expect("no panic").len()).sum();
+        let known: usize = clients.shards.iter().map(|shard| shard.lock().expect("no panic").clients.len()).sum();
         assert!(known <= 16 * CLIENTS, "{known}");
         drop(many);
-        assert!(clients.connect(7, 1, now).is_some_and(|permit| permit.is_some()), "and there is room again");
+        let later = now + Duration::from_secs(1);
+        assert!(clients.connect(7, 1, later).is_some_and(|permit| permit.is_some()), "and there is room again");
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,11 +6,18 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::clock::Time;
 
 /// Cells told apart; more share places, and then vouch less often for each other.
 const PLACES: usize = 64;
+
+/// Looks at one stall are no further apart than this.
+const APART: Duration = Duration::from_secs(1);
+/// A stall of all cells for so long is followed by as much time, at most this, in which nobody's lack of answers counts.
+const STALLED: Duration = Duration::from_millis(500);
+const GRACE: Duration = Duration::from_secs(5);
 
 /// When each cell showed life last, over all pools.
 #[derive(Debug)]
@@ -23,6 +30,9 @@ pub struct Uplink {
     /// When silence was last put down to ourselves, and since when.
     dark: AtomicU64,
     dark_since: AtomicU64,
+    /// The same for answers: since when nobody gave any, and when that was seen last.
+    stalled: AtomicU64,
+    stalled_since: AtomicU64,
 }
 
 impl Default for Uplink {
@@ -34,6 +44,8 @@ impl Default for Uplink {
             cells: AtomicUsize::new(0),
             dark: AtomicU64::new(0),
             dark_since: AtomicU64::new(0),
+            stalled: AtomicU64::new(0),
+            stalled_since: AtomicU64::new(0),
         }
     }
 }
@@ -79,7 +91,20 @@ impl Uplink {
             }
             self.dark.store(now.0, Relaxed);
         }
-        alive
+        if !answers {
+            return alive;
+        }
+        let last = Time(self.stalled.load(Relaxed));
+        if !alive {
+            if now.since(last) > APART {
+                self.stalled_since.store(now.0, Relaxed);
+            }
+            self.stalled.store(now.0, Relaxed);
+            return false;
+        }
+        // Whoever comes out of a common stall works off what has gathered, and nobody waits for that any more.
+        let stalled = last.since(Time(self.stalled_since.load(Relaxed)));
+        stalled < STALLED || now.since(last) >= stalled.min(GRACE)
     }
 
     fn is_dark(&self) -> bool {
@@ -115,5 +140,24 @@ mod tests {
         assert!(!uplink.vouches(a, true, Time(210), Time(230)), "a handshake is no answer");
         uplink.answered(b, Time(231));
         assert!(uplink.vouches(a, true, Time(210), Time(232)));
+    }
+
+    #[test]
+    fn after_a_common_stall_there_is_time_to_work_off_what_has_gathered() {
+        let uplink = Uplink::default();
+        let (a, b) = (uplink.place("a"), uplink.place("b"));
+        uplink.set_cells(2);
+        let at = |ms: u64| Time(1_000_000 + ms * 1_000);
+        uplink.answered(b, at(0));
+        // Three seconds in which nobody answers.
+        assert!((1..=300).all(|i| !uplink.vouches(a, true, at(5), at(i * 10))));
+        uplink.answered(b, at(3_010));
+        assert!(!uplink.vouches(a, true, at(5), at(3_020)), "the other one may still work off its own");
+        uplink.answered(b, at(6_000));
+        assert!(uplink.vouches(a, true, at(5), at(6_010)), "but not for ever");
+        // A moment without an answer is no stall.
+        assert!(!uplink.vouches(a, true, at(9_000), at(9_010)));
+        uplink.answered(b, at(9_020));
+        assert!(uplink.vouches(a, true, at(9_000), at(9_030)));
     }
 }
