@@ -44,6 +44,8 @@ const PROBE_SLACK: Duration = Duration::from_secs(1);
 
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
 const SILENT: Duration = Duration::from_millis(250);
+/// Clients that may wait at a backend whose limit is taken up by what others left there.
+const TRIALS: u32 = 4;
 /// Looks in which a backend is silent while others answer, before that counts.
 const MUTE_LOOKS: u32 = 4;
 /// Clients of a backend that is out have found their places after this.
@@ -388,7 +390,9 @@ impl Backend {
         let pace = pace.get_or_insert_with(|| Box::new(Pace::new(seen, now)));
         let before = pace.answers();
         let look = pace.look(seen, now);
-        let (waiting, came) = (self.silence.waiting(), pace.came(self.silence.wrote_ever()));
+        self.silence.forget(now);
+        let waiting = self.silence.waiting() + self.silence.abandoned();
+        let came = pace.came(self.silence.wrote_ever());
         if waiting > 0 || self.most_waiting.load(Relaxed) != u32::MAX {
             let silent_after = self.first_byte.learned().map_or(SILENT, |(_, p99)| SILENT.max(p99 * 5));
             let crowded = crowd::Look {
@@ -421,9 +425,12 @@ impl Backend {
         Some(self.most_waiting.load(Relaxed)).filter(|most| *most != u32::MAX)
     }
 
-    /// Whether it may take one more client, of at most `most` connections.
+    /// Whether it may take one more client, of at most `most` connections. However much was left there, a few may wait: somebody
+    /// has to find out when it answers again.
     pub fn has_room(&self, most: u32) -> bool {
-        self.in_flight.used() < most && self.silence.waiting() < self.most_waiting.load(Relaxed)
+        let (waiting, limit) = (self.silence.waiting(), self.most_waiting.load(Relaxed));
+        self.in_flight.used() < most
+            && (limit == u32::MAX || waiting < limit.min(TRIALS) || waiting + self.silence.abandoned() < limit)
     }
 
     /// A client that began to wait at `since` no longer does.
@@ -495,7 +502,7 @@ impl Backend {
 
     /// The first byte of an answer to a client of `prefix`.
     pub fn answered(&self, policy: &Policy, prefix: u32, took: Duration, began: Time, now: Time) {
-        self.silence.heard(now);
+        self.silence.heard(Some(took), now);
         self.first_byte.record(took);
         self.went_well(prefix, now);
         let view = self.view();
@@ -506,7 +513,7 @@ impl Backend {
 
     /// The first byte of an answer to a request; `took` is `None` where it came before the whole request had.
     pub fn heard(&self, took: Option<Duration>, now: Time) {
-        self.silence.heard(now);
+        self.silence.heard(took, now);
         if let Some(took) = took {
             self.first_byte.record(took);
         }

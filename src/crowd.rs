@@ -6,7 +6,8 @@
 //! lowered as the gradient of its time says (as in Netflix's concurrency limits, 2018, after TCP Vegas: calm time over present
 //! time); when it is quick again the limit rises, and at last is gone. When lowering it has not made the backend any quicker,
 //! it was not the crowd, and the present time becomes the measure. Of a backend that says nothing at all no more is asked than a
-//! few times what it used to have.
+//! few times what it used to have, or what comes in 0.7 s; and that is its limit at first when it speaks again, because
+//! what has gathered meanwhile may be more than its clients will wait for.
 
 use std::time::Duration;
 
@@ -16,14 +17,17 @@ const SAME_BY: Duration = Duration::from_millis(20);
 /// The least limit, and the least of a silent one.
 const LEAST: f64 = 4.0;
 const LEAST_SILENT: f64 = 16.0;
-/// A silent backend is asked for at most so many times what it usually had.
+/// A silent backend is asked for at most so many times what it usually had, or for what came in so many looks.
 const SILENT_TIMES: f64 = 4.0;
+const SILENT_LOOKS: f64 = 7.0;
 /// One step lowers the limit by no more than this, and raises it by this and one.
 const FALL: f64 = 0.7;
 const RISE: f64 = 1.1;
 /// A limit of so many times what is usual, and so many more, limits nothing.
 const GONE_TIMES: f64 = 8.0;
 const GONE: f64 = 64.0;
+/// Part of the limit from which there is no room.
+const FULL: f64 = 0.9;
 /// Weight of one look in what is usual.
 const USUAL: f64 = 0.05;
 /// So many looks make a window, or as many as its answers take twice over; in so many windows in a row fewer must have been
@@ -32,8 +36,6 @@ const WINDOW: u32 = 4;
 const WINDOWS: u32 = 3;
 const FEWER: f64 = 0.1;
 const FEWER_BY: f64 = 3.0;
-/// For so many looks after a silence slowness is put down to what had gathered.
-const AFTER_SILENCE: u32 = 100;
 /// Time between two looks.
 const LOOK: Duration = Duration::from_millis(100);
 /// A limit that was halved and has not made the backend quicker by a fifth within so many looks was none of the reason.
@@ -63,11 +65,11 @@ pub struct Look {
 #[derive(Clone, Debug)]
 pub struct Crowd {
     limit: f64,
-    /// The same while it says nothing.
-    while_silent: f64,
-    /// Looks for which what waited through a silence may still be the reason for slowness.
-    after_silence: u32,
+    /// How many it has usually, and how many come from one look to the next.
     usual: f64,
+    usual_came: f64,
+    /// Whether the limit is from a silence, and not from a crowd.
+    of_silence: bool,
     /// Of the present window: looks, clients that came, and answers; and how many windows had too few answers.
     window: (u32, f64, f64),
     behind: u32,
@@ -81,9 +83,9 @@ impl Default for Crowd {
     fn default() -> Self {
         Crowd {
             limit: f64::INFINITY,
-            while_silent: f64::INFINITY,
-            after_silence: 0,
             usual: 0.0,
+            usual_came: 0.0,
+            of_silence: false,
             window: (0, 0.0, 0.0),
             behind: 0,
             began: (f64::INFINITY, Duration::ZERO, 0),
@@ -95,19 +97,20 @@ impl Default for Crowd {
 impl Crowd {
     /// The limit; `u32::MAX`: none.
     pub fn limit(&self) -> u32 {
-        self.limit.min(self.while_silent) as u32
+        self.limit as u32
     }
 
     /// Takes in one look.
     pub fn look(&mut self, look: Look) {
         let waiting = f64::from(look.waiting);
-        self.while_silent = f64::INFINITY;
         if look.silent {
-            self.while_silent = (self.usual * SILENT_TIMES).max(LEAST_SILENT);
-            self.after_silence = AFTER_SILENCE;
+            let most = (self.usual * SILENT_TIMES).max(self.usual_came * SILENT_LOOKS).max(LEAST_SILENT);
+            if self.limit.is_infinite() {
+                (self.limit, self.of_silence) = (most, true);
+                self.began = (most, Duration::ZERO, 0);
+            }
             return;
         }
-        self.after_silence = self.after_silence.saturating_sub(1);
         let window = look.recent.map_or(WINDOW, |recent| WINDOW.max((recent * 2).div_duration_f64(LOOK).ceil() as u32));
         self.window.0 += 1;
         self.window.1 += f64::from(look.came);
@@ -123,11 +126,16 @@ impl Crowd {
         let slow = calm.zip(look.recent).filter(|(calm, recent)| *recent > (*calm + SAME_BY).max(calm.mul_f64(SAME)));
         if let Some((calm, recent)) = slow {
             if self.limit.is_infinite() {
-                if self.behind < WINDOWS && !look.shifted && self.after_silence == 0 {
+                if self.behind < WINDOWS && !look.shifted {
                     return;
                 }
                 self.began = (waiting, recent, 0);
             }
+            // Slow after a silence, and there is room: it just takes longer now.
+            if self.of_silence && waiting < self.limit * FULL {
+                return self.rise();
+            }
+            self.of_silence = false;
             self.began.1 = self.began.1.max(recent);
             self.began.2 += 1;
             if self.began.2 >= PATIENCE {
@@ -142,16 +150,19 @@ impl Crowd {
             return;
         }
         self.usual += (waiting - self.usual) * USUAL;
+        self.usual_came += (f64::from(look.came) - self.usual_came) * USUAL;
         if look.recent.is_some_and(|recent| recent < self.base / 2) {
             self.base = Duration::ZERO;
         }
-        if self.limit.is_finite() {
-            if waiting * 2.0 >= self.limit || look.recent.is_some() {
-                self.limit = self.limit * RISE + 1.0;
-            }
-            if self.limit >= self.usual * GONE_TIMES + GONE {
-                self.limit = f64::INFINITY;
-            }
+        if waiting * 2.0 >= self.limit || look.recent.is_some() {
+            self.rise();
+        }
+    }
+
+    fn rise(&mut self) {
+        self.limit = self.limit * RISE + 1.0;
+        if self.limit >= self.usual * GONE_TIMES + GONE {
+            self.limit = f64::INFINITY;
         }
     }
 }
@@ -223,13 +234,31 @@ mod tests {
     }
 
     #[test]
+    fn one_that_is_slower_after_a_silence_and_has_room_is_let_be() {
+        let mut crowd = Crowd::default();
+        let calm =
+            Look { waiting: 0, came: 20, answered: 20, calm: Some(MS * 2), recent: Some(MS * 2), ..Look::default() };
+        (0..100).for_each(|_| crowd.look(calm));
+        crowd.look(Look { waiting: 40, answered: 0, silent: true, ..calm });
+        assert!((135..=140).contains(&crowd.limit()), "{crowd:?}");
+        (0..100).for_each(|_| {
+            crowd.look(Look { waiting: 80, recent: Some(MS * 400), ..calm });
+            assert!(crowd.limit() > 80, "{crowd:?}");
+        });
+        assert_eq!(crowd.limit(), u32::MAX);
+    }
+
+    #[test]
     fn a_silent_one_is_asked_for_little() {
         let mut crowd = Crowd::default();
         let calm =
             Look { waiting: 8, came: 40, answered: 40, calm: Some(MS * 20), recent: Some(MS * 20), ..Look::default() };
         (0..100).for_each(|_| crowd.look(calm));
         crowd.look(Look { waiting: 500, answered: 0, silent: true, ..calm });
-        assert!((30..=32).contains(&crowd.limit()), "{crowd:?}");
+        assert!((270..=280).contains(&crowd.limit()), "{crowd:?}");
+        // What had gathered makes it slow; it gets no more than it can do.
+        (0..5).for_each(|_| crowd.look(Look { waiting: 275, recent: Some(MS * 500), ..calm }));
+        assert!(crowd.limit() < 70, "{crowd:?}");
         (0..100).for_each(|_| crowd.look(calm));
         assert_eq!(crowd.limit(), u32::MAX);
     }

@@ -148,7 +148,7 @@ impl Exchange {
         }
         let mut avoided = self.tried.clone();
         avoided.extend(failing);
-        if pool.has_untried(&avoided, false) {
+        if pool.has_untried(&avoided, false, |_| true) {
             self.avoided = avoided;
         }
     }
@@ -182,7 +182,7 @@ impl Exchange {
     fn another(&mut self, session: &Session, better: bool, paid: bool) -> bool {
         let (Some(pool), Some(policy)) = (&self.pool, &self.policy) else { return false };
         let unheard = session.response_written().is_none_or(|head| head.status.is_informational());
-        let more = self.story.attempts < policy.attempts && pool.has_untried(&self.tried, !better);
+        let more = self.story.attempts < policy.attempts && pool.has_untried(&self.tried, !better, |_| true);
         unheard
             && !session.as_ref().retry_buffer_truncated()
             && more

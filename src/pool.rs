@@ -414,17 +414,17 @@ impl Pool {
         if full { Choice::Full } else { Choice::Nothing }
     }
 
-    /// Whether a member that was not tried could take one more now. In the order of the number of backends: for the rare
-    /// request that failed.
-    pub fn has_untried(&self, tried: &[usize], doubtful_too: bool) -> bool {
+    /// Whether there is a member that was not tried: one beyond doubt that could take one more now or, for whom nothing is left to
+    /// lose, `any` that is not down. In the order of the number of backends: for the rare request that failed.
+    pub fn has_untried(&self, tried: &[usize], any: bool, fit: impl Fn(&Backend) -> bool) -> bool {
         (0..self.members.len()).any(|member| {
             let backend = &self.members[member].backend;
             let able = match backend.view().state {
-                State::Up | State::Returning => true,
-                State::Suspect | State::Unknown => doubtful_too,
+                State::Up | State::Returning => any || self.has_room(member),
+                State::Suspect | State::Unknown => any,
                 State::Down => false,
             };
-            able && !tried.contains(&member) && self.has_room(member) && !backend.drained.load(Relaxed)
+            able && !tried.contains(&member) && !backend.drained.load(Relaxed) && fit(backend)
         })
     }
 

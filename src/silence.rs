@@ -2,14 +2,23 @@
 //!
 //! One slow request is not a silent cell. What counts is what was written since the last first byte to anybody, so a
 //! request that has been waiting while others were answered proves nothing. Counters without a lock, shared by workers.
+//!
+//! What nobody waits for any more may be worked on all the same: a backend that stalls, or is late, keeps what it was given
+//! before. So whoever leaves a silent backend is remembered until something that was written after him is answered.
 
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Time;
 
 /// Fewest requests that wait, of those written since the last first byte.
 const LEAST: u32 = 3;
+
+/// Most that are remembered of those that left a silent backend, and for how long.
+const LEFT: usize = 4_096;
+const LEFT_FOR: Duration = Duration::from_secs(10);
 
 /// What waits at one backend.
 #[derive(Debug, Default)]
@@ -20,12 +29,16 @@ pub struct Silence {
     first: AtomicU64,
     prefix: AtomicU32,
     mixed: AtomicBool,
-    /// When the last first byte came.
+    /// When the last first byte came; and when that was written, of what was answered, that was written last.
     heard: AtomicU64,
+    answered: AtomicU64,
     /// How many were ever written; wraps.
     ever: AtomicU32,
     /// How often it was accused since the last first byte.
     accused: AtomicU32,
+    /// When that was written that was left since the last first byte; and how many these are.
+    abandoned: Mutex<VecDeque<Time>>,
+    abandoned_count: AtomicU32,
 }
 
 /// A silence that has lasted too long.
@@ -58,10 +71,25 @@ impl Silence {
         if since.0 >= self.first.load(Relaxed) {
             let _ = self.written.fetch_update(Relaxed, Relaxed, |written| written.checked_sub(1));
         }
+        if self.heard.load(Relaxed) < since.0 {
+            self.keep(|abandoned| {
+                if abandoned.len() >= LEFT {
+                    abandoned.pop_front();
+                }
+                abandoned.push_back(since);
+            });
+        }
     }
 
-    /// A first byte came, for anybody.
-    pub fn heard(&self, now: Time) {
+    /// A first byte came, for anybody: of what was written `took` ago, where that is known.
+    pub fn heard(&self, took: Option<Duration>, now: Time) {
+        if let Some(took) = took {
+            let written = Time(now.0.saturating_sub(took.as_micros() as u64));
+            self.answered.fetch_max(written.0, Relaxed);
+            if self.abandoned() > 0 {
+                self.keep(|abandoned| abandoned.retain(|since| *since > written));
+            }
+        }
         self.written.store(0, Relaxed);
         if self.accused.load(Relaxed) > 0 {
             self.accused.store(0, Relaxed);
@@ -89,9 +117,36 @@ impl Silence {
         Time(self.first.load(Relaxed))
     }
 
+    /// How many were left that it may still work on.
+    pub fn abandoned(&self) -> u32 {
+        self.abandoned_count.load(Relaxed)
+    }
+
+    /// Forgets what was left long ago.
+    pub fn forget(&self, now: Time) {
+        if self.abandoned() > 0 {
+            self.keep(|abandoned| abandoned.retain(|since| now.since(*since) < LEFT_FOR));
+        }
+    }
+
+    fn keep(&self, change: impl FnOnce(&mut VecDeque<Time>)) {
+        let mut abandoned = self.abandoned.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut abandoned);
+        self.abandoned_count.store(abandoned.len() as u32, Relaxed);
+        if abandoned.is_empty() {
+            *abandoned = VecDeque::new();
+        }
+    }
+
     /// How many requests wait.
     pub fn waiting(&self) -> u32 {
         self.waiting.load(Relaxed)
+    }
+
+    /// Whether it would answer what is written now, as far as one can tell: it has answered something that was written since
+    /// then, or nothing is left to answer.
+    pub fn answers_since(&self, since: Time) -> bool {
+        self.written.load(Relaxed) == 0 || self.answered.load(Relaxed) >= since.0
     }
 
     /// Whether something was written `limit` ago or longer, and nobody has got a first byte since.
@@ -132,7 +187,7 @@ mod tests {
         for _ in 0..10 {
             silence.wrote(1, START);
         }
-        silence.heard(START);
+        silence.heard(None, START);
         silence.left(START);
         assert_eq!(silence.mute(LIMIT, START + LIMIT * 100), None);
         for _ in 0..2 {
@@ -151,5 +206,33 @@ mod tests {
         assert_eq!(silence.mute(LIMIT, START + LIMIT), None);
         silence.wrote(1, START);
         assert_eq!(silence.waiting(), 1);
+    }
+
+    #[test]
+    fn what_was_left_unanswered_may_still_be_worked_on() {
+        let silence = Silence::default();
+        silence.heard(None, START);
+        for i in 1..=5 {
+            silence.wrote(1, START + LIMIT * i);
+            silence.left(START + LIMIT * i);
+        }
+        assert_eq!((silence.waiting(), silence.abandoned()), (0, 5));
+        // What was written third is answered: those after it are still to come.
+        silence.heard(Some(LIMIT * 10), START + LIMIT * 13);
+        assert_eq!(silence.abandoned(), 2);
+        assert!(silence.answers_since(START + LIMIT * 3) && silence.answers_since(START + LIMIT * 100));
+        silence.wrote(1, START + LIMIT * 14);
+        assert!(silence.answers_since(START + LIMIT * 3) && !silence.answers_since(START + LIMIT * 4));
+        silence.left(START + LIMIT * 14);
+        silence.keep(|abandoned| abandoned.truncate(2));
+        silence.forget(START + LEFT_FOR);
+        assert_eq!(silence.abandoned(), 2);
+        silence.forget(START + LEFT_FOR * 2);
+        assert_eq!(silence.abandoned(), 0);
+        // Whoever is answered leaves nothing behind.
+        silence.wrote(1, START);
+        silence.heard(Some(LIMIT), START + LIMIT);
+        silence.left(START);
+        assert_eq!(silence.abandoned(), 0);
     }
 }

@@ -469,7 +469,7 @@ fn go_on(mut again: Again, replay: Replay, end: End, carried: Carried, record: &
             return None;
         }
     }
-    if !again.pool.has_untried(&[again.member], true) {
+    if !again.pool.has_untried(&[again.member], true, |_| true) {
         return None;
     }
     let backend = again.pool.members[again.member].backend.name.clone();

@@ -171,7 +171,7 @@ fn probes_alone_take_out_one_cell_at_a_time() {
         let all: Vec<&Backend> = backends.iter().collect();
         let probe = "probe: { http: { path: /healthz }, interval: 100ms, timeout: 80ms }";
         let proxy = over(&all, &format!("{probe}\n    hold: {{ between_probe_removals: {between} }}"));
-        backends.iter().for_each(|backend| backend.set(Mode::Unhealthy));
+        backends.iter().for_each(|backend| backend.set(Mode::Unhealthy(100)));
         let down = || backends.iter().filter(|b| proxy.health(&b.address.to_string()) == "down").count();
         eventually("one is down", Duration::from_secs(5), || (down() > 0).then_some(()));
         // Ten more probes of each.
@@ -188,7 +188,7 @@ fn probes_alone_take_out_one_cell_at_a_time() {
 fn clients_that_are_served_outweigh_probes_that_fail() {
     let (a, b) = (Backend::start("a"), Backend::start("b"));
     let proxy = over(&[&a, &b], "probe: { http: { path: /healthz }, interval: 50ms, timeout: 40ms }");
-    [&a, &b].iter().for_each(|backend| backend.set(Mode::Unhealthy));
+    [&a, &b].iter().for_each(|backend| backend.set(Mode::Unhealthy(100)));
     let before = proxy.metric("sailover_probes_total", &["failed"]);
     eventually("probes have failed", Duration::from_secs(10), || {
         get(proxy.address(0)).unwrap();

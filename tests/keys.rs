@@ -430,7 +430,7 @@ fn affinity_pins_a_client() {
 #[test]
 fn kinds_of_probe_see_different_things() {
     let a = Backend::start("a");
-    a.set(Mode::Unhealthy);
+    a.set(Mode::Unhealthy(100));
     for (probe, health) in [
         ("probe: { tcp: {} }", "up"),
         ("probe: off", "up"),
@@ -636,7 +636,7 @@ fn fall_and_rise_count_in_a_row() {
             "probe: {{ http: {{ path: /healthz }}, interval: 200ms, fall: {fall}, rise: {rise} }}\n    hold: {{ first: 10ms, longest: 10ms }}"
         );
         let proxy = over(&[&a], &probe, "");
-        a.set(Mode::Unhealthy);
+        a.set(Mode::Unhealthy(100));
         proxy.wait_health(&a.address.to_string(), "down", Duration::from_secs(20));
         let times = |proxy: &Proxy| {
             let detail = proxy.status()["pools"][0]["cells"][0]["backends"][0]["cause"]["detail"].clone();
@@ -655,7 +655,7 @@ fn fall_and_rise_count_in_a_row() {
 fn a_probe_may_go_to_another_port() {
     let (a, health) = (Backend::start("a"), Backend::start("health"));
     for (port, mode, state) in
-        [(health.address.port(), Mode::Unhealthy, "down"), (a.address.port(), Mode::Unhealthy, "up")]
+        [(health.address.port(), Mode::Unhealthy(100), "down"), (a.address.port(), Mode::Unhealthy(100), "up")]
     {
         health.set(mode);
         let probe = format!("probe: {{ http: {{ path: /healthz }}, interval: 200ms, port: {port} }}");

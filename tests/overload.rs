@@ -48,15 +48,11 @@ fn half_the_world(rig: &Rig, kept: bool) -> Samples {
 }
 
 fn judge(name: &str, samples: &Samples) {
-    let served =
-        |samples: &Samples| Samples(samples.0.iter().filter(|sample| sample.result.is_ok()).cloned().collect());
-    let refused =
-        |samples: &Samples| Samples(samples.0.iter().filter(|sample| sample.result.is_err()).cloned().collect());
-    let calm = served(&samples.between(2.0, 6.0));
+    let calm = samples.between(2.0, 6.0).good();
     let calm_p99 = calm.quantile(0.99).as_secs_f64() * 1e3;
     println!("{name}: calm p99 {calm_p99:.0} ms, {} failed", samples.between(1.0, 6.0).failed());
     for (from, to, cells) in [(7.0, 12.0, 2.0), (13.0, 18.0, 1.0)] {
-        let (served, refused) = (served(&samples.between(from, to)), refused(&samples.between(from, to)));
+        let (served, refused) = (samples.between(from, to).good(), samples.between(from, to).bad());
         let goodput = served.0.len() as f64 / (to - from);
         let p99 = served.quantile(0.99).as_secs_f64() * 1e3;
         println!(

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
-use pingora_core::apps::ServerApp;
+use pingora_core::apps::{HttpPersistentSettings, HttpServerApp, ServerApp};
+use pingora_core::protocols::http::ServerSession;
 use pingora_core::server::configuration::ServerConf;
 use pingora_proxy::{HttpProxy, http_proxy};
 use tokio::io::AsyncReadExt;
@@ -254,7 +255,7 @@ async fn run(
             sleep(GOING).await;
         };
         tokio::select! {
-            _ = engine.process_new(Box::new(edge), &stop) => {}
+            () = one_by_one(edge, &engine, &stop) => {}
             () = told => {}
         }
     }
@@ -279,6 +280,27 @@ async fn run(
         return end;
     }
     if link.timed_out() { End::Idle } else { End::ClientClosed }
+}
+
+/// Serves requests of HTTP/1.1 one after the other. The engine has the connection only from a whole head to the end of its
+/// answer: between requests, and while a head comes byte by byte, it holds little more than the socket.
+async fn one_by_one(edge: Edge, engine: &Arc<HttpProxy<Gateway>>, stop: &Stop) {
+    let (mut edge, mut settings) = (Box::new(edge), None::<HttpPersistentSettings>);
+    while edge.head().await {
+        let mut session = ServerSession::new_http1(edge);
+        match settings.take() {
+            Some(settings) => settings.apply_to_session(&mut session),
+            // Whether, not how long: the time between requests is the edge's business.
+            None => session.set_keepalive(if *stop.borrow() { None } else { Some(0) }),
+        }
+        let Some(kept) = engine.process_new_http(session, stop).await else { return };
+        let (stream, next) = kept.consume();
+        settings = next;
+        match stream.into_any().downcast::<Edge>() {
+            Ok(back) => edge = back,
+            Err(_) => return,
+        }
+    }
 }
 
 /// Sends a client of HTTP/2 off when its listener is given up, or when it has asked for nothing for long enough; ends

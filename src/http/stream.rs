@@ -7,6 +7,7 @@
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -292,8 +293,8 @@ impl Edge {
 
     /// Reads once into `ahead`.
     fn read_ahead(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let mut space = [0; 4096];
-        let mut buffer = ReadBuf::new(&mut space);
+        let mut space = [MaybeUninit::uninit(); 4096];
+        let mut buffer = ReadBuf::uninit(&mut space);
         let read = ready!(self.read(context, &mut buffer))?;
         self.ahead.extend_from_slice(buffer.filled());
         Poll::Ready(Ok(read))
@@ -389,6 +390,45 @@ impl Edge {
             self.turn = turns;
             self.framer.next();
             self.enter(if self.ahead.is_empty() { Phase::Waiting } else { Phase::Head });
+        }
+    }
+
+    /// Waits for a whole head of HTTP/1.1, so that whoever has not said one costs nothing of the engine's. False: the connection
+    /// is over.
+    pub async fn head(&mut self) -> bool {
+        poll_fn(|context| self.poll_head(context)).await
+    }
+
+    fn poll_head(&mut self, context: &mut Context<'_>) -> Poll<bool> {
+        self.look_at_link();
+        loop {
+            if self.ending.is_some() {
+                ready!(self.poll_end(context));
+                return Poll::Ready(false);
+            }
+            if self.give > 0 || !self.framer.in_head() {
+                return Poll::Ready(true);
+            }
+            if !self.ahead.is_empty() {
+                match Self::judge(&mut self.framer, &self.ahead[self.at..]) {
+                    Ok(0) => self.enter(Phase::Head),
+                    Ok(whole) => {
+                        self.give = whole;
+                        return Poll::Ready(true);
+                    }
+                    Err(refusal) => {
+                        self.refuse(refusal);
+                        continue;
+                    }
+                }
+            } else if self.link.closing.load(Relaxed) {
+                return Poll::Ready(false);
+            }
+            match self.read_ahead(context) {
+                Poll::Ready(Ok(1..)) => {}
+                Poll::Ready(Ok(0) | Err(_)) => return Poll::Ready(false),
+                Poll::Pending => return self.pending(context).map(|_| false),
+            }
         }
     }
 

@@ -2,12 +2,15 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::netns;
+
+/// What `/big` is.
+static BIG: [u8; 4 << 20] = [b'x'; 4 << 20];
 
 /// What it does with a connection.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -16,14 +19,16 @@ pub enum Mode {
     Serve,
     /// Does not listen.
     Refuse,
+    /// The same, and ends by itself after a second.
+    Dead,
     /// Accepts, then resets at once.
     Reset,
     /// Accepts, reads a request, then resets.
     ResetLate,
     /// Accepts, then says nothing.
     Silent,
-    /// Answers 503 to requests for /healthz and serves the rest.
-    Unhealthy,
+    /// Answers 503 to so many of a hundred requests for /healthz, and serves the rest.
+    Unhealthy(u8),
     /// Sends back what it gets.
     Echo,
     /// Closes when the first bytes are no HTTP request.
@@ -34,6 +39,8 @@ pub enum Mode {
     Mute,
     /// Answers 503 to so many of a hundred requests.
     Fail(u8),
+    /// Answers 500 to so many of a hundred POST and of a hundred GET requests.
+    FailVerbs(u8, u8),
     /// Answers after so many milliseconds.
     Slow(u16),
     /// Holds requests until it is told something else, then works on them as `Work` does.
@@ -51,6 +58,10 @@ pub struct Backend {
     thread: Option<JoinHandle<()>>,
     /// Of the POST requests that it executed, what their `X-Id` said.
     pub posts: Arc<Mutex<Vec<String>>>,
+    /// How many requests it has received, probes left aside.
+    pub received: Arc<AtomicUsize>,
+    /// When a request for `/poison` ended it.
+    pub deaths: Arc<Mutex<Vec<Instant>>>,
 }
 
 impl Backend {
@@ -65,20 +76,25 @@ impl Backend {
         let stop = Arc::new(AtomicBool::new(false));
         let applied = Arc::new(Mutex::new(Mode::Serve));
         let (told, tell) = std::sync::mpsc::channel();
-        let posts: Arc<Mutex<Vec<String>>> = Arc::default();
+        let (posts, deaths, received) = (Arc::default(), Arc::default(), Arc::default());
         let thread = {
             let (state, stop, applied, name) = (state.clone(), stop.clone(), applied.clone(), name.to_owned());
-            let posts = posts.clone();
+            let records = Records {
+                posts: Arc::clone(&posts),
+                deaths: Arc::clone(&deaths),
+                received: Arc::clone(&received),
+                died: Arc::default(),
+            };
             std::thread::spawn(move || {
                 if let Some(namespace) = namespace {
                     netns::enter(&namespace);
                 }
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-                runtime.block_on(serve(address, name, state, stop, applied, told, posts));
+                runtime.block_on(serve(address, name, state, stop, applied, told, records));
             })
         };
         let address = tell.recv().expect("the backend binds");
-        Backend { address, state, applied, stop, thread: Some(thread), posts }
+        Backend { address, state, applied, stop, thread: Some(thread), posts, deaths, received }
     }
 
     /// Changes what it does with new connections, and waits until it does.
@@ -97,6 +113,15 @@ impl Drop for Backend {
     }
 }
 
+/// What a backend remembers.
+#[derive(Clone)]
+struct Records {
+    posts: Arc<Mutex<Vec<String>>>,
+    deaths: Arc<Mutex<Vec<Instant>>>,
+    received: Arc<AtomicUsize>,
+    died: Arc<tokio::sync::Notify>,
+}
+
 async fn serve(
     address: SocketAddr,
     name: String,
@@ -104,7 +129,7 @@ async fn serve(
     stop: Arc<AtomicBool>,
     applied: Arc<Mutex<Mode>>,
     told: std::sync::mpsc::Sender<SocketAddr>,
-    posts: Arc<Mutex<Vec<String>>>,
+    records: Records,
 ) {
     let bind = |address: SocketAddr| {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
@@ -115,12 +140,19 @@ async fn serve(
     let address = listener.as_ref().unwrap().local_addr().unwrap();
     told.send(address).unwrap();
     let turns = Arc::new(Turns::default());
+    let mut died: Option<Instant> = None;
     let mut tick = tokio::time::interval(Duration::from_millis(2));
     while !stop.load(Relaxed) {
         let mode = *state.lock().unwrap();
+        if mode != Mode::Dead {
+            died = None;
+        } else if died.get_or_insert_with(Instant::now).elapsed() > Duration::from_secs(1) {
+            *state.lock().unwrap() = Mode::Serve;
+            continue;
+        }
         match (mode, &listener) {
-            (Mode::Refuse, Some(_)) => listener = None,
-            (Mode::Refuse, None) => {}
+            (Mode::Refuse | Mode::Dead, Some(_)) => listener = None,
+            (Mode::Refuse | Mode::Dead, None) => {}
             (_, None) => listener = Some(bind(address)),
             (_, Some(_)) => {}
         }
@@ -137,10 +169,11 @@ async fn serve(
                 if mode == Mode::Reset {
                     let _ = stream.set_zero_linger();
                 } else {
-                    tokio::spawn(connection(stream, mode, name, state.clone(), posts.clone(), turns.clone()));
+                    tokio::spawn(connection(stream, mode, name, state.clone(), records.clone(), turns.clone()));
                 }
             }
             _ = tick.tick() => {}
+            () = records.died.notified() => {}
         }
     }
 }
@@ -181,7 +214,7 @@ async fn connection(
     mode: Mode,
     name: String,
     state: Arc<Mutex<Mode>>,
-    posts: Arc<Mutex<Vec<String>>>,
+    records: Records,
     turns: Arc<Turns>,
 ) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -204,7 +237,14 @@ async fn connection(
         }
         Mode::Pour => while stream.write_all(&buffer).await.is_ok() {},
         _ => {
-            while let Ok(n) = stream.read(&mut buffer).await {
+            loop {
+                let n = tokio::select! {
+                    read = stream.read(&mut buffer) => read.unwrap_or(0),
+                    () = records.died.notified() => {
+                        let _ = stream.set_zero_linger();
+                        return;
+                    }
+                };
                 if n == 0 {
                     return;
                 }
@@ -222,18 +262,31 @@ async fn connection(
                     // What it does now, and not what it did when the connection began.
                     let now = *state.lock().unwrap();
                     let healthz = head.starts_with("GET /healthz");
+                    records.received.fetch_add(usize::from(!healthz), Relaxed);
                     if head.starts_with("POST ") {
                         let lower = head.to_ascii_lowercase();
                         let id = lower.lines().find_map(|line| line.strip_prefix("x-id: "));
-                        posts.lock().unwrap().push(id.unwrap_or_default().to_owned());
+                        records.posts.lock().unwrap().extend(id.map(str::to_owned));
                     }
+                    if head.starts_with("GET /poison") {
+                        records.deaths.lock().unwrap().push(Instant::now());
+                        *state.lock().unwrap() = Mode::Dead;
+                        records.died.notify_waiters();
+                        // A process that ends closes its listener before the world hears of it.
+                        tokio::time::sleep(Duration::from_millis(3)).await;
+                        let _ = stream.set_zero_linger();
+                        return;
+                    }
+                    let one_of = |percent: u8| !healthz && fastrand::u8(..100) < percent;
                     let failing = match now {
-                        Mode::Fail(percent) => !healthz && fastrand::u8(..100) < percent,
-                        Mode::Unhealthy => healthz,
+                        Mode::Fail(percent) => one_of(percent),
+                        Mode::FailVerbs(post, _) if head.starts_with("POST ") => one_of(post),
+                        Mode::FailVerbs(_, get) => one_of(get),
+                        Mode::Unhealthy(percent) => healthz && fastrand::u8(..100) < percent,
                         _ => false,
                     };
                     match now {
-                        Mode::Reset | Mode::Refuse => {
+                        Mode::Reset | Mode::Refuse | Mode::Dead => {
                             let _ = stream.set_zero_linger();
                             return;
                         }
@@ -251,14 +304,21 @@ async fn connection(
                     if head.starts_with("GET /slow") {
                         tokio::time::sleep(Duration::from_secs(3)).await;
                     }
-                    let status = if failing { "503 Sick" } else { "200 OK" };
+                    let status = match (failing, now) {
+                        (true, Mode::FailVerbs(..)) => "500 Sick",
+                        (true, _) => "503 Sick",
+                        _ => "200 OK",
+                    };
+                    let body: &[u8] = if head.starts_with("GET /big") { &BIG } else { name.as_bytes() };
                     let close = head.contains("Connection: close");
                     let connection = if close { "close" } else { "keep-alive" };
                     let answer = format!(
-                        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n{name}",
-                        name.len()
+                        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n",
+                        body.len()
                     );
-                    if stream.write_all(answer.as_bytes()).await.is_err() || close {
+                    let whole = [answer.as_bytes(), if body.len() < 4096 { body } else { b"" }].concat();
+                    let rest = if body.len() < 4096 { b"" } else { body };
+                    if stream.write_all(&whole).await.is_err() || stream.write_all(rest).await.is_err() || close {
                         return;
                     }
                 }

@@ -28,15 +28,29 @@ pub struct Manner {
     pub tries: u32,
     /// One request in so many is a POST with an id of its own; 0: none.
     pub post_one_in: u32,
+    /// One request in so many asks for `/poison`, which ends the backend that receives it; 0: none.
+    pub poison_one_in: u32,
+}
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    /// GET `/`.
+    Plain,
+    /// GET `/slow`.
+    Slow,
+    /// POST `/` with an id.
+    Post,
+    /// GET `/poison`.
+    Poison,
 }
 
 /// One request.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// Whether it asked for `/slow`.
-    pub slow: bool,
-    /// Whether it was a POST.
-    pub post: bool,
+    pub kind: Kind,
+    /// Its number, which is the id of a POST.
+    pub id: u32,
     /// Scheduled time from the start of the load.
     pub at: Duration,
     pub latency: Duration,
@@ -54,16 +68,18 @@ impl Samples {
         Samples(self.0.iter().filter(|s| s.at >= from && s.at < to).cloned().collect())
     }
 
-    /// Those that asked for `/slow`, and the others.
-    pub fn apart(&self) -> (Samples, Samples) {
-        let (slow, others) = self.0.iter().cloned().partition(|sample| sample.slow);
-        (Samples(slow), Samples(others))
+    /// Those of one kind.
+    pub fn of(&self, kind: Kind) -> Samples {
+        Samples(self.0.iter().filter(|sample| sample.kind == kind).cloned().collect())
     }
 
-    /// POST requests, and the others.
-    pub fn posts_apart(&self) -> (Samples, Samples) {
-        let (posts, others) = self.0.iter().cloned().partition(|sample| sample.post);
-        (Samples(posts), Samples(others))
+    /// Those that were answered as they should.
+    pub fn good(&self) -> Samples {
+        Samples(self.0.iter().filter(|sample| sample.result.is_ok()).cloned().collect())
+    }
+
+    pub fn bad(&self) -> Samples {
+        Samples(self.0.iter().filter(|sample| sample.result.is_err()).cloned().collect())
     }
 
     pub fn failed(&self) -> usize {
@@ -138,12 +154,18 @@ async fn run(target: SocketAddr, rate: f64, length: Duration, manner: Manner) ->
         }
         sleep_until(start + at).await;
         let (samples, kept) = (samples.clone(), kept.clone());
-        let slow = manner.slow_one_in > 0 && i % manner.slow_one_in == 0;
-        let post = !slow && manner.post_one_in > 0 && i % manner.post_one_in == 0;
-        let start_of_request = match (slow, post) {
-            (true, _) => "GET /slow HTTP/1.1\r\nHost: x\r\n".to_owned(),
-            (_, true) => format!("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nX-Id: {i}\r\n"),
-            _ => "GET / HTTP/1.1\r\nHost: x\r\n".to_owned(),
+        let one_in = |many: u32| many > 0 && i % many == 0;
+        let kind = match () {
+            () if one_in(manner.slow_one_in) => Kind::Slow,
+            () if i > 0 && one_in(manner.poison_one_in) => Kind::Poison,
+            () if one_in(manner.post_one_in) => Kind::Post,
+            () => Kind::Plain,
+        };
+        let start_of_request = match kind {
+            Kind::Slow => "GET /slow HTTP/1.1\r\nHost: x\r\n".to_owned(),
+            Kind::Post => format!("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nX-Id: {i}\r\n"),
+            Kind::Poison => "GET /poison HTTP/1.1\r\nHost: x\r\n".to_owned(),
+            Kind::Plain => "GET / HTTP/1.1\r\nHost: x\r\n".to_owned(),
         };
         tasks.spawn(async move {
             let patience = if manner.patience.is_zero() { PATIENCE } else { manner.patience };
@@ -167,7 +189,7 @@ async fn run(target: SocketAddr, rate: f64, length: Duration, manner: Manner) ->
                 }
             }
             let latency = start.elapsed() - at;
-            samples.lock().unwrap().push(Sample { slow, post, at, latency, result });
+            samples.lock().unwrap().push(Sample { kind, id: i, at, latency, result });
         });
         while tasks.try_join_next().is_some() {}
     }

@@ -1,3 +1,4 @@
+pub mod attack;
 pub mod backend;
 pub mod load;
 pub mod netns;

@@ -96,12 +96,25 @@ impl Rig {
         );
     }
 
-    /// Drops every packet of one flow in eight to the cell: the same flows for as long as it lasts.
-    pub fn break_flows(&self, i: usize) {
+    /// Drops every packet of one flow in so many to the cell: the same flows for as long as it lasts.
+    pub fn break_flows(&self, i: usize, one_in: u8) {
+        self.nft(
+            i,
+            &format!(
+                "table ip fault {{
+                    chain in {{ type filter hook input priority 0; jhash tcp sport mod {one_in} == 1 drop; }}
+                }}"
+            ),
+        );
+    }
+
+    /// Answers every packet to the cell with ICMP: host unreachable.
+    pub fn refuse_by_icmp(&self, i: usize) {
         self.nft(
             i,
             "table ip fault {
-                chain in { type filter hook input priority 0; jhash tcp sport mod 8 == 1 drop; }
+                chain in { type filter hook input priority 0; ip protocol tcp reject with icmp type host-unreachable; }
+                chain out { type filter hook output priority 0; ip protocol tcp drop; }
             }",
         );
     }
