@@ -60,6 +60,8 @@ pub const PASSES: usize = 32;
 /// How the media types of gRPC begin, and the status that is to gRPC what 503 is to HTTP.
 const GRPC: &[u8] = b"application/grpc";
 const UNAVAILABLE: u16 = 14;
+/// A backend that dies so long after it was given a request may have died of it.
+const KILLS_WITHIN: Duration = Duration::from_millis(250);
 /// A request's body is drained for this long when the answer did not need it.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -114,6 +116,8 @@ pub struct Exchange {
     shared: bool,
     /// The verdict on a gRPC call, which comes behind its answer, is still to be given.
     owed: bool,
+    /// The backend that died when it had just been given this request.
+    suspected_of: Option<Arc<Backend>>,
 
     // All attempts.
     tried: Vec<usize>,
@@ -286,6 +290,12 @@ impl ProxyHttp for Gateway {
 
     async fn upstream_peer(&self, _session: &mut Session, exchange: &mut Box<Exchange>) -> Result<Box<HttpPeer>> {
         let Some(pool) = exchange.pool.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
+        if let Some(lost) = exchange.suspected_of.take()
+            && direct::has_killed(exchange.kind, &pool, &lost).await
+        {
+            exchange.end = Some(End::Poison);
+            return Err(Error::new_in(ErrorType::HTTPStatus(502)));
+        }
         let mut now = clock::now();
         let header = match (&exchange.connection, pool.policy.send_proxy) {
             (Some(connection), Some(version)) => sniff::proxy_header(version, connection.addresses(), &connection.tlvs),
@@ -309,7 +319,7 @@ impl ProxyHttp for Gateway {
                     trial: exchange.repeatable,
                 };
                 let mut first = crate::dial::choose_first(&self.host, &pool, &want, now, &mut rng);
-                if matches!(first, Err(DialError::Full)) && exchange.tried.is_empty() {
+                if matches!(first, Err(DialError::Full)) {
                     let ask = || crate::dial::choose_first(&self.host, &pool, &want, clock::now(), &mut rng).ok();
                     let lane = exchange.route.as_ref().map_or(1, |route| route.lane);
                     first = direct::in_turn(exchange, &pool, lane, ask).await.ok_or(DialError::Full);
@@ -630,7 +640,7 @@ impl ProxyHttp for Gateway {
         let unprocessed = is_unprocessed(&error);
         let not_now = error.etype() == &NOT_NOW;
         let answered = exchange.took.is_some() && !not_now;
-        exchange.sent = None;
+        let sent = exchange.sent.take();
         exchange.wait = None;
         exchange.line = None;
         exchange.permit = None;
@@ -687,11 +697,13 @@ impl ProxyHttp for Gateway {
             exchange.tried.push(exchange.member);
         }
         let died = verdict == Verdict::Waits && !unprocessed;
-        if died
-            && let Some(pool) = &exchange.pool
-            && !pool.shared.poison.may_go_on(exchange.kind, backend.id, wait::is_known(exchange.kind), now)
-        {
-            return error;
+        if died && let Some(pool) = &exchange.pool {
+            let innocent = wait::is_known(exchange.kind);
+            if !pool.shared.poison.may_go_on(exchange.kind, backend.id, innocent, now) {
+                return error;
+            }
+            let at_once = sent.is_some_and(|sent| now.since(sent) < KILLS_WITHIN);
+            exchange.suspected_of = (!innocent && at_once).then(|| backend.clone());
         }
         if (exchange.repeatable || unprocessed) && exchange.another(session, false, verdict == Verdict::Move) {
             exchange.retries += 1;

@@ -1,8 +1,10 @@
 //! Requests that kill whoever receives them.
 //!
-//! What a backend had received when it died may have been the reason, and sent on it would kill the next one. So it is sent
-//! on once at most, and remembered by its fingerprint; when the second one has died as well, nothing of that fingerprint goes
-//! to anybody within the window. What others of the same fingerprint were answered to is innocent.
+//! What a backend had received when it died may have been the reason, and sent on it would kill the next one. When one
+//! request alone was lost a moment after it was sent, and the backend refuses connections since, that request is taken for the
+//! reason: it goes nowhere else, and nothing of its fingerprint goes to anybody within the window. Where several were lost, or
+//! the backend lives, each is sent on once at most; when a second backend has died with it, it is stopped in the same way. What
+//! others of the same fingerprint were answered to is innocent.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -10,8 +12,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::clock::Time;
 
-/// Seconds for which a death is remembered, and an answer.
-const WINDOW: u64 = 10;
+/// Whole seconds for which a death is remembered, at least ten and a part, and an answer.
+const WINDOW: u64 = 11;
 const INNOCENT: u64 = 60;
 /// Backends that have to die with one fingerprint before nothing of it is sent to anybody within the window.
 const KILLS: usize = 2;
@@ -78,6 +80,19 @@ impl Poison {
         one.has_killed(now) < KILLS
     }
 
+    /// Whether nothing else that is unknown was lost with the backend `on` lately.
+    pub fn alone(&self, fingerprint: u64, on: u64, now: Time) -> bool {
+        let known = self.lock();
+        let lost_there = |one: &Known| one.died + 1 >= now.seconds() && one.died_on.contains(&on);
+        !known.iter().any(|(other, one)| *other != fingerprint && lost_there(one))
+    }
+
+    /// A backend died of this fingerprint beyond doubt: within the window nothing of it is sent to anybody.
+    pub fn convict(&self, fingerprint: u64, now: Time) {
+        self.lock().entry(fingerprint).or_default().died_on = [u64::MAX; KILLS];
+        self.last.store(now.seconds().max(1), Relaxed);
+    }
+
     /// Something of this fingerprint was answered.
     pub fn answered(&self, fingerprint: u64, now: Time) {
         let mut known = self.lock();
@@ -118,7 +133,17 @@ mod tests {
         assert!(poison.may_go_on(1, 7, false, at(100)) && !poison.kills(1, at(100)), "the same one again is no second");
         assert!(!poison.may_go_on(1, 8, false, at(101)) && poison.kills(1, at(101)));
         assert!(!poison.kills(2, at(101)));
-        assert!(!poison.kills(1, at(111)) && poison.may_go_on(1, 9, false, at(111)), "and the window ends");
+        assert!(!poison.kills(1, at(112)) && poison.may_go_on(1, 9, false, at(112)), "and the window ends");
+    }
+
+    #[test]
+    fn the_only_one_that_was_lost_with_a_backend_can_be_convicted() {
+        let poison = Poison::default();
+        assert!(poison.may_go_on(1, 7, false, at(100)) && poison.alone(1, 7, at(100)));
+        assert!(poison.may_go_on(2, 8, false, at(100)) && poison.alone(1, 7, at(100)), "that was another backend");
+        assert!(poison.may_go_on(3, 7, false, at(100)) && !poison.alone(1, 7, at(100)));
+        poison.convict(1, at(100));
+        assert!(poison.kills(1, at(105)) && !poison.kills(3, at(105)) && !poison.kills(1, at(111)));
     }
 
     #[test]

@@ -159,7 +159,9 @@ impl Silence {
         let written = self.written.load(Relaxed).min(self.waiting.load(Relaxed));
         let since = Time(self.first.load(Relaxed));
         let only = (!self.mixed.load(Relaxed)).then(|| self.prefix.load(Relaxed));
-        (written >= LEAST && now.since(since) >= limit).then_some(Mute { since, only })
+        // Those that were carried elsewhere after an accusation leave it standing for the last one.
+        let least = if self.accused.load(Relaxed) > 0 { 1 } else { LEAST };
+        (written >= least && now.since(since) >= limit).then_some(Mute { since, only })
     }
 }
 
@@ -194,6 +196,19 @@ mod tests {
             silence.wrote(1, START + LIMIT);
         }
         assert_eq!(silence.mute(LIMIT, START + LIMIT * 100), None, "two were written since");
+    }
+
+    #[test]
+    fn once_accused_it_stays_silent_to_the_last_that_waits() {
+        let silence = Silence::default();
+        (0..3).for_each(|_| silence.wrote(1, START));
+        assert!(silence.mute(LIMIT, START + LIMIT).is_some());
+        silence.accused();
+        (0..2).for_each(|_| silence.left(START));
+        assert!(silence.mute(LIMIT, START + LIMIT).is_some());
+        silence.heard(None, START + LIMIT);
+        silence.wrote(1, START + LIMIT);
+        assert_eq!(silence.mute(LIMIT, START + LIMIT * 10), None);
     }
 
     #[test]
