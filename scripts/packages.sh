@@ -10,6 +10,7 @@ case "$1" in
     smoke) wanted="debootstrap systemd-container procps util-linux" ;;
     interop) wanted="prometheus haproxy nginx libnginx-mod-stream python3 python3-grpcio python3-websockets curl nghttp2-client" ;;
     bench) wanted="haproxy nginx libnginx-mod-stream wrk python3" ;;
+    peers) wanted="haproxy nginx libnginx-mod-stream python3 python3-venv" ;;
     fuzz) wanted="cmake g++" ;;
     *) echo "no such set of packages: $1" >&2; exit 64 ;;
 esac

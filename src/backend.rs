@@ -502,8 +502,7 @@ impl Backend {
 
     /// The first byte of an answer to a client of `prefix`.
     pub fn answered(&self, policy: &Policy, prefix: u32, took: Duration, began: Time, now: Time) {
-        self.silence.heard(Some(took), now);
-        self.first_byte.record(took);
+        self.heard(Some(took), now);
         self.went_well(prefix, now);
         let view = self.view();
         if view.state != State::Up || view.open_run == Some(Depth::FirstByte) {
@@ -516,6 +515,7 @@ impl Backend {
         self.silence.heard(took, now);
         if let Some(took) = took {
             self.first_byte.record(took);
+            self.shared.uplink.answered(self.place.load(Relaxed), now - took);
         }
     }
 
@@ -590,7 +590,6 @@ impl Backend {
         self.answered.note(prefix, now);
         self.shared.failing.answered(prefix, self.id);
         self.good_ms.store(now.0 / 1_000, Relaxed);
-        self.shared.uplink.answered(self.place.load(Relaxed), now);
         if self.watched.load(Relaxed) {
             let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
             ratio.good(self.good.swap(0, Relaxed) + 1);

@@ -159,7 +159,7 @@ fn look(now: Time) {
                 // Whoever tries a doubted backend has his answer. One that has become slow may give it late.
                 accuse(backend, policy, backend.silence.first(), now);
             }
-            if found.is_none() && !quiet && !backend.vanished() {
+            if found.is_none() && !quiet && !backend.silence.stays_mute(limit, now) && !backend.vanished() {
                 continue;
             }
             for one in here.movable.get_mut(id).into_iter().flatten() {

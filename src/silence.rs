@@ -154,14 +154,17 @@ impl Silence {
         self.written.load(Relaxed) > 0 && now.since(Time(self.first.load(Relaxed))) >= limit
     }
 
+    /// Whether it was accused and has not answered since: those that were carried elsewhere leave that standing for the last one.
+    pub fn stays_mute(&self, limit: Duration, now: Time) -> bool {
+        self.accused.load(Relaxed) > 0 && self.quiet(limit, now)
+    }
+
     /// The silence, when it has lasted for `limit`.
     pub fn mute(&self, limit: Duration, now: Time) -> Option<Mute> {
         let written = self.written.load(Relaxed).min(self.waiting.load(Relaxed));
         let since = Time(self.first.load(Relaxed));
         let only = (!self.mixed.load(Relaxed)).then(|| self.prefix.load(Relaxed));
-        // Those that were carried elsewhere after an accusation leave it standing for the last one.
-        let least = if self.accused.load(Relaxed) > 0 { 1 } else { LEAST };
-        (written >= least && now.since(since) >= limit).then_some(Mute { since, only })
+        (written >= LEAST && now.since(since) >= limit).then_some(Mute { since, only })
     }
 }
 
@@ -203,12 +206,13 @@ mod tests {
         let silence = Silence::default();
         (0..3).for_each(|_| silence.wrote(1, START));
         assert!(silence.mute(LIMIT, START + LIMIT).is_some());
+        assert!(!silence.stays_mute(LIMIT, START + LIMIT));
         silence.accused();
         (0..2).for_each(|_| silence.left(START));
-        assert!(silence.mute(LIMIT, START + LIMIT).is_some());
+        assert!(silence.mute(LIMIT, START + LIMIT).is_none() && silence.stays_mute(LIMIT, START + LIMIT));
         silence.heard(None, START + LIMIT);
         silence.wrote(1, START + LIMIT);
-        assert_eq!(silence.mute(LIMIT, START + LIMIT * 10), None);
+        assert!(!silence.stays_mute(LIMIT, START + LIMIT * 10));
     }
 
     #[test]

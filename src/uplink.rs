@@ -22,7 +22,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// When each cell showed life last, over all pools.
 #[derive(Debug)]
 pub struct Uplink {
-    /// By handshakes, and by answers.
+    /// By handshakes, and by answers (when that was written that was answered).
     connected: [AtomicU64; PLACES],
     answered: [AtomicU64; PLACES],
     names: Mutex<Vec<Arc<str>>>,
@@ -72,9 +72,10 @@ impl Uplink {
         self.connected[place].store(now.0, Relaxed);
     }
 
-    /// An answer of a backend of the cell.
-    pub fn answered(&self, place: usize, now: Time) {
-        self.answered[place].store(now.0, Relaxed);
+    /// An answer of a backend of the cell to what was written at `written`. Not when it came: where all take longer alike, one is the
+    /// first to answer again, and speaks for itself alone.
+    pub fn answered(&self, place: usize, written: Time) {
+        self.answered[place].fetch_max(written.0, Relaxed);
     }
 
     /// Whether the silence of a backend of this cell says something about the backend: another cell has shown as much life

@@ -252,7 +252,7 @@ fn look(now: Time, late: bool) {
                     mute.push((backend.clone(), request.policy.clone(), found.since, !alone));
                 }
                 // Whoever waited before it fell silent waits for ever, and has nobody beside him any more.
-                (limit, found.is_some(), backend.vanished())
+                (limit, found.is_some() || backend.silence.stays_mute(limit, now), backend.vanished())
             });
             let doubted =
                 matches!(backend.view().state, State::Suspect | State::Down) && backend.silence.quiet(limit, now);
