@@ -378,9 +378,9 @@ impl Backend {
         pace.as_ref().map_or((None, None), |pace| (pace.calm(), pace.recent()))
     }
 
-    /// Takes in what was seen of it since the last look; `None`: it never had a client. `shifted` says that a backend of its pool
-    /// is out.
-    pub fn look(&self, shifted: bool, now: Time) -> Option<pace::Look> {
+    /// Takes in what was seen of it since the last look; `None`: it never had a client, or the look is too `late` to tell its time
+    /// from ours. `shifted` says that a backend of its pool is out.
+    pub fn look(&self, shifted: bool, late: bool, now: Time) -> Option<pace::Look> {
         let [ok, silent] = [Outcome::Ok, Outcome::Silent].map(|outcome| self.counters.attempts[outcome as usize].get());
         let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
         if pace.is_none() && ok + silent == 0 {
@@ -388,6 +388,10 @@ impl Backend {
         }
         let seen = pace::Seen { first_bytes: self.first_byte.ever(), handshakes: [ok, silent] };
         let pace = pace.get_or_insert_with(|| Box::new(Pace::new(seen, now)));
+        if late {
+            pace.skip(seen);
+            return None;
+        }
         let before = pace.answers();
         let look = pace.look(seen, now);
         self.silence.forget(now);

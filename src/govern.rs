@@ -14,6 +14,10 @@ use crate::table::Table;
 
 /// Time between two looks.
 const LOOK: Duration = Duration::from_millis(100);
+/// A look so much later than it was due means that the process stood still: what was measured meanwhile, and what ends in this many
+/// looks, is our own time and no backend's.
+const LATE: Duration = Duration::from_millis(60);
+const SKIPPED: u32 = 2;
 /// Backends between two turns of everything else on this thread.
 const TURN: usize = 256;
 /// Most backends probed out of turn while nothing answers from anywhere.
@@ -25,8 +29,10 @@ pub async fn run(host: Arc<Host>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // Looks since nothing has answered from anywhere.
     let mut dark = 0;
+    let mut late = 0;
     loop {
-        ticks.tick().await;
+        let due = ticks.tick().await;
+        late = if due.elapsed() > LATE { SKIPPED } else { late - 1_u32.min(late) };
         let table = host.live.load_full();
         dark = tell(&table, dark);
         if dark > 0 {
@@ -34,7 +40,7 @@ pub async fn run(host: Arc<Host>) {
         }
         let mut looked = 0;
         for pool in &table.pools {
-            look(pool);
+            look(pool, late > 0);
             looked += pool.members.len();
             if looked >= TURN {
                 looked = 0;
@@ -44,10 +50,11 @@ pub async fn run(host: Arc<Host>) {
     }
 }
 
-fn look(pool: &Pool) {
+fn look(pool: &Pool, late: bool) {
     let now = clock::now();
     let shifted = pool.members.iter().any(|member| member.backend.is_out(now));
-    let looks: Vec<Option<pace::Look>> = pool.members.iter().map(|member| member.backend.look(shifted, now)).collect();
+    let looks: Vec<Option<pace::Look>> =
+        pool.members.iter().map(|member| member.backend.look(shifted, late, now)).collect();
     let mut alike = Alike::default();
     looks.iter().enumerate().for_each(|(i, look)| look.iter().for_each(|look| alike.add(i, *look)));
     // With nobody to send to instead there is nothing to decide.

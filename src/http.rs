@@ -61,7 +61,7 @@ pub const PASSES: usize = 32;
 const GRPC: &[u8] = b"application/grpc";
 const UNAVAILABLE: u16 = 14;
 /// A backend that dies so long after it was given a request may have died of it.
-const KILLS_WITHIN: Duration = Duration::from_millis(250);
+pub const KILLS_WITHIN: Duration = Duration::from_millis(250);
 /// A request's body is drained for this long when the answer did not need it.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -542,6 +542,9 @@ impl ProxyHttp for Gateway {
             wait::learn(exchange.kind, took);
         }
         backend.denied(exchange.prefix, matches!(status, 401 | 403 | 429), now);
+        if let Some(pool) = &exchange.pool {
+            pool.shared.poison.acquit(exchange.kind);
+        }
         exchange.status = status;
         exchange.took = Some(took.unwrap_or_default());
         if matches!(status, 502..=504) && exchange.repeatable {
@@ -698,7 +701,7 @@ impl ProxyHttp for Gateway {
         }
         let died = verdict == Verdict::Waits && !unprocessed;
         if died && let Some(pool) = &exchange.pool {
-            let innocent = wait::is_known(exchange.kind);
+            let innocent = pool.shared.poison.is_acquitted(exchange.kind);
             if !pool.shared.poison.may_go_on(exchange.kind, backend.id, innocent, now) {
                 return error;
             }

@@ -176,6 +176,11 @@ impl Pace {
         (self.recent.total >= ENOUGH).then(|| Duration::from_secs_f64(self.recent.quantile_us(0.5) / 1e6))
     }
 
+    /// Leaves aside what came since the last look: our own clocks stood still.
+    pub fn skip(&mut self, seen: Seen) {
+        self.before = seen;
+    }
+
     /// Takes in what came since the last look.
     pub fn look(&mut self, seen: Seen, now: Time) -> Look {
         let mut came = 0.0;

@@ -7,7 +7,7 @@
 //! others of the same fingerprint were answered to is innocent.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::clock::Time;
@@ -44,12 +44,38 @@ impl Known {
     }
 }
 
+/// Marks of fingerprints that were acquitted; so many of them are too many to tell anything.
+const MARKS: usize = 65_536;
+const MARKED: u32 = 8_192;
+
 /// What backends of one pool died with, and what they answered after others had died with it.
 #[derive(Debug, Default)]
 pub struct Poison {
     known: Mutex<HashMap<u64, Known>>,
     /// Whether anything has killed lately; in seconds since the process began.
     last: AtomicU64,
+    acquitted: Acquitted,
+}
+
+/// Which fingerprints were answered, or waited for long without harm, by one bit each (a Bloom filter of one hash): a hit by
+/// chance lets a request be sent on once, as always.
+#[derive(Debug)]
+struct Acquitted {
+    marks: Box<[AtomicU64]>,
+    marked: AtomicU32,
+}
+
+impl Default for Acquitted {
+    fn default() -> Self {
+        Acquitted { marks: (0..MARKS / 64).map(|_| AtomicU64::new(0)).collect(), marked: AtomicU32::new(0) }
+    }
+}
+
+impl Acquitted {
+    fn at(&self, fingerprint: u64) -> (&AtomicU64, u64) {
+        let place = fingerprint as usize % MARKS;
+        (&self.marks[place / 64], 1 << (place % 64))
+    }
 }
 
 impl Poison {
@@ -78,6 +104,25 @@ impl Poison {
         one.died = now.seconds();
         self.last.store(now.seconds().max(1), Relaxed);
         one.has_killed(now) < KILLS
+    }
+
+    /// Something of this fingerprint did no harm: it was answered, or has waited for longer than a poison takes.
+    pub fn acquit(&self, fingerprint: u64) {
+        let (word, bit) = self.acquitted.at(fingerprint);
+        if word.load(Relaxed) & bit != 0 {
+            return;
+        }
+        if self.acquitted.marked.fetch_add(1, Relaxed) >= MARKED {
+            self.acquitted.marks.iter().for_each(|word| word.store(0, Relaxed));
+            self.acquitted.marked.store(0, Relaxed);
+        }
+        word.fetch_or(bit, Relaxed);
+    }
+
+    /// Whether something of this fingerprint did no harm, as far as is remembered.
+    pub fn is_acquitted(&self, fingerprint: u64) -> bool {
+        let (word, bit) = self.acquitted.at(fingerprint);
+        word.load(Relaxed) & bit != 0
     }
 
     /// Whether nothing else that is unknown was lost with the backend `on` lately.
@@ -152,6 +197,15 @@ mod tests {
         assert!((1..10).all(|i| poison.may_go_on(1, i, true, at(100))), "known from elsewhere");
         poison.answered(2, at(100));
         assert!((1..10).all(|i| poison.may_go_on(2, i, false, at(150))) && !poison.kills(2, at(150)));
+    }
+
+    #[test]
+    fn what_did_no_harm_is_acquitted_until_too_much_is() {
+        let poison = Poison::default();
+        poison.acquit(5);
+        assert!(poison.is_acquitted(5) && !poison.is_acquitted(6));
+        (0..u64::from(MARKED) + 10).for_each(|i| poison.acquit(i * 8 + 7));
+        assert!(!poison.is_acquitted(5), "then all is forgotten");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
+use super::KILLS_WITHIN;
 use super::serve::Connection;
 use super::upstream::{self, Place};
 use crate::backend::Backend;
@@ -85,6 +86,8 @@ struct Entry {
     /// When its record says that it takes too long.
     unusual_at: Option<Time>,
     verdict: Verdict,
+    /// Whether it has waited for longer than a poison takes.
+    harmless: bool,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -106,7 +109,8 @@ pub struct Wait(usize);
 impl Wait {
     /// A request is being sent; `complete` says whether all of it was.
     pub fn begin(request: Request, complete: bool, now: Time) -> Wait {
-        let entry = Entry { request, since: now, complete: false, unusual_at: None, verdict: Verdict::Waits };
+        let entry =
+            Entry { request, since: now, complete: false, unusual_at: None, verdict: Verdict::Waits, harmless: false };
         let wait = WAITING.with_borrow_mut(|waiting| {
             if waiting.is_empty() {
                 BEGUN.with(|begun| begun.notify_one());
@@ -174,11 +178,6 @@ pub fn learn(kind: u64, took: Duration) {
     });
 }
 
-/// Whether requests of this kind are answered.
-pub fn is_known(kind: u64) -> bool {
-    RECORDS.with_borrow(|records| records.get(&kind).is_some_and(|record| record.answers > 0))
-}
-
 /// After how long a request of this kind takes unusually long.
 fn record(kind: u64) -> Option<Duration> {
     let record = RECORDS.with_borrow(|records| records.get(&kind).copied())?;
@@ -242,6 +241,10 @@ fn look(now: Time, late: bool) {
             }
             if late || !entry.complete {
                 continue;
+            }
+            if waited >= KILLS_WITHIN && !entry.harmless {
+                entry.harmless = true;
+                request.pool.shared.poison.acquit(request.kind);
             }
             let (limit, silent, vanished) = *judged.entry(backend.id).or_insert_with(|| {
                 let limit = silent_after(backend);
