@@ -418,6 +418,11 @@ impl Backend {
         Some(look)
     }
 
+    /// Whether it is thought to fail, so that whoever comes tries it for others.
+    pub fn is_doubted(&self) -> bool {
+        matches!(self.view().state, State::Suspect | State::Down) || self.class_fails.load(Relaxed)
+    }
+
     /// Whether others have got its clients lately: it is down, and not for more than a minute.
     pub fn is_out(&self, now: Time) -> bool {
         let view = self.view();

@@ -547,10 +547,13 @@ impl ProxyHttp for Gateway {
         }
         exchange.status = status;
         exchange.took = Some(took.unwrap_or_default());
-        if matches!(status, 502..=504) && exchange.repeatable {
+        // A client that tries a doubted backend for us does not pay for it.
+        let trial = status == 500 && exchange.backend.as_ref().is_some_and(|backend| backend.is_doubted());
+        if (trial || matches!(status, 502..=504)) && exchange.repeatable {
             exchange.tried.push(exchange.member);
             if exchange.another(session, true, false) {
                 exchange.fail(match status {
+                    500 => "answered 500",
                     502 => "answered 502",
                     503 => "answered 503",
                     _ => "answered 504",
