@@ -434,6 +434,12 @@ impl Backend {
         Some(self.most_waiting.load(Relaxed)).filter(|most| *most != u32::MAX)
     }
 
+    /// Limits it as if that had been learned.
+    #[cfg(test)]
+    pub fn limit_waiting(&self, most: u32) {
+        self.most_waiting.store(most, Relaxed);
+    }
+
     /// Whether it may take one more client, of at most `most` connections. However much was left there, a few may wait: somebody
     /// has to find out when it answers again.
     pub fn has_room(&self, most: u32) -> bool {

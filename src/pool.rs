@@ -352,7 +352,7 @@ impl Pool {
             let looked_at = if want.trial { plan.trials.len().min(TRIALS_LOOKED_AT) } else { 0 };
             for i in 0..looked_at {
                 let member = plan.trials[(start + i) % plan.trials.len()];
-                if self.has_room(member) && self.members[member].backend.claim_trial(&self.policy.health, now) {
+                if self.may_try(member) && self.members[member].backend.claim_trial(&self.policy.health, now) {
                     return Choice::Member(member);
                 }
             }
@@ -760,6 +760,15 @@ impl Pool {
         let member = &self.members[member];
         let cell = &self.cells[member.cell];
         member.backend.has_room(member.max_connections) && cell.shared.connections.used() < cell.max_connections
+    }
+
+    /// Whether a trial may go there: what was learned about its concurrency counts what hangs there since it fell silent, and
+    /// would keep away the one client that can find out.
+    fn may_try(&self, member: usize) -> bool {
+        let member = &self.members[member];
+        let cell = &self.cells[member.cell];
+        member.backend.in_flight.used() < member.max_connections
+            && cell.shared.connections.used() < cell.max_connections
     }
 
     /// A place at a member: of its backend, of its cell where that has a bound, and one of the clients that the cell can take

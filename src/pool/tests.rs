@@ -325,3 +325,27 @@ fn trials_of_a_whole_pool_are_bounded() {
         .count();
     assert_eq!(trials, 10);
 }
+
+#[test]
+fn what_hangs_at_a_silent_backend_keeps_no_trial_away() {
+    let policy = Policy {
+        health: health::Policy { probe_depth: Some(Depth::Connect), ..Default::default() },
+        ..Policy::default()
+    };
+    let pool = pool(policy, &[(0, 1, 1), (0, 1, 1)]);
+    let backend = &pool.members[0].backend;
+    let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Mute, began: NOW };
+    for _ in 0..10 {
+        backend.observe(&pool.policy.health, &evidence, NOW);
+    }
+    assert_ne!(backend.view().state, State::Up);
+    (0..16).for_each(|_| backend.silence.wrote(1, NOW));
+    backend.limit_waiting(16);
+    let mut rng = Rng::with_seed(1);
+    let later = NOW + Duration::from_secs(20);
+    let picked = (0..50).filter(|_| {
+        let want = Want { trial: true, ..Want::default() };
+        pool.pick(&want, later, &mut rng) == Choice::Member(0)
+    });
+    assert_eq!(picked.count(), 1, "one trial, and nobody else");
+}
