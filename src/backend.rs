@@ -405,6 +405,7 @@ impl Backend {
                 answered: pace.answers().wrapping_sub(before),
                 shifted,
                 silent: self.silence.quiet(silent_after, now),
+                left: self.silence.abandoned() > 0,
                 calm: pace.calm(),
                 recent: pace.recent(),
             };

@@ -55,6 +55,8 @@ pub struct Look {
     pub shifted: bool,
     /// Whether it has been silent as a whole for longer than its answers take.
     pub silent: bool,
+    /// Whether somebody has left without an answer, and nothing was answered since that was written later.
+    pub left: bool,
     /// Median of its times while nothing is wrong, and of the last few.
     pub calm: Option<Duration>,
     /// See `calm`.
@@ -120,6 +122,10 @@ impl Crowd {
             self.behind = if came - answered > came * FEWER + FEWER_BY { self.behind + 1 } else { 0 };
         }
         if look.answered == 0 {
+            // It has spoken since it fell silent. What hangs there from before must not keep others away.
+            if self.of_silence && !look.left {
+                self.rise();
+            }
             return;
         }
         let calm = look.calm.map(|calm| calm.max(self.base));
@@ -191,7 +197,16 @@ mod tests {
             let came = if offered <= can { offered } else { offered.min(can + crowd.limit - inside) };
             let done = (inside / takes * 1e3).min(can);
             let (came, answered) = ((came / 10.0) as u32, (done / 10.0) as u32);
-            crowd.look(Look { waiting: inside as u32, came, answered, shifted, silent: false, calm, recent });
+            crowd.look(Look {
+                waiting: inside as u32,
+                came,
+                answered,
+                shifted,
+                silent: false,
+                left: false,
+                calm,
+                recent,
+            });
         }
         served / f64::from(seconds)
     }
@@ -215,7 +230,7 @@ mod tests {
         let (calm, recent) = (Some(MS), Some(MS * 101));
         for (i, waiting) in [5, 12, 20, 20, 21, 19, 20, 22, 18, 20].repeat(20).into_iter().enumerate() {
             let answered = if i == 0 { 0 } else { 18 + waiting % 4 };
-            crowd.look(Look { waiting, came: 20, answered, shifted: false, silent: false, calm, recent });
+            crowd.look(Look { waiting, came: 20, answered, shifted: false, silent: false, left: false, calm, recent });
             assert_eq!(crowd.limit(), u32::MAX, "{crowd:?}");
         }
     }
@@ -227,7 +242,16 @@ mod tests {
         let mut limited = false;
         for i in 0..200 {
             let waiting = (f64::from(i) * 5.0).min(crowd.limit) as u32;
-            crowd.look(Look { waiting, came: 25, answered: 20, shifted: false, silent: false, calm, recent });
+            crowd.look(Look {
+                waiting,
+                came: 25,
+                answered: 20,
+                shifted: false,
+                silent: false,
+                left: false,
+                calm,
+                recent,
+            });
             limited |= crowd.limit() != u32::MAX;
         }
         assert!(limited && crowd.limit() == u32::MAX, "{crowd:?}");
@@ -245,6 +269,20 @@ mod tests {
             crowd.look(Look { waiting: 80, recent: Some(MS * 400), ..calm });
             assert!(crowd.limit() > 80, "{crowd:?}");
         });
+        assert_eq!(crowd.limit(), u32::MAX);
+    }
+
+    #[test]
+    fn what_hangs_from_a_silence_keeps_nobody_away_when_it_is_over() {
+        let mut crowd = Crowd::default();
+        let hanging = Look { waiting: 16, silent: true, calm: Some(MS), recent: Some(MS), ..Look::default() };
+        (0..100).for_each(|_| crowd.look(hanging));
+        assert_eq!(crowd.limit(), 16);
+        (0..100).for_each(|_| crowd.look(Look { silent: false, left: true, ..hanging }));
+        assert_eq!(crowd.limit(), 16, "all have left, and it has not spoken");
+        (0..3).for_each(|_| crowd.look(Look { silent: false, ..hanging }));
+        assert!(crowd.limit() > 18, "{crowd:?}");
+        (0..30).for_each(|_| crowd.look(Look { silent: false, ..hanging }));
         assert_eq!(crowd.limit(), u32::MAX);
     }
 
@@ -272,6 +310,7 @@ mod tests {
             answered: 5,
             shifted: true,
             silent: false,
+            left: false,
             calm: Some(MS),
             recent: Some(MS * 15),
         };
