@@ -369,7 +369,10 @@ fn a_handshake_has_a_deadline_and_may_follow_a_proxy_header() {
     silent.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     silent.write_all(&[22, 3, 1, 2, 0, 1]).unwrap();
     assert!(!matches!(silent.read(&mut [0; 1]), Ok(n) if n > 0));
-    assert_eq!(proxy.metric("sailover_connections_total", &["end=\"handshake_timeout\""]), 1.0);
+    // The count follows the close by a moment.
+    eventually("the end is counted", Duration::from_secs(5), || {
+        (proxy.metric("sailover_connections_total", &["end=\"handshake_timeout\""]) == 1.0).then_some(())
+    });
 
     let proxy = Proxy::start(&format!(
         "{}log: {{ access: stdout }}\n",
