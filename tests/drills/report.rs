@@ -30,7 +30,7 @@ pub fn write(results: &Path, page: &Path, drills: &[(String, Drill)]) {
     let names: Vec<&str> = fronts.iter().map(|kind| kind.name()).collect();
     let _ = writeln!(text, "| drill |{}", names.iter().map(column).collect::<String>());
     let _ = writeln!(text, "|---|{}", "---|".repeat(names.len()));
-    for (name, _) in drills {
+    for (name, _) in drills.iter().filter(|(name, _)| fronts.iter().any(|front| of(name, *front).is_some())) {
         let cell = |kind: &Kind| {
             of(name, *kind).map_or(" – |".to_owned(), |one| {
                 let mark = if one.missed.is_empty() { "✓" } else { "✗" };
@@ -46,6 +46,10 @@ pub fn write(results: &Path, page: &Path, drills: &[(String, Drill)]) {
     let _ = writeln!(text, "| **all bars met** |{}", fronts.iter().map(met).collect::<String>());
     let kinds: BTreeSet<Outage> = drills.iter().map(|(_, drill)| drill.kind).collect();
     for kind in kinds {
+        let shown = |name: &str| fronts.iter().any(|front| of(name, *front).is_some());
+        if !drills.iter().any(|(name, drill)| drill.kind == kind && shown(name)) {
+            continue;
+        }
         let _ = write!(text, "\n## {}\n", title(kind));
         for (name, drill) in drills.iter().filter(|(_, drill)| drill.kind == kind) {
             let outcomes: Vec<(Kind, Outcome)> =
