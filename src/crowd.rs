@@ -168,7 +168,7 @@ impl Crowd {
     fn rise(&mut self) {
         self.limit = self.limit * RISE + 1.0;
         if self.limit >= self.usual * GONE_TIMES + GONE {
-            self.limit = f64::INFINITY;
+            (self.limit, self.of_silence) = (f64::INFINITY, false);
         }
     }
 }
@@ -284,6 +284,19 @@ mod tests {
         assert!(crowd.limit() > 18, "{crowd:?}");
         (0..30).for_each(|_| crowd.look(Look { silent: false, ..hanging }));
         assert_eq!(crowd.limit(), u32::MAX);
+    }
+
+    #[test]
+    fn a_silence_of_the_past_does_not_excuse_a_crowd() {
+        let mut crowd = Crowd::default();
+        let calm =
+            Look { waiting: 8, came: 40, answered: 40, calm: Some(MS * 20), recent: Some(MS * 20), ..Look::default() };
+        (0..100).for_each(|_| crowd.look(calm));
+        crowd.look(Look { waiting: 40, answered: 0, silent: true, ..calm });
+        (0..100).for_each(|_| crowd.look(calm));
+        assert_eq!(crowd.limit(), u32::MAX, "the silence is over");
+        run(&mut crowd, 10.0, 20.0, 900.0, 20, true);
+        assert!(crowd.limit() < 40, "{crowd:?}");
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub async fn run(host: Arc<Host>) {
     let mut late = 0;
     loop {
         let due = ticks.tick().await;
-        late = if due.elapsed() > LATE { SKIPPED } else { late - 1_u32.min(late) };
+        late = if due.elapsed() > LATE { SKIPPED } else { u32::saturating_sub(late, 1) };
         let table = host.live.load_full();
         dark = tell(&table, dark);
         if dark > 0 {

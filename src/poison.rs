@@ -134,7 +134,8 @@ impl Poison {
 
     /// A backend died of this fingerprint beyond doubt: within the window nothing of it is sent to anybody.
     pub fn convict(&self, fingerprint: u64, now: Time) {
-        self.lock().entry(fingerprint).or_default().died_on = [u64::MAX; KILLS];
+        let convicted = Known { died_on: [u64::MAX; KILLS], died: now.seconds(), answered: 0 };
+        self.lock().insert(fingerprint, convicted);
         self.last.store(now.seconds().max(1), Relaxed);
     }
 
