@@ -444,9 +444,18 @@ impl Backend {
     /// Whether it may take one more client, of at most `most` connections. However much was left there, a few may wait: somebody
     /// has to find out when it answers again.
     pub fn has_room(&self, most: u32) -> bool {
-        let (waiting, limit) = (self.silence.waiting(), self.most_waiting.load(Relaxed));
+        let limit = self.most_waiting.load(Relaxed);
+        let waiting = self.silence.waiting() + self.silence.coming();
         self.in_flight.used() < most
             && (limit == u32::MAX || waiting < limit.min(TRIALS) || waiting + self.silence.abandoned() < limit)
+    }
+
+    /// Somebody was sent there. Where a limit was learned he counts from now on, not only when he has written: many may be sent in
+    /// one moment.
+    pub fn comes(&self, now: Time) {
+        if self.most_waiting.load(Relaxed) != u32::MAX {
+            self.silence.comes(now);
+        }
     }
 
     /// A client that began to wait at `since` no longer does.

@@ -23,7 +23,7 @@ const SILENT_LOOKS: f64 = 7.0;
 /// One step lowers the limit by no more than this, and raises it by this and one.
 const FALL: f64 = 0.7;
 const RISE: f64 = 1.1;
-/// A limit of so many times what is usual, and so many more, limits nothing.
+/// A limit of so many times what is usual, and so many more, limits nothing; one of a silence must have doubled besides.
 const GONE_TIMES: f64 = 8.0;
 const GONE: f64 = 64.0;
 /// Part of the limit from which there is no room.
@@ -122,8 +122,8 @@ impl Crowd {
             self.behind = if came - answered > came * FEWER + FEWER_BY { self.behind + 1 } else { 0 };
         }
         if look.answered == 0 {
-            // It has spoken since it fell silent. What hangs there from before must not keep others away.
-            if self.of_silence && !look.left {
+            // It has spoken since it fell silent. What hangs there from before must not keep others away for ever.
+            if self.of_silence && !look.left && look.came == 0 {
                 self.rise();
             }
             return;
@@ -167,7 +167,8 @@ impl Crowd {
 
     fn rise(&mut self) {
         self.limit = self.limit * RISE + 1.0;
-        if self.limit >= self.usual * GONE_TIMES + GONE {
+        let twice = if self.of_silence { self.began.0 * 2.0 } else { 0.0 };
+        if self.limit >= (self.usual * GONE_TIMES + GONE).max(twice) {
             (self.limit, self.of_silence) = (f64::INFINITY, false);
         }
     }
@@ -283,6 +284,22 @@ mod tests {
         (0..3).for_each(|_| crowd.look(Look { silent: false, ..hanging }));
         assert!(crowd.limit() > 18, "{crowd:?}");
         (0..30).for_each(|_| crowd.look(Look { silent: false, ..hanging }));
+        assert_eq!(crowd.limit(), u32::MAX);
+    }
+
+    #[test]
+    fn what_has_gathered_in_a_silence_is_done_before_more_is_let_in() {
+        let mut crowd = Crowd::default();
+        let calm =
+            Look { waiting: 4, came: 13, answered: 13, calm: Some(MS * 23), recent: Some(MS * 25), ..Look::default() };
+        (0..100).for_each(|_| crowd.look(calm));
+        crowd.look(Look { waiting: 100, answered: 0, silent: true, ..calm });
+        let limit = crowd.limit();
+        // It has spoken, works on what is left from before, and nothing else is answered yet.
+        crowd.look(Look { waiting: 82, came: 82, answered: 4, ..calm });
+        (0..5).for_each(|_| crowd.look(Look { waiting: 94, came: 12, answered: 0, ..calm }));
+        assert!(crowd.limit() < limit * 3 / 2, "{limit} {crowd:?}");
+        (0..20).for_each(|_| crowd.look(calm));
         assert_eq!(crowd.limit(), u32::MAX);
     }
 

@@ -782,7 +782,10 @@ impl Pool {
             most => Some(cell.shared.connections.take(most)?),
         };
         let in_time = cell.capacity.is_none_or(|rate| cell.shared.clients.take(rate, CAPACITY_SAVED, now));
-        in_time.then(|| of_backend.and(of_cell))
+        in_time.then(|| {
+            member.backend.comes(now);
+            of_backend.and(of_cell)
+        })
     }
 
     /// The one with fewer connections for its weight; the first when they are equal.

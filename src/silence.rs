@@ -4,7 +4,7 @@
 //! request that has been waiting while others were answered proves nothing. Counters without a lock, shared by workers.
 //!
 //! What nobody waits for any more may be worked on all the same: a backend that stalls, or is late, keeps what it was given
-//! before. So whoever leaves a silent backend is remembered until something that was written after him is answered.
+//! before. So whoever leaves a silent backend is remembered until enough that was written after him is answered.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
@@ -16,9 +16,13 @@ use crate::clock::Time;
 /// Fewest requests that wait, of those written since the last first byte.
 const LEAST: u32 = 3;
 
+/// So many that left are done with for each answer to what was written after them.
+const FREED: u32 = 2;
 /// Most that are remembered of those that left a silent backend, and for how long.
 const LEFT: usize = 4_096;
 const LEFT_FOR: Duration = Duration::from_secs(10);
+/// Who has not written after this time has nothing to write, or found no way.
+const COMING_FOR: Duration = Duration::from_millis(500);
 
 /// What waits at one backend.
 #[derive(Debug, Default)]
@@ -39,6 +43,9 @@ pub struct Silence {
     /// When that was written that was left since the last first byte; and how many these are.
     abandoned: Mutex<VecDeque<Time>>,
     abandoned_count: AtomicU32,
+    /// When those set out who have not written yet, while it matters; and how many these are.
+    coming: Mutex<VecDeque<Time>>,
+    coming_count: AtomicU32,
 }
 
 /// A silence that has lasted too long.
@@ -55,6 +62,9 @@ impl Silence {
     pub fn wrote(&self, prefix: u32, now: Time) {
         self.waiting.fetch_add(1, Relaxed);
         self.ever.fetch_add(1, Relaxed);
+        if self.coming() > 0 {
+            change(&self.coming, &self.coming_count, |coming| _ = coming.pop_front());
+        }
         if self.written.fetch_add(1, Relaxed) == 0 {
             self.first.store(now.0, Relaxed);
             self.prefix.store(prefix, Relaxed);
@@ -87,7 +97,14 @@ impl Silence {
             let written = Time(now.0.saturating_sub(took.as_micros() as u64));
             self.answered.fetch_max(written.0, Relaxed);
             if self.abandoned() > 0 {
-                self.keep(|abandoned| abandoned.retain(|since| *since > written));
+                // A backend need not work in the order in which it was asked.
+                self.keep(|abandoned| {
+                    let mut freed = 0;
+                    abandoned.retain(|since| {
+                        freed += u32::from(*since <= written);
+                        *since > written || freed > FREED
+                    });
+                });
             }
         }
         self.written.store(0, Relaxed);
@@ -122,20 +139,28 @@ impl Silence {
         self.abandoned_count.load(Relaxed)
     }
 
-    /// Forgets what was left long ago.
+    /// Somebody is on the way and will write something soon, if anything.
+    pub fn comes(&self, now: Time) {
+        change(&self.coming, &self.coming_count, |coming| coming.push_back(now));
+    }
+
+    /// How many are on the way.
+    pub fn coming(&self) -> u32 {
+        self.coming_count.load(Relaxed)
+    }
+
+    /// Forgets what was left long ago, and who never came.
     pub fn forget(&self, now: Time) {
         if self.abandoned() > 0 {
             self.keep(|abandoned| abandoned.retain(|since| now.since(*since) < LEFT_FOR));
         }
+        if self.coming() > 0 {
+            change(&self.coming, &self.coming_count, |coming| coming.retain(|since| now.since(*since) < COMING_FOR));
+        }
     }
 
-    fn keep(&self, change: impl FnOnce(&mut VecDeque<Time>)) {
-        let mut abandoned = self.abandoned.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut abandoned);
-        self.abandoned_count.store(abandoned.len() as u32, Relaxed);
-        if abandoned.is_empty() {
-            *abandoned = VecDeque::new();
-        }
+    fn keep(&self, keep: impl FnOnce(&mut VecDeque<Time>)) {
+        change(&self.abandoned, &self.abandoned_count, keep);
     }
 
     /// How many requests wait.
@@ -165,6 +190,16 @@ impl Silence {
         let since = Time(self.first.load(Relaxed));
         let only = (!self.mixed.load(Relaxed)).then(|| self.prefix.load(Relaxed));
         (written >= LEAST && now.since(since) >= limit).then_some(Mute { since, only })
+    }
+}
+
+/// Changes a list, and says how long it is then.
+fn change(list: &Mutex<VecDeque<Time>>, count: &AtomicU32, change: impl FnOnce(&mut VecDeque<Time>)) {
+    let mut list = list.lock().unwrap_or_else(PoisonError::into_inner);
+    change(&mut list);
+    count.store(list.len() as u32, Relaxed);
+    if list.is_empty() {
+        *list = VecDeque::new();
     }
 }
 
@@ -216,6 +251,18 @@ mod tests {
     }
 
     #[test]
+    fn those_on_the_way_are_counted_until_they_write_or_never_come() {
+        let silence = Silence::default();
+        (0..3).for_each(|_| silence.comes(START));
+        silence.wrote(1, START);
+        assert_eq!((silence.coming(), silence.waiting()), (2, 1));
+        silence.forget(START + COMING_FOR / 2);
+        assert_eq!(silence.coming(), 2);
+        silence.forget(START + COMING_FOR);
+        assert_eq!(silence.coming(), 0);
+    }
+
+    #[test]
     fn clients_that_went_away_do_not_count() {
         let silence = Silence::default();
         for _ in 0..3 {
@@ -236,7 +283,9 @@ mod tests {
             silence.left(START + LIMIT * i);
         }
         assert_eq!((silence.waiting(), silence.abandoned()), (0, 5));
-        // What was written third is answered: those after it are still to come.
+        // What was written third is answered: those after it are still to come, and perhaps one of those before it.
+        silence.heard(Some(LIMIT * 10), START + LIMIT * 13);
+        assert_eq!(silence.abandoned(), 3);
         silence.heard(Some(LIMIT * 10), START + LIMIT * 13);
         assert_eq!(silence.abandoned(), 2);
         assert!(silence.answers_since(START + LIMIT * 3) && silence.answers_since(START + LIMIT * 100));
