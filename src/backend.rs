@@ -44,6 +44,9 @@ const PROBE_SLACK: Duration = Duration::from_secs(1);
 
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
 const SILENT: Duration = Duration::from_millis(250);
+/// No first byte to anybody for this, and for so many times the 99th percentile, is a reason to go elsewhere for now.
+const HANGS: Duration = Duration::from_millis(5);
+const HANGS_TIMES: u32 = 2;
 /// Clients that may wait at a backend whose limit is taken up by what others left there.
 const TRIALS: u32 = 4;
 /// Looks in which a backend is silent while others answer, before that counts.
@@ -417,6 +420,13 @@ impl Backend {
             }
         }
         Some(look)
+    }
+
+    /// Whether nobody has got a first byte for a little longer than that takes, though several wait: who can go elsewhere goes
+    /// elsewhere, until the next first byte. No evidence, and nothing is remembered of it.
+    pub fn hangs(&self, now: Time) -> bool {
+        self.silence.hangs(HANGS, now)
+            && self.first_byte.learned().is_some_and(|(_, p99)| self.silence.hangs(HANGS.max(p99 * HANGS_TIMES), now))
     }
 
     /// Whether it is thought to fail, so that whoever comes tries it for others.

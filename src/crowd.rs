@@ -155,6 +155,10 @@ impl Crowd {
             self.limit = (self.limit.min(waiting.max(1.0)) * gradient).max(LEAST);
             return;
         }
+        // As quick as ever: so far the limit is of use.
+        if !self.of_silence {
+            self.began = (self.limit, Duration::ZERO, 0);
+        }
         self.usual += (waiting - self.usual) * USUAL;
         self.usual_came += (f64::from(look.came) - self.usual_came) * USUAL;
         if look.recent.is_some_and(|recent| recent < self.base / 2) {
@@ -256,6 +260,27 @@ mod tests {
             limited |= crowd.limit() != u32::MAX;
         }
         assert!(limited && crowd.limit() == u32::MAX, "{crowd:?}");
+    }
+
+    #[test]
+    fn a_limit_that_helps_again_and_again_stays() {
+        let mut crowd = Crowd::default();
+        let crowded = Look {
+            waiting: 40,
+            came: 24,
+            answered: 19,
+            shifted: true,
+            calm: Some(MS * 26),
+            recent: Some(MS * 72),
+            ..Look::default()
+        };
+        (0..4).for_each(|_| crowd.look(crowded));
+        for look in 0..300 {
+            // What is seen of it follows its crowd some looks later.
+            let (waiting, recent) = if look % 7 < 2 { (14, MS * 72) } else { (8, MS * 43) };
+            crowd.look(Look { waiting: waiting.min(crowd.limit()), answered: 20, recent: Some(recent), ..crowded });
+            assert!(crowd.limit() < 40, "{look} {crowd:?}");
+        }
     }
 
     #[test]

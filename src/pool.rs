@@ -374,7 +374,7 @@ impl Pool {
         if let Some(cell) = first
             && let Some(member) = self.in_cell(plan, cell, want, rng, &mut full)
         {
-            return Choice::Member(member);
+            return Choice::Member(self.unless_it_hangs(plan, member, want, now, rng));
         }
         // The rare path: the drawn cell had nothing left for this client.
         for elsewhere in [true, false] {
@@ -426,6 +426,21 @@ impl Pool {
             };
             able && !tried.contains(&member) && !backend.drained.load(Relaxed) && fit(backend)
         })
+    }
+
+    /// The member, or another one when it has owed its clients their first bytes for some moments. Only among cells that have a
+    /// share: a hiccup is no reason to use the next tier.
+    fn unless_it_hangs(&self, plan: &Plan, member: usize, want: &Want<'_>, now: Time, rng: &mut Rng) -> usize {
+        let hangs = |m: usize| self.policy.first_byte != FirstByte::Ignore && self.members[m].backend.hangs(now);
+        if !hangs(member) {
+            return member;
+        }
+        let cell = self.members[member].cell;
+        let share = |i: usize| if Some(i) == want.racing || i == cell { 0.0 } else { plan.cells[i].share };
+        let elsewhere = self.draw_cell(plan, share, rng);
+        let cells = [Some(cell), elsewhere].into_iter().flatten();
+        let mut others = cells.filter_map(|cell| self.in_cell(plan, cell, want, rng, &mut false));
+        others.find(|&other| !hangs(other)).unwrap_or(member)
     }
 
     /// Where a client was before: the same backend, or another of its cell.

@@ -16,6 +16,8 @@ use crate::clock::Time;
 /// Fewest requests that wait, of those written since the last first byte.
 const LEAST: u32 = 3;
 
+/// What hangs for longer than this either is accused, or is no silence.
+const HANGS_FOR: Duration = Duration::from_secs(1);
 /// So many that left are done with for each answer to what was written after them.
 const FREED: u32 = 2;
 /// Most that are remembered of those that left a silent backend, and for how long.
@@ -177,6 +179,12 @@ impl Silence {
     /// Whether something was written `limit` ago or longer, and nobody has got a first byte since.
     pub fn quiet(&self, limit: Duration, now: Time) -> bool {
         self.written.load(Relaxed) > 0 && now.since(Time(self.first.load(Relaxed))) >= limit
+    }
+
+    /// Whether several wait that were written since the last first byte, the first of them for `limit` or longer but not for long:
+    /// too early to accuse it, but no time to send others there. Later it is a matter of evidence.
+    pub fn hangs(&self, limit: Duration, now: Time) -> bool {
+        self.written.load(Relaxed) >= LEAST && self.quiet(limit, now) && !self.quiet(HANGS_FOR, now)
     }
 
     /// Whether it was accused and has not answered since: those that were carried elsewhere leave that standing for the last one.

@@ -349,3 +349,39 @@ fn what_hangs_at_a_silent_backend_keeps_no_trial_away() {
     });
     assert_eq!(picked.count(), 1, "one trial, and nobody else");
 }
+
+#[test]
+fn who_can_goes_elsewhere_while_a_backend_owes_its_clients_their_first_bytes() {
+    const MS: Duration = Duration::from_millis(1);
+    let hanging_for = |cells: &[(u8, u32, usize)], policy: Policy, owing: &[usize], time: Duration| {
+        let pool = pool(policy, cells);
+        for member in &pool.members {
+            (0..100).for_each(|_| member.backend.heard(Some(MS * 2), NOW - time));
+        }
+        for &member in owing {
+            (0..3).for_each(|_| pool.members[member].backend.silence.wrote(1, NOW - time));
+        }
+        pool
+    };
+    let hanging = |cells: &_, policy, owing: &_| hanging_for(cells, policy, owing, MS * 20);
+    let share = |pool: &Pool, member: usize| picks(pool, false).get(&member).copied().unwrap_or(0.0);
+    let two = [(0, 1, 1), (0, 1, 1)];
+
+    let one_hangs = hanging(&two, Policy::default(), &[0]);
+    assert_eq!(share(&one_hangs, 0), 0.0);
+    one_hangs.members[0].backend.heard(Some(MS * 20), NOW);
+    assert!(share(&one_hangs, 0) > 0.48, "the next first byte ends it");
+    for (time, some) in [(4, true), (10, false), (900, false), (1_000, true)] {
+        let pool = hanging_for(&two, Policy::default(), &[0], MS * time);
+        assert_eq!(share(&pool, 0) > 0.0, some, "{time} ms");
+    }
+    assert!(share(&hanging(&two, Policy::default(), &[0, 1]), 0) > 0.48, "nobody is better");
+    assert!(
+        share(&hanging(&[(0, 1, 1), (1, 1, 1)], Policy::default(), &[0]), 0) > 0.99,
+        "no reason to use the next tier"
+    );
+    let ignored = Policy { first_byte: FirstByte::Ignore, ..Policy::default() };
+    assert!(share(&hanging(&two, ignored, &[0]), 0) > 0.48, "where first bytes say nothing");
+    let siblings = hanging(&[(0, 1, 2), (0, 1, 2)], Policy::default(), &[0]);
+    assert!(share(&siblings, 0) == 0.0 && share(&siblings, 1) > 0.35, "its own cell has another");
+}
