@@ -23,6 +23,11 @@ const SILENT_LOOKS: f64 = 7.0;
 /// One step lowers the limit by no more than this, and raises it by this and one.
 const FALL: f64 = 0.7;
 const RISE: f64 = 1.1;
+/// Near the limit at which it was too slow last the next step is smaller, as in CUBIC (RFC 9438); and that is forgotten by so much
+/// with each.
+const NEAR: f64 = 0.7;
+const RISE_NEAR: f64 = 1.02;
+const FORGOTTEN: f64 = 1.01;
 /// A limit of so many times what is usual, and so many more, limits nothing; one of a silence must have doubled besides.
 const GONE_TIMES: f64 = 8.0;
 const GONE: f64 = 64.0;
@@ -79,6 +84,8 @@ pub struct Crowd {
     began: (f64, Duration, u32),
     /// What is taken for calm where the crowd turned out not to be the reason.
     base: Duration,
+    /// The limit at which it was too slow last; forgotten little by little.
+    knee: f64,
 }
 
 impl Default for Crowd {
@@ -92,6 +99,7 @@ impl Default for Crowd {
             behind: 0,
             began: (f64::INFINITY, Duration::ZERO, 0),
             base: Duration::ZERO,
+            knee: f64::INFINITY,
         }
     }
 }
@@ -146,11 +154,16 @@ impl Crowd {
             self.began.2 += 1;
             if self.began.2 >= PATIENCE {
                 if self.limit <= self.began.0 / 2.0 && recent > self.began.1.mul_f64(HELPED) {
-                    (self.limit, self.base) = (f64::INFINITY, recent);
+                    (self.limit, self.knee, self.base) = (f64::INFINITY, f64::INFINITY, recent);
                     return;
                 }
                 self.began = (self.limit, recent, 0);
             }
+            // What the last step took back is not gone yet.
+            if waiting > self.limit {
+                return;
+            }
+            self.knee = self.limit.min(waiting.max(LEAST));
             let gradient = (SAME * calm.as_secs_f64().max(1e-3) / recent.as_secs_f64()).clamp(FALL, 1.0);
             self.limit = (self.limit.min(waiting.max(1.0)) * gradient).max(LEAST);
             return;
@@ -170,10 +183,11 @@ impl Crowd {
     }
 
     fn rise(&mut self) {
-        self.limit = self.limit * RISE + 1.0;
+        self.knee *= FORGOTTEN;
+        self.limit = if self.limit < self.knee * NEAR { self.limit * RISE + 1.0 } else { self.limit * RISE_NEAR };
         let twice = if self.of_silence { self.began.0 * 2.0 } else { 0.0 };
         if self.limit >= (self.usual * GONE_TIMES + GONE).max(twice) {
-            (self.limit, self.of_silence) = (f64::INFINITY, false);
+            (self.limit, self.knee, self.of_silence) = (f64::INFINITY, f64::INFINITY, false);
         }
     }
 }
@@ -350,7 +364,7 @@ mod tests {
         crowd.look(Look { waiting: 500, answered: 0, silent: true, ..calm });
         assert!((270..=280).contains(&crowd.limit()), "{crowd:?}");
         // What had gathered makes it slow; it gets no more than it can do.
-        (0..5).for_each(|_| crowd.look(Look { waiting: 275, recent: Some(MS * 500), ..calm }));
+        (0..5).for_each(|_| crowd.look(Look { waiting: 275.min(crowd.limit()), recent: Some(MS * 500), ..calm }));
         assert!(crowd.limit() < 70, "{crowd:?}");
         (0..100).for_each(|_| crowd.look(calm));
         assert_eq!(crowd.limit(), u32::MAX);
