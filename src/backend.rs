@@ -16,7 +16,7 @@ use crate::clock::Time;
 use crate::crowd::{self, Crowd};
 use crate::estimate::Estimate;
 use crate::health::{self, Depth, Evidence, Health, Policy, Seen, Source, State, Transition};
-use crate::limits::{Budget, Gauge, Queue, Window};
+use crate::limits::{Bucket, Budget, Gauge, Queue, Window};
 use crate::manner::Manner;
 use crate::metrics::{Counter, DETECT_BOUNDS, Histogram};
 use crate::pace::{self, Pace};
@@ -127,6 +127,8 @@ pub struct PoolShared {
     pub manner: Manner,
     /// Backends at which a class of requests fails.
     pub classes_failing: AtomicU32,
+    /// When the next session may be ended for the balance.
+    pub rebalancing: Bucket,
     /// Clients that wait for a place.
     pub queue: Arc<Queue>,
     /// What was sent on after a backend had died with it.
@@ -171,6 +173,7 @@ impl PoolShared {
             name: name.into(),
             connections,
             classes_failing: AtomicU32::new(0),
+            rebalancing: Bucket::default(),
             queue,
             budget: Budget::default(),
             epoch: AtomicU64::new(1),
@@ -351,6 +354,13 @@ impl Backend {
             trial_ms: AtomicU64::new(u64::MAX),
             locked: Mutex::new(Locked { health, hits_known: 0 }),
         }
+    }
+
+    /// It is new where others carry the pool's clients: it begins with a small share.
+    pub fn comes_late(&self, policy: &Policy, now: Time) {
+        let mut locked = self.lock();
+        locked.health.comes_late(policy, now);
+        self.publish(&locked.health, policy);
     }
 
     /// The present state.

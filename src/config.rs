@@ -98,6 +98,8 @@ pub struct Pool {
     pub replay: Option<Replay>,
     /// How a cell that failed comes back.
     pub failback: Failback,
+    /// How many sessions of cells with more than their share are ended so that their clients connect anew; `None`: none.
+    pub rebalance: Option<Rate>,
     /// Time between two cells that probes alone take out.
     #[serde(serialize_with = "as_text")]
     pub probe_removal: Duration,

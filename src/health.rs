@@ -333,6 +333,8 @@ pub struct Health {
     returned: Option<Time>,
     trial_at: Time,
     trial_pause: Duration,
+    /// Whether it was added to a pool that others carry.
+    newcomer: bool,
 }
 
 impl Health {
@@ -364,6 +366,7 @@ impl Health {
             returned: None,
             trial_at: now,
             trial_pause: TRIAL_FIRST,
+            newcomer: false,
         }
     }
 
@@ -458,6 +461,14 @@ impl Health {
         self.hold = self.hold.clamp(policy.hold_first, policy.hold_longest);
     }
 
+    /// It is new where others carry the clients: it begins as one that returns.
+    pub fn comes_late(&mut self, policy: &Policy, now: Time) {
+        self.newcomer = !policy.ramp.is_zero();
+        if self.newcomer && self.state == State::Up {
+            (self.state, self.since) = (State::Returning, now);
+        }
+    }
+
     /// Notes that a trial is under way, so that the next waits for its pause.
     pub fn trial_begins(&mut self, now: Time) {
         self.trial_at = now + self.trial_pause;
@@ -495,6 +506,7 @@ impl Health {
         }
         let cause = |times| Cause { source: evidence.source, kind: "success", depth: evidence.depth, times, at: now };
         match self.state {
+            State::Unknown if self.newcomer => self.enter(State::Returning, cause(1), policy, now),
             State::Unknown => self.enter(State::Up, cause(1), policy, now),
             State::Up => None,
             State::Returning if now.since(self.since) >= policy.ramp => self.enter(State::Up, cause(1), policy, now),

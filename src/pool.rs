@@ -39,6 +39,9 @@ const DRAWS: usize = 4;
 /// `least_connections` looks at all backends of a cell up to this many, and at as many random ones beyond.
 const LEAST_LOOKED_AT: usize = 16;
 
+/// A cell has clearly more than its share with so many times its share.
+const OVER: f64 = 1.1;
+
 /// Most of a cell's capacity that is saved up.
 const CAPACITY_SAVED: Duration = Duration::from_millis(50);
 /// Backends that await a trial and are asked for one client.
@@ -63,6 +66,7 @@ pub struct Policy {
     pub half_close: Duration,
     pub unacked: Duration,
     pub on_down: OnDown,
+    pub rebalance: Option<Rate>,
     pub drain: Duration,
     pub when_all_down: WhenAllDown,
     pub max_connections: u32,
@@ -91,6 +95,7 @@ impl Default for Policy {
             half_close: Duration::from_secs(30),
             unacked: Duration::from_secs(15),
             on_down: OnDown::Stuck,
+            rebalance: None,
             drain: Duration::from_secs(30),
             when_all_down: WhenAllDown::TryAll,
             max_connections: u32::MAX,
@@ -470,6 +475,18 @@ impl Pool {
         let total = of_tier(lowest);
         let configured = |cell: &Cell| if cell.tier == lowest { f64::from(cell.weight) / total } else { 0.0 };
         self.cells.iter().zip(&plan.cells).map(|(cell, plan)| (configured(cell), plan.share)).collect()
+    }
+
+    /// How many connections each cell has beyond its share, where it has clearly more. What one cell has for another that is
+    /// out, or slow, or drained, is its share.
+    pub fn spare(&self, now: Time) -> Vec<f64> {
+        let used = |cell: &Cell| -> f64 {
+            self.members[cell.members.clone()].iter().map(|member| f64::from(member.backend.in_flight.used())).sum()
+        };
+        let used: Vec<f64> = self.cells.iter().map(used).collect();
+        let all: f64 = used.iter().sum();
+        let shares = self.shares(now).into_iter();
+        shares.zip(used).map(|((configured, share), used)| used - all * configured.max(share) * OVER).collect()
     }
 
     // ---- the plan ----

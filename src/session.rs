@@ -26,6 +26,10 @@ use crate::table::{End, Table};
 /// A session of a down backend is stuck when nothing of what it sent was acknowledged for this long. It is longer than
 /// most interruptions that heal by themselves.
 const STUCK: Duration = Duration::from_secs(3);
+/// Sessions of this age stay where they are, unless they are asked to go.
+const LONG: Duration = Duration::from_secs(10);
+/// Time between two looks at what is to be moved back.
+const BEAT: Duration = Duration::from_secs(1);
 /// Looks in which every session is asked about once.
 const ROUNDS: usize = 5;
 /// Most sessions of down backends that are reset in a tenth of a second, over all workers: 500 a second.
@@ -213,6 +217,36 @@ pub fn reset_doomed(most: usize) -> usize {
         });
     });
     done
+}
+
+/// Ends sessions of cells that have more than their share since another one came back, at the pool's pace, the newest first:
+/// older ones may always have been there. Younger ones than [`LONG`] go by themselves.
+pub fn rebalance(table: &Table, now: Time) {
+    for pool in &table.pools {
+        let Some(rate) = pool.policy.rebalance else { continue };
+        let mut spare = pool.spare(now);
+        if spare.iter().all(|spare| *spare < 1.0) {
+            continue;
+        }
+        let cells: HashMap<u64, usize> = pool.members.iter().map(|member| (member.backend.id, member.cell)).collect();
+        SESSIONS.with(|sessions| {
+            let mut sessions = sessions.borrow_mut();
+            let long = |entry: &Entry| entry.ended.is_none() && now.since(entry.began) >= LONG;
+            let mut found: Vec<(u64, usize, usize)> = sessions
+                .iter()
+                .filter(|(_, entry)| long(entry))
+                .filter_map(|(key, entry)| cells.get(&entry.backend.id).map(|cell| (entry.id, key, *cell)))
+                .filter(|(_, _, cell)| spare[*cell] >= 1.0)
+                .collect();
+            found.sort_unstable_by(|a, b| b.cmp(a));
+            for (_, key, cell) in found {
+                if spare[cell] >= 1.0 && pool.shared.rebalancing.take(rate, BEAT, now) {
+                    spare[cell] -= 1.0;
+                    end(&mut sessions[key], End::Rebalanced);
+                }
+            }
+        });
+    }
 }
 
 /// Which sessions an operator means; every condition that is there must hold.

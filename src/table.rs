@@ -201,6 +201,8 @@ pub enum End {
     ClientGone,
     /// An operator ended it.
     Kicked,
+    /// Its cell has more than its share since another one came back.
+    Rebalanced,
     /// Its PROXY header or ClientHello did not come in time.
     Handshake,
     /// Its first bytes are not what the listener asks for.
@@ -219,7 +221,7 @@ pub enum End {
 
 impl End {
     /// All, in the order of the counters.
-    pub const ALL: [End; 25] = [
+    pub const ALL: [End; 26] = [
         End::ClientClosed,
         End::BackendClosed,
         End::ClientReset,
@@ -238,6 +240,7 @@ impl End {
         End::Poison,
         End::ClientGone,
         End::Kicked,
+        End::Rebalanced,
         End::Handshake,
         End::Malformed,
         End::NoRoute,
@@ -268,6 +271,7 @@ impl End {
             End::Denied => "denied",
             End::ClientGone => "client_gone",
             End::Kicked => "kicked",
+            End::Rebalanced => "rebalanced",
             End::Handshake => "handshake_timeout",
             End::Malformed => "malformed",
             End::NoRoute => "no_route",
@@ -568,6 +572,7 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32, tls: Option<
         half_close: pool.timeouts.half_close,
         unacked: pool.timeouts.unacked,
         on_down: pool.on_down,
+        rebalance: pool.rebalance,
         drain: config.shutdown.drain,
         when_all_down: pool.when_all_down,
         max_connections: pool.max_connections.unwrap_or(half.max(1)),
@@ -588,6 +593,7 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, upli
     };
     let known: HashMap<&str, &Arc<Backend>> =
         before.iter().flat_map(|pool| &pool.members).map(|member| (&*member.backend.name, &member.backend)).collect();
+    let one_tier = wanted.cells.iter().all(|cell| cell.tier == wanted.cells[0].tier);
     let mut cells = Vec::new();
     let mut members = Vec::new();
     for cell in &wanted.cells {
@@ -595,6 +601,14 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, upli
         let kept = old.map_or_else(Arc::default, |old: &Cell| old.shared.clone());
         kept.connections.tells(&shared.queue);
         let count = cell.backends.len();
+        // What is added beside others that carry the cell, or the only tier, begins with a small share. No next tier is
+        // asked for help because of it.
+        let carries = |backend: &config::Backend| {
+            known.get(backend.name.as_str()).is_some_and(|old| old.address == backend.address && old.fit())
+        };
+        let of_cell = cell.backends.iter().filter(|backend| carries(backend)).count();
+        let others_carry =
+            of_cell * 7 >= count * 5 || one_tier && wanted.cells.iter().flat_map(|cell| &cell.backends).any(carries);
         cells.push(NewCell {
             name: cell.name.as_str().into(),
             tier: cell.tier,
@@ -610,14 +624,12 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, upli
                 Some(old) if old.address == backend.address => Arc::clone(old),
                 _ => {
                     let counters = old.map_or_else(|| Arc::new(Counters::default()), |old| old.counters.clone());
-                    Arc::new(Backend::new(
-                        shared.clone(),
-                        &backend.name,
-                        backend.address,
-                        counters,
-                        &policy.health,
-                        now,
-                    ))
+                    let new =
+                        Backend::new(shared.clone(), &backend.name, backend.address, counters, &policy.health, now);
+                    if others_carry {
+                        new.comes_late(&policy.health, now);
+                    }
+                    Arc::new(new)
                 }
             };
             backend_now.stands_in(uplink.place(&cell.name));

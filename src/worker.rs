@@ -129,7 +129,9 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
                     session::reset_doomed(resets_left());
                 }
                 if ticks % TICKS_PER_BEAT == 0 {
-                    session::inspect(&host.live.load(), clock::now());
+                    let table = host.live.load();
+                    session::inspect(&table, clock::now());
+                    session::rebalance(&table, clock::now());
                     let (cpu_now, wall_now) = (sys::thread_cpu(), Instant::now());
                     let busy = (cpu_now - cpu).as_secs_f64() / (wall_now - wall).as_secs_f64().max(1e-6);
                     (cpu, wall) = (cpu_now, wall_now);

@@ -352,3 +352,76 @@ fn a_request_that_kills_is_sent_on_once() {
     assert!(answers[9].to_ascii_lowercase().contains("retry-after"), "{}", answers[9]);
     (0..20).for_each(|_| assert!(ask("/").starts_with("HTTP/1.1 200")));
 }
+
+/// Sessions by backend, and those that were ended so far.
+fn sessions(proxy: &Proxy, backends: [&Backend; 2]) -> ([usize; 2], usize) {
+    let of = |backend: &Backend| {
+        let told = proxy.command(&["sessions", "--backend", &backend.address.to_string(), "--json"]);
+        let told: serde_json::Value = serde_json::from_slice(&told.stdout).expect("a list of sessions");
+        told["count"].as_u64().expect("a number") as usize
+    };
+    (backends.map(of), proxy.metric("sailover_connections_total", &["end=\"rebalanced\""]) as usize)
+}
+
+#[test]
+fn long_sessions_go_back_to_a_cell_that_returned() {
+    let after_a_return = |more: &str| {
+        let backends = [Backend::start("a"), Backend::start("b")];
+        let fast = "probe: { interval: 50ms, timeout: 40ms }\n    hold: { first: 100ms, longest: 3s, between_probe_removals: 0s }\n    ramp: 0s";
+        let proxy = over(&[&backends[0], &backends[1]], &format!("{fast}{more}"));
+        backends.iter().for_each(|backend| backend.set(Mode::Echo));
+        let a = backends[0].address.to_string();
+        backends[0].set(Mode::Refuse);
+        proxy.wait_health(&a, "down", Duration::from_secs(5));
+        let address = proxy.address(0);
+        let client = move || {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.write_all(b"?").unwrap();
+            let mut answer = [0];
+            stream.read_exact(&mut answer).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            stream
+        };
+        let clients: Vec<TcpStream> = (0..20).map(|_| client()).collect();
+        assert_eq!(sessions(&proxy, [&backends[0], &backends[1]]), ([0, 20], 0));
+        backends[0].set(Mode::Echo);
+        eventually("it is back", Duration::from_secs(10), || (proxy.health(&a) == "up").then_some(()));
+        (backends, proxy, clients, client)
+    };
+
+    let (stay, proxy, clients, _) = after_a_return("");
+    let (backends, moving, mut moved, client) = after_a_return("\n    rebalance: 5/s");
+    let begin = Instant::now();
+    eventually("they are moved", Duration::from_secs(60), || {
+        for stream in &mut moved {
+            // A client whose session was ended connects anew.
+            if !matches!(stream.read(&mut [0]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock) {
+                *stream = client();
+            }
+        }
+        let (at, _) = sessions(&moving, [&backends[0], &backends[1]]);
+        (at[0] >= 8).then_some(())
+    });
+    assert!(begin.elapsed() > Duration::from_secs(8), "younger ones were moved after {:?}", begin.elapsed());
+    let (at, ended) = sessions(&moving, [&backends[0], &backends[1]]);
+    assert!(at[1] >= 7 && (8..=30).contains(&ended), "{at:?} {ended}");
+    assert_eq!(sessions(&proxy, [&stay[0], &stay[1]]), ([0, 20], 0), "nobody asked for it");
+    drop(clients);
+}
+
+#[test]
+fn what_is_added_to_a_pool_in_use_begins_with_a_small_share() {
+    let backends = [Backend::start("a"), Backend::start("b")];
+    let both = yaml(&[backends[0].address, backends[1].address], "ramp: 1m", "");
+    let proxy = Proxy::start(&yaml(&[backends[0].address], "ramp: 1m", ""));
+    up(&proxy, &[&backends[0]]);
+    proxy.write(&both);
+    assert!(proxy.command(&["reload"]).status.success());
+    let b = backends[1].address.to_string();
+    proxy.wait_health(&b, "returning", Duration::from_secs(5));
+    let of_b = (0..100).filter(|_| get(proxy.address(0)).unwrap() == "b").count();
+    assert!(of_b < 30, "{of_b} of 100");
+    // Where the process begins, all begin alike.
+    let proxy = Proxy::start(&both);
+    up(&proxy, &[&backends[0], &backends[1]]);
+}

@@ -37,6 +37,7 @@ const KEYS: &[(&str, &str)] = &[
     ("pools.*.replay.for", "what_a_client_said_is_said_again"),
     ("pools.*.hold.between_probe_removals", "probes_alone_take_out_one_cell_at_a_time"),
     ("pools.*.failback", "a_cell_comes_back_as_failback_says"),
+    ("pools.*.rebalance", "long_sessions_go_back_to_a_cell_that_returned"),
     ("pools.*.limits.queue", "a_cell_has_a_cap_and_the_queue_its_time"),
     ("pools.*.limits.queue_timeout", "a_cell_has_a_cap_and_the_queue_its_time"),
     ("listeners.limits.per_client", "clients_have_bounds_of_their_own"),

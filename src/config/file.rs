@@ -103,6 +103,7 @@ pub struct FilePool {
     pub first_byte_time: Option<Duration>,
     pub replay: Option<super::Replay>,
     pub failback: Option<super::Failback>,
+    pub rebalance: Option<super::Rate>,
     pub probe_removal: Option<Duration>,
     pub send_proxy: Option<ProxyVersion>,
     pub http: Option<super::HttpVersion>,
@@ -409,6 +410,7 @@ impl Reader<'_> {
             "first_byte",
             "replay",
             "failback",
+            "rebalance",
         ];
         let Some(fields) = self.fields(node, &known, &[]) else { return pool };
         match fields.get("cells") {
@@ -484,6 +486,7 @@ impl Reader<'_> {
             use super::Failback::*;
             self.word(&node, &[("auto", Auto), ("hold", Hold), ("manual", Manual)])
         });
+        pool.rebalance = fields.get("rebalance").and_then(|node| self.rate(&node));
         pool.ramp = self.duration_at(&fields, "ramp", 0, DAY);
         if let Some(node) = fields.get("limits")
             && let Some(fields) = self.fields(&node, &["max_connections", "queue", "queue_timeout"], &[])

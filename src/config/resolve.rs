@@ -391,6 +391,7 @@ fn resolve_pool(
         first_byte: pool.first_byte.unwrap_or(FirstByte::Learn),
         replay: pool.replay,
         failback: pool.failback.unwrap_or(Failback::Auto),
+        rebalance: pool.rebalance,
         probe_removal: pool.probe_removal.unwrap_or(Duration::from_secs(10)),
     }
 }
