@@ -9,7 +9,7 @@ use sailover::sys;
 
 use crate::support::backend::{Backend, Mode};
 use crate::support::eventually;
-use crate::support::load::{Load, Samples};
+use crate::support::load::{Load, Manner, Samples};
 use crate::support::netns::Rig;
 use crate::support::proxy::Proxy;
 use crate::tcp::yaml;
@@ -236,6 +236,75 @@ fn a_silent_pool_changes_nothing_for_another() {
     ratios.sort_by(f64::total_cmp);
     println!("ratio of p99: median {:.2}, worst {:.2}", ratios[2], ratios[4]);
     assert!(ratios[2] <= 1.1, "{ratios:?}");
+}
+
+#[test]
+#[ignore = "measures latencies, four minutes"]
+fn a_sick_cell_changes_nothing_for_another_pool_of_its_listener() {
+    let rig = Rig::new(3);
+    let address = |i: usize| format!("10.99.{i}.2:80");
+    let start = |i: usize| Backend::start_in(Some(rig.cell(i)), address(i).parse().unwrap(), "x");
+    let (sick, _other, _beside) = (start(1), start(2), start(3));
+    let quick =
+        "hold: { first: 100ms, longest: 100ms, between_probe_removals: 0s }, ramp: 0s, probe: { interval: 200ms }";
+    let proxy = Proxy::start_in(
+        Some(rig.edge()),
+        &format!(
+            "pools:\n  sick: {{ cells: {{ a: [ '{}' ], b: [ '{}' ] }}, {quick} }}\n  beside: {{ cells: {{ c: [ '{}' ] }} }}\n\
+             listeners: [ {{ bind: '10.99.1.1:8080', http: {{ routes: [ {{ path: /beside, pool: beside }}, {{ pool: sick }} ] }} }} ]",
+            address(1),
+            address(2),
+            address(3)
+        ),
+    );
+    (1..=3).for_each(|i| proxy.wait_health(&address(i), "up", Duration::from_secs(5)));
+    let load = |path: &'static str, seconds: u64| {
+        let manner = Manner { kept: true, path, ..Manner::default() };
+        let target = "10.99.1.1:8080".parse().unwrap();
+        Load::start_with(Some(rig.edge()), target, 300.0, Duration::from_secs(seconds), manner)
+    };
+    let descriptors = || std::fs::read_dir(format!("/proc/{}/fd", proxy.pid())).unwrap().count();
+    // What both pools' clients see in four seconds, and what the process holds near their end.
+    let look = || {
+        let (ill, beside) = (load("", 4), load("beside", 4));
+        at(Instant::now(), 3.5);
+        let held = (proxy.memory() as f64, descriptors() as f64);
+        drop(ill.finish());
+        let beside = beside.finish();
+        assert_eq!(beside.failed(), 0);
+        (beside.quantile(0.99).as_secs_f64() * 1e3, held)
+    };
+    look();
+    let faults = [("mute", Mode::Mute), ("slow", Mode::Slow(400)), ("errors", Mode::Fail(60)), ("reset", Mode::Reset)];
+    let mut missed = Vec::new();
+    for (name, mode) in faults.map(|(name, mode)| (name, Some(mode))).into_iter().chain([("swallow", None)]) {
+        let (mut times, mut memory, mut files) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..5 {
+            let (calm, held) = look();
+            match mode {
+                Some(mode) => sick.set(mode),
+                None => rig.swallow(1),
+            }
+            let (fault, held_then) = look();
+            sick.set(Mode::Serve);
+            rig.heal(1);
+            proxy.wait_health(&address(1), "up", Duration::from_secs(20));
+            times.push(fault / calm);
+            memory.push(held_then.0 / held.0);
+            files.push(held_then.1 / held.1);
+        }
+        let figures = [times, memory, files].map(|mut ratios: Vec<f64>| {
+            ratios.sort_by(f64::total_cmp);
+            (ratios[2], ratios[4])
+        });
+        println!(
+            "{name}: ratios (median, worst) of p99 {:.2?}, memory {:.2?}, descriptors {:.2?}",
+            figures[0], figures[1], figures[2]
+        );
+        let over = figures[0].0 > 1.1 || figures[1].0 > 1.2 || figures[2].0 > 1.2;
+        missed.extend(over.then_some(name));
+    }
+    assert!(missed.is_empty(), "{missed:?}");
 }
 
 #[test]

@@ -168,6 +168,7 @@ impl Stage {
                 poison_one_in: drill.load.poison_one_in,
                 patience: Duration::from_secs_f64(drill.load.patience_s),
                 tries: drill.load.tries,
+                path: "",
             },
         );
         let until = |at: f64| {

@@ -30,6 +30,8 @@ pub struct Manner {
     pub post_one_in: u32,
     /// One request in so many asks for `/poison`, which ends the backend that receives it; 0: none.
     pub poison_one_in: u32,
+    /// Where plain requests go, without the first slash.
+    pub path: &'static str,
 }
 
 /// What a request asks for.
@@ -165,7 +167,7 @@ async fn run(target: SocketAddr, rate: f64, length: Duration, manner: Manner) ->
             Kind::Slow => "GET /slow HTTP/1.1\r\nHost: x\r\n".to_owned(),
             Kind::Post => format!("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nX-Id: {i}\r\n"),
             Kind::Poison => "GET /poison HTTP/1.1\r\nHost: x\r\n".to_owned(),
-            Kind::Plain => "GET / HTTP/1.1\r\nHost: x\r\n".to_owned(),
+            Kind::Plain => format!("GET /{} HTTP/1.1\r\nHost: x\r\n", manner.path),
         };
         tasks.spawn(async move {
             let patience = if manner.patience.is_zero() { PATIENCE } else { manner.patience };
