@@ -399,6 +399,7 @@ impl Backend {
         if pace.is_none() && ok + silent == 0 {
             return None;
         }
+        self.silence.forget(now);
         let seen = pace::Seen { first_bytes: self.first_byte.ever(), handshakes: [ok, silent] };
         let pace = pace.get_or_insert_with(|| Box::new(Pace::new(seen, now)));
         if late {
@@ -407,7 +408,6 @@ impl Backend {
         }
         let before = pace.answers();
         let look = pace.look(seen, now);
-        self.silence.forget(now);
         let waiting = self.silence.waiting() + self.silence.abandoned();
         let came = pace.came(self.silence.wrote_ever());
         if waiting > 0 || self.most_waiting.load(Relaxed) != u32::MAX {

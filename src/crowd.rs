@@ -27,6 +27,7 @@ const RISE: f64 = 1.1;
 /// with each.
 const NEAR: f64 = 0.7;
 const RISE_NEAR: f64 = 1.02;
+const RISE_NEAR_BY: f64 = 0.1;
 const FORGOTTEN: f64 = 1.01;
 /// A limit of so many times what is usual, and so many more, limits nothing; one of a silence must have doubled besides.
 const GONE_TIMES: f64 = 8.0;
@@ -84,8 +85,9 @@ pub struct Crowd {
     began: (f64, Duration, u32),
     /// What is taken for calm where the crowd turned out not to be the reason.
     base: Duration,
-    /// The limit at which it was too slow last; forgotten little by little.
+    /// The limit at which it was too slow last, and was lowered step by step since; forgotten little by little.
     knee: f64,
+    falling: bool,
 }
 
 impl Default for Crowd {
@@ -100,6 +102,7 @@ impl Default for Crowd {
             began: (f64::INFINITY, Duration::ZERO, 0),
             base: Duration::ZERO,
             knee: f64::INFINITY,
+            falling: false,
         }
     }
 }
@@ -153,17 +156,20 @@ impl Crowd {
             self.began.1 = self.began.1.max(recent);
             self.began.2 += 1;
             if self.began.2 >= PATIENCE {
-                if self.limit <= self.began.0 / 2.0 && recent > self.began.1.mul_f64(HELPED) {
+                let lowered = self.limit <= self.began.0 / 2.0 || self.limit <= LEAST;
+                if lowered && recent > self.began.1.mul_f64(HELPED) {
                     (self.limit, self.knee, self.base) = (f64::INFINITY, f64::INFINITY, recent);
                     return;
                 }
                 self.began = (self.limit, recent, 0);
             }
-            // What the last step took back is not gone yet.
-            if waiting > self.limit {
+            // What the last step took back is not gone yet; or it was not the limit that was reached.
+            if self.limit.is_finite() && (waiting > self.limit || waiting < self.limit / 2.0) {
                 return;
             }
-            self.knee = self.limit.min(waiting.max(LEAST));
+            if !std::mem::replace(&mut self.falling, true) {
+                self.knee = self.limit.min(waiting.max(LEAST));
+            }
             let gradient = (SAME * calm.as_secs_f64().max(1e-3) / recent.as_secs_f64()).clamp(FALL, 1.0);
             self.limit = (self.limit.min(waiting.max(1.0)) * gradient).max(LEAST);
             return;
@@ -183,8 +189,10 @@ impl Crowd {
     }
 
     fn rise(&mut self) {
+        self.falling = false;
         self.knee *= FORGOTTEN;
-        self.limit = if self.limit < self.knee * NEAR { self.limit * RISE + 1.0 } else { self.limit * RISE_NEAR };
+        let near = self.limit >= self.knee * NEAR;
+        self.limit = if near { self.limit * RISE_NEAR + RISE_NEAR_BY } else { self.limit * RISE + 1.0 };
         let twice = if self.of_silence { self.began.0 * 2.0 } else { 0.0 };
         if self.limit >= (self.usual * GONE_TIMES + GONE).max(twice) {
             (self.limit, self.knee, self.of_silence) = (f64::INFINITY, f64::INFINITY, false);
@@ -291,8 +299,8 @@ mod tests {
         (0..4).for_each(|_| crowd.look(crowded));
         for look in 0..300 {
             // What is seen of it follows its crowd some looks later.
-            let (waiting, recent) = if look % 7 < 2 { (14, MS * 72) } else { (8, MS * 43) };
-            crowd.look(Look { waiting: waiting.min(crowd.limit()), answered: 20, recent: Some(recent), ..crowded });
+            let recent = MS * if look % 7 < 2 && crowd.limit() > 10 { 72 } else { 43 };
+            crowd.look(Look { waiting: crowd.limit(), answered: 20, recent: Some(recent), ..crowded });
             assert!(crowd.limit() < 40, "{look} {crowd:?}");
         }
     }

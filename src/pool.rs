@@ -433,16 +433,18 @@ impl Pool {
         })
     }
 
-    /// The member, or another one when it has owed its clients their first bytes for some moments. Only among cells that have a
-    /// share: a hiccup is no reason to use the next tier.
+    /// The member, or another one when it has owed its clients their first bytes for some moments. A cell with a smaller share
+    /// takes in proportion fewer of them, and a hiccup is no reason to use the next tier.
     fn unless_it_hangs(&self, plan: &Plan, member: usize, want: &Want<'_>, now: Time, rng: &mut Rng) -> usize {
         let hangs = |m: usize| self.policy.first_byte != FirstByte::Ignore && self.members[m].backend.hangs(now);
         if !hangs(member) {
             return member;
         }
         let cell = self.members[member].cell;
-        let share = |i: usize| if Some(i) == want.racing || i == cell { 0.0 } else { plan.cells[i].share };
-        let elsewhere = self.draw_cell(plan, share, rng);
+        let other = |i: usize| i != cell && Some(i) != want.racing && self.cells[i].tier == self.cells[cell].tier;
+        let share = |i: usize| if other(i) { plan.cells[i].share } else { 0.0 };
+        let elsewhere =
+            self.draw_cell(plan, share, rng).filter(|&i| rng.f64() * plan.cells[cell].share < plan.cells[i].share);
         let cells = [Some(cell), elsewhere].into_iter().flatten();
         let mut others = cells.filter_map(|cell| self.in_cell(plan, cell, want, rng, &mut false));
         others.find(|&other| !hangs(other)).unwrap_or(member)
@@ -477,16 +479,35 @@ impl Pool {
         self.cells.iter().zip(&plan.cells).map(|(cell, plan)| (configured(cell), plan.share)).collect()
     }
 
-    /// How many connections each cell has beyond its share, where it has clearly more. What one cell has for another that is
-    /// out, or slow, or drained, is its share.
-    pub fn spare(&self, now: Time) -> Vec<f64> {
-        let used = |cell: &Cell| -> f64 {
-            self.members[cell.members.clone()].iter().map(|member| f64::from(member.backend.in_flight.used())).sum()
-        };
-        let used: Vec<f64> = self.cells.iter().map(used).collect();
+    /// How many of `used` sessions each cell has beyond its share, where it has clearly more and others have clearly fewer than
+    /// theirs and could take them. What one cell has for another that is out, slow or drained is its share.
+    pub fn spare(&self, used: &[f64], now: Time) -> Vec<f64> {
         let all: f64 = used.iter().sum();
-        let shares = self.shares(now).into_iter();
-        shares.zip(used).map(|((configured, share), used)| used - all * configured.max(share) * OVER).collect()
+        let shares = self.shares(now);
+        // Two standard deviations: what differs by less may have come about by chance.
+        let chance = |share: f64| 2.0 * (all * share * (1.0 - share)).sqrt();
+        let missing = |i: usize| {
+            let room = self.cells[i].members.clone().any(|m| self.members[m].backend.fit() && self.has_room(m));
+            if room { (all * shares[i].1 - used[i]).max(0.0) } else { 0.0 }
+        };
+        let missing: f64 = (0..self.cells.len()).map(missing).sum();
+        let beyond = |i: usize| {
+            let share = shares[i].0.max(shares[i].1);
+            (used[i] - (all * share * OVER).max(all * share + chance(share))).min(missing)
+        };
+        (0..self.cells.len()).map(beyond).collect()
+    }
+
+    /// Whether a client of this address belongs to the cell; `None`: that cannot be told from the address.
+    pub fn belongs(&self, client: IpAddr, cell: usize, now: Time) -> Option<bool> {
+        match self.policy.affinity {
+            Affinity::None => Some(false),
+            Affinity::ClientIp => match self.pinned(&self.plan(now), pin(client), now) {
+                Some(Choice::Member(member) | Choice::Doubtful(member)) => Some(self.members[member].cell == cell),
+                _ => None,
+            },
+            Affinity::Sni | Affinity::Header(_) | Affinity::Cookie(_) => None,
+        }
     }
 
     // ---- the plan ----

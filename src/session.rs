@@ -220,30 +220,37 @@ pub fn reset_doomed(most: usize) -> usize {
 }
 
 /// Ends sessions of cells that have more than their share since another one came back, at the pool's pace, the newest first:
-/// older ones may always have been there. Younger ones than [`LONG`] go by themselves.
+/// older ones may always have been there. Younger ones than [`LONG`] go by themselves. Each worker looks at its own, which are a
+/// sample of all.
 pub fn rebalance(table: &Table, now: Time) {
     for pool in &table.pools {
         let Some(rate) = pool.policy.rebalance else { continue };
-        let mut spare = pool.spare(now);
-        if spare.iter().all(|spare| *spare < 1.0) {
-            continue;
-        }
         let cells: HashMap<u64, usize> = pool.members.iter().map(|member| (member.backend.id, member.cell)).collect();
         SESSIONS.with(|sessions| {
             let mut sessions = sessions.borrow_mut();
-            let long = |entry: &Entry| entry.ended.is_none() && now.since(entry.began) >= LONG;
-            let mut found: Vec<(u64, usize, usize)> = sessions
-                .iter()
-                .filter(|(_, entry)| long(entry))
-                .filter_map(|(key, entry)| cells.get(&entry.backend.id).map(|cell| (entry.id, key, *cell)))
-                .filter(|(_, _, cell)| spare[*cell] >= 1.0)
-                .collect();
-            found.sort_unstable_by(|a, b| b.cmp(a));
-            for (_, key, cell) in found {
-                if spare[cell] >= 1.0 && pool.shared.rebalancing.take(rate, BEAT, now) {
-                    spare[cell] -= 1.0;
-                    end(&mut sessions[key], End::Rebalanced);
+            let mut used = vec![0.0; pool.cells.len()];
+            let mut long = Vec::new();
+            for (key, entry) in sessions.iter().filter(|(_, entry)| entry.ended.is_none()) {
+                let Some(&cell) = cells.get(&entry.backend.id) else { continue };
+                used[cell] += 1.0;
+                if now.since(entry.began) >= LONG {
+                    long.push((entry.id, key, cell));
                 }
+            }
+            let mut spare = pool.spare(&used, now);
+            if spare.iter().all(|spare| *spare < 1.0) {
+                return;
+            }
+            long.sort_unstable_by(|a, b| b.cmp(a));
+            for (_, key, cell) in long {
+                if spare[cell] < 1.0 || pool.belongs(sessions[key].peer.ip(), cell, now) != Some(false) {
+                    continue;
+                }
+                if !pool.shared.rebalancing.take(rate, BEAT, now) {
+                    break;
+                }
+                spare[cell] -= 1.0;
+                end(&mut sessions[key], End::Rebalanced);
             }
         });
     }

@@ -593,7 +593,22 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, upli
     };
     let known: HashMap<&str, &Arc<Backend>> =
         before.iter().flat_map(|pool| &pool.members).map(|member| (&*member.backend.name, &member.backend)).collect();
+    // What is added beside others that carry the cell begins with a small share: where the cell keeps its whole share without it
+    // nobody has to help meanwhile. A cell that is all new may begin so where others have most of the only tier.
+    let carries = |backend: &config::Backend| {
+        known.get(backend.name.as_str()).is_some_and(|old| old.address == backend.address && old.fit())
+    };
+    let carried = |cell: &config::Cell| {
+        let weight = |backend: &config::Backend| if carries(backend) { backend.weight } else { 0 };
+        let all: u32 = cell.backends.iter().map(|backend| backend.weight).sum();
+        (cell.backends.iter().map(weight).sum::<u32>(), all)
+    };
+    let enough = |(old, all): (u32, u32)| old * 7 >= all * 5;
+    let weight = |some: &dyn Fn(&config::Cell) -> bool| -> u32 {
+        wanted.cells.iter().filter(|cell| some(cell)).map(|cell| cell.weight).sum()
+    };
     let one_tier = wanted.cells.iter().all(|cell| cell.tier == wanted.cells[0].tier);
+    let most_carried = one_tier && weight(&|cell| enough(carried(cell))) * 2 >= weight(&|_| true);
     let mut cells = Vec::new();
     let mut members = Vec::new();
     for cell in &wanted.cells {
@@ -601,14 +616,7 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, upli
         let kept = old.map_or_else(Arc::default, |old: &Cell| old.shared.clone());
         kept.connections.tells(&shared.queue);
         let count = cell.backends.len();
-        // What is added beside others that carry the cell, or the only tier, begins with a small share. No next tier is
-        // asked for help because of it.
-        let carries = |backend: &config::Backend| {
-            known.get(backend.name.as_str()).is_some_and(|old| old.address == backend.address && old.fit())
-        };
-        let of_cell = cell.backends.iter().filter(|backend| carries(backend)).count();
-        let others_carry =
-            of_cell * 7 >= count * 5 || one_tier && wanted.cells.iter().flat_map(|cell| &cell.backends).any(carries);
+        let others_carry = enough(carried(cell)) || carried(cell).0 == 0 && most_carried;
         cells.push(NewCell {
             name: cell.name.as_str().into(),
             tier: cell.tier,

@@ -333,7 +333,6 @@ async fn with_one(
                 }
                 Notice::Spoke => {}
                 Notice::Answered => {
-                    owed = None;
                     again = None;
                     // A hello is different each time, so there is nothing to be learned from it.
                     if let Some(kept) = carried.kept.as_ref().filter(|_| replay.is_some_and(|replay| !replay.only_tls))
@@ -344,6 +343,8 @@ async fn with_one(
                     let took = carried.answered.unwrap_or(asked).saturating_duration_since(asked);
                     of_cell.first_byte.record(took);
                     backend.answered(&policy.health, prefix, took, attempt_began, clock::of(asked + took));
+                    // Only now: whoever leaves before the answer is known counts as unanswered.
+                    owed = None;
                 }
                 Notice::Unanswered if asked.elapsed() <= first_byte_time(&backend) => {
                     backend.unanswered(&policy.health, prefix, carried.spoke.is_some(), attempt_began, clock::now());

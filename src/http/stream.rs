@@ -33,6 +33,8 @@ use crate::tls;
 
 /// Bytes on their way to the client are gathered up to this many, until the engine says that they should go.
 const GATHER: usize = 16 * 1024;
+/// A large answer goes out in so many bytes at a time.
+const BURST: usize = 128 * 1024;
 /// Most bytes of next requests that wait while one is served.
 const AHEAD: usize = 64 * 1024;
 /// How long, and for how many bytes, a connection is read after its last answer, so that a reset does not overtake it.
@@ -163,6 +165,8 @@ pub struct Edge {
     at: usize,
     give: usize,
     out: Vec<u8>,
+    /// Bytes written since others had their turns.
+    burst: usize,
     patience: Patience,
     /// Bodies of answers of our own, by status.
     pages: Arc<[(u16, Page)]>,
@@ -214,6 +218,7 @@ impl Edge {
             at: 0,
             give: 0,
             out: Vec::new(),
+            burst: 0,
             patience,
             pages,
             // The first head is due at once, not after a pause between requests.
@@ -569,12 +574,25 @@ impl AsyncWrite for Edge {
             ready!(edge.poll_gathered(context))?;
         }
         if bytes.len() > GATHER {
+            // Whoever takes much lets the others of this worker have their turns.
+            if edge.burst >= BURST {
+                edge.burst = 0;
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             return match Pin::new(&mut edge.inner).poll_write(context, bytes) {
                 Poll::Ready(Ok(written)) => {
                     edge.link.bytes[1].fetch_add(written as u64, Relaxed);
+                    edge.burst += written;
                     Poll::Ready(Ok(written))
                 }
-                Poll::Pending if edge.overdue(context) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+                Poll::Pending => {
+                    edge.burst = 0;
+                    match edge.overdue(context) {
+                        true => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+                        false => Poll::Pending,
+                    }
+                }
                 other => other,
             };
         }

@@ -385,3 +385,40 @@ fn who_can_goes_elsewhere_while_a_backend_owes_its_clients_their_first_bytes() {
     let siblings = hanging(&[(0, 1, 2), (0, 1, 2)], Policy::default(), &[0]);
     assert!(share(&siblings, 0) == 0.0 && share(&siblings, 1) > 0.35, "its own cell has another");
 }
+
+#[test]
+fn sessions_are_spare_where_others_are_short_of_theirs() {
+    let spare = |pool: &Pool, used: &[f64]| -> Vec<i64> {
+        pool.spare(used, NOW).into_iter().map(|spare| spare.max(0.0).floor() as i64).collect()
+    };
+    let two = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1)]);
+    assert_eq!(spare(&two, &[0.0, 1_000.0]), [0, 450]);
+    assert_eq!(spare(&two, &[495.0, 505.0]), [0, 0]);
+    assert_eq!(spare(&two, &[1.0, 6.0]), [0, 0], "that may be chance");
+    two.members[0].backend.drained.store(true, Relaxed);
+    two.shared.changed();
+    assert_eq!(spare(&two, &[0.0, 1_000.0]), [0, 0], "what is drained is its share");
+
+    let doubted = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1)]);
+    down(&doubted, 0);
+    assert_eq!(spare(&doubted, &[0.0, 1_000.0]), [0, 0]);
+    suspect(&doubted, 1);
+    assert_eq!(spare(&doubted, &[0.0, 1_000.0]), [0, 0], "nobody is better");
+
+    let full = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1)]);
+    full.members[0].backend.limit_waiting(0);
+    assert_eq!(spare(&full, &[0.0, 1_000.0]), [0, 0], "the other has no room");
+    let tiers = pool(Policy::default(), &[(0, 1, 1), (1, 1, 1)]);
+    assert_eq!(spare(&tiers, &[600.0, 400.0]), [0, 400], "the next tier is not needed any more");
+}
+
+#[test]
+fn a_hiccup_moves_no_more_than_the_other_cells_share() {
+    let pool = pool(Policy::default(), &[(0, 99, 1), (0, 1, 1)]);
+    for member in &pool.members {
+        (0..100).for_each(|_| member.backend.heard(Some(Duration::from_millis(2)), NOW - Duration::from_millis(20)));
+    }
+    (0..3).for_each(|_| pool.members[0].backend.silence.wrote(1, NOW - Duration::from_millis(20)));
+    let picks = picks(&pool, false);
+    assert!(picks[&1] < 0.03, "{picks:?}");
+}
