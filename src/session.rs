@@ -220,7 +220,7 @@ pub fn reset_doomed(most: usize) -> usize {
 }
 
 /// Ends sessions of cells that have more than their share since another one came back, at the pool's pace, the newest first:
-/// older ones may always have been there. Younger ones than [`LONG`] go by themselves. Each worker looks at its own, which are a
+/// older ones may always have been there. Younger ones than ten seconds go by themselves. Each worker looks at its own, which are a
 /// sample of all.
 pub fn rebalance(table: &Table, now: Time) {
     for pool in &table.pools {
