@@ -61,7 +61,7 @@ pub struct Look {
     pub shifted: bool,
     /// Whether it has been silent as a whole for longer than its answers take.
     pub silent: bool,
-    /// Whether somebody has left without an answer, and nothing was answered since that was written later.
+    /// Whether it may still work on what somebody has left there without an answer.
     pub left: bool,
     /// Median of its times while nothing is wrong, and of the last few.
     pub calm: Option<Duration>,

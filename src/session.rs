@@ -30,6 +30,8 @@ const STUCK: Duration = Duration::from_secs(3);
 const LONG: Duration = Duration::from_secs(10);
 /// Time between two looks at what is to be moved back.
 const BEAT: Duration = Duration::from_secs(1);
+/// Sessions that are looked at for that; one look must not hold up the worker.
+const LOOKED_AT: usize = 4_096;
 /// Looks in which every session is asked about once.
 const ROUNDS: usize = 5;
 /// Most sessions of down backends that are reset in a tenth of a second, over all workers: 500 a second.
@@ -241,7 +243,9 @@ pub fn rebalance(table: &Table, now: Time) {
             if spare.iter().all(|spare| *spare < 1.0) {
                 return;
             }
+            long.retain(|(_, _, cell)| spare[*cell] >= 1.0);
             long.sort_unstable_by(|a, b| b.cmp(a));
+            long.truncate(LOOKED_AT);
             for (_, key, cell) in long {
                 if spare[cell] < 1.0 || pool.belongs(sessions[key].peer.ip(), cell, now) != Some(false) {
                     continue;

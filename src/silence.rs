@@ -20,7 +20,7 @@ const LEAST: u32 = 3;
 const HANGS_FOR: Duration = Duration::from_secs(1);
 /// So many that left are done with for each answer to what was written after them.
 const FREED: u32 = 2;
-/// Most that are remembered of those that left a silent backend, and for how long.
+/// Most that are remembered of those that left a silent backend, or are on their way; and for how long of the former.
 const LEFT: usize = 4_096;
 const LEFT_FOR: Duration = Duration::from_secs(10);
 /// Who has not written after this time has nothing to write, or found no way.
@@ -143,7 +143,11 @@ impl Silence {
 
     /// Somebody is on the way and will write something soon, if anything.
     pub fn comes(&self, now: Time) {
-        change(&self.coming, &self.coming_count, |coming| coming.push_back(now));
+        change(&self.coming, &self.coming_count, |coming| {
+            if coming.len() < LEFT {
+                coming.push_back(now);
+            }
+        });
     }
 
     /// How many are on the way.

@@ -422,3 +422,18 @@ fn a_hiccup_moves_no_more_than_the_other_cells_share() {
     let picks = picks(&pool, false);
     assert!(picks[&1] < 0.03, "{picks:?}");
 }
+
+#[test]
+fn who_was_sent_to_a_limited_backend_counts_before_he_has_written() {
+    let pool = pool(Policy::default(), &[(0, 1, 1)]);
+    pool.members[0].backend.limit_waiting(10);
+    let mut rng = Rng::with_seed(7);
+    let mut sent = Vec::new();
+    while sent.len() < 100 {
+        let Choice::Member(member) = pool.pick(&Want::default(), NOW, &mut rng) else { break };
+        sent.push(pool.take_place(member, NOW).expect("there is a place"));
+    }
+    assert_eq!(sent.len(), 10, "in one moment no more than the limit");
+    pool.members[0].backend.silence.forget(NOW + Duration::from_secs(1));
+    assert_eq!(pool.pick(&Want::default(), NOW, &mut rng), Choice::Member(0), "they never came");
+}
