@@ -40,8 +40,9 @@ pub struct Silence {
     answered: AtomicU64,
     /// How many were ever written; wraps.
     ever: AtomicU32,
-    /// How often it was accused since the last first byte.
+    /// How often it was accused since the last first byte; and whether it was found silent since then.
     accused: AtomicU32,
+    found: AtomicBool,
     /// When that was written that was left since the last first byte; and how many these are.
     abandoned: Mutex<VecDeque<Time>>,
     abandoned_count: AtomicU32,
@@ -110,6 +111,9 @@ impl Silence {
             }
         }
         self.written.store(0, Relaxed);
+        if self.found.load(Relaxed) {
+            self.found.store(false, Relaxed);
+        }
         if self.accused.load(Relaxed) > 0 {
             self.accused.store(0, Relaxed);
         }
@@ -191,17 +195,22 @@ impl Silence {
         self.written.load(Relaxed) >= LEAST && self.quiet(limit, now) && !self.quiet(HANGS_FOR, now)
     }
 
-    /// Whether it was accused and has not answered since: those that were carried elsewhere leave that standing for the last one.
+    /// Whether it was found silent and has not answered since: those that were carried elsewhere leave that standing for the
+    /// last one.
     pub fn stays_mute(&self, limit: Duration, now: Time) -> bool {
-        self.accused.load(Relaxed) > 0 && self.quiet(limit, now)
+        self.found.load(Relaxed) && self.quiet(limit, now)
     }
 
-    /// The silence, when it has lasted for `limit`.
+    /// The silence, when it has lasted for `limit`. Remembered until the next first byte.
     pub fn mute(&self, limit: Duration, now: Time) -> Option<Mute> {
         let written = self.written.load(Relaxed).min(self.waiting.load(Relaxed));
         let since = Time(self.first.load(Relaxed));
         let only = (!self.mixed.load(Relaxed)).then(|| self.prefix.load(Relaxed));
-        (written >= LEAST && now.since(since) >= limit).then_some(Mute { since, only })
+        let mute = written >= LEAST && now.since(since) >= limit;
+        if mute {
+            self.found.store(true, Relaxed);
+        }
+        mute.then_some(Mute { since, only })
     }
 }
 
@@ -249,12 +258,11 @@ mod tests {
     }
 
     #[test]
-    fn once_accused_it_stays_silent_to_the_last_that_waits() {
+    fn once_found_it_stays_silent_to_the_last_that_waits() {
         let silence = Silence::default();
         (0..3).for_each(|_| silence.wrote(1, START));
-        assert!(silence.mute(LIMIT, START + LIMIT).is_some());
         assert!(!silence.stays_mute(LIMIT, START + LIMIT));
-        silence.accused();
+        assert!(silence.mute(LIMIT, START + LIMIT).is_some());
         (0..2).for_each(|_| silence.left(START));
         assert!(silence.mute(LIMIT, START + LIMIT).is_none() && silence.stays_mute(LIMIT, START + LIMIT));
         silence.heard(None, START + LIMIT);

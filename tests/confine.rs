@@ -153,7 +153,7 @@ fn what_a_client_said_is_said_again() {
                 })
             })
             .collect();
-        clients.into_iter().filter(|_| true).map(|client| client.join().unwrap()).filter(|whole| *whole).count()
+        clients.into_iter().map(|client| client.join().unwrap()).filter(|whole| *whole).count()
     };
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n";
     const HELLO: &[u8] = b"\x16\x03\x01\x00\x05hello";
@@ -162,6 +162,21 @@ fn what_a_client_said_is_said_again() {
     assert!(answered("replay: { for: any, up_to: 8B }", Mode::Silent, REQUEST) < 40, "more than is kept");
     assert!(answered("replay: { for: tls }", Mode::Silent, REQUEST) < 40, "no handshake");
     assert_eq!(answered("replay: { for: tls }", Mode::Silent, HELLO), 40);
+}
+
+#[test]
+fn a_single_client_of_a_silent_backend_is_carried_elsewhere_too() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = over(&[&a, &b], "replay: { for: any }\n    probe: { interval: 1h, timeout: 1s }");
+    (0..100).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+    let tried = || proxy.metric("sailover_attempts_total", &[&a.address.to_string(), "result=\"ok\""]);
+    let before = tried();
+    a.set(Mode::Silent);
+    // One after the other, so that never several wait.
+    eventually("somebody came to the silent one", Duration::from_secs(20), || {
+        assert_eq!(get(proxy.address(0)).unwrap(), "b");
+        (tried() > before).then_some(())
+    });
 }
 
 #[test]
