@@ -373,9 +373,9 @@ impl Backend {
         matches!(self.view().state, State::Up | State::Returning) && !self.drained.load(Relaxed)
     }
 
-    /// Share of its full weight that it gets now, 0 to 1, by state, ramp and pace; drains apart.
+    /// Share of its full weight that it gets now, 0 to 1, by state and by ramp or pace, whichever is less; drains apart.
     pub fn share_now(&self, policy: &Policy, now: Time) -> f64 {
-        self.view().ramp_share(policy, now) * self.pace_share()
+        self.view().ramp_share(policy, now).min(self.pace_share())
     }
 }
 

@@ -36,6 +36,9 @@ const FRESH: f64 = 2.0;
 const SMALL: f64 = 0.1;
 const SMALL_GROWTH: f64 = 3.0;
 const FRESH_HANDSHAKES: f64 = 24.0;
+/// Below [`SMALL`] so many are enough, when none of them was lost, and the growth is this.
+const FEW_HANDSHAKES: f64 = 6.0;
+const FEW_GROWTH: f64 = 2.0;
 /// Without any client for so long a share grows by itself, because only clients can tell.
 const UNSEEN: Duration = Duration::from_secs(5);
 /// How fast the calm follows, by look: downwards, upwards with all others, and upwards alone. Half a minute of too much work
@@ -121,6 +124,8 @@ pub struct Pace {
     /// Answers and handshakes since the share last changed.
     fresh: Times,
     fresh_handshakes: [f64; 2],
+    /// Handshakes since the last that was lost, or the last change.
+    unbroken: f64,
     handshakes: [f64; 2],
     /// Binary logarithms of the calm median and ninth decile in microseconds.
     calm: Option<(f64, f64)>,
@@ -141,6 +146,7 @@ impl Pace {
             recent: Times::default(),
             fresh: Times::default(),
             fresh_handshakes: [0.0; 2],
+            unbroken: 0.0,
             handshakes: [0.0; 2],
             calm: None,
             taught: 0,
@@ -199,6 +205,7 @@ impl Pace {
             let new = seen.handshakes[i].saturating_sub(self.before.handshakes[i]) as f64;
             self.handshakes[i] = self.handshakes[i] * (1.0 - FORGET_HANDSHAKES) + new;
             self.fresh_handshakes[i] += new;
+            self.unbroken = if i == 1 && new > 0.0 { 0.0 } else { self.unbroken + new };
             came += new;
         }
         self.before = seen;
@@ -263,21 +270,21 @@ impl Pace {
         }
         if target < 1.0 {
             // As bad as it was: what is judged next must be newer.
-            self.fresh = Times::default();
-            self.fresh_handshakes = [0.0; 2];
-            self.changed = now;
+            self.begin_afresh(now);
             return false;
         }
         let [well, lost] = self.fresh_handshakes;
-        let carried = well + lost >= FRESH_HANDSHAKES && lost <= SAME_LOSS * (well + lost);
-        let by_handshakes = self.lossy && self.share >= LOSSY_TRICKLE || self.calm.is_none();
         let small = self.share < SMALL;
+        let many = well + lost >= FRESH_HANDSHAKES && lost <= SAME_LOSS * (well + lost);
+        let carried = many || small && self.unbroken >= FEW_HANDSHAKES;
+        let by_handshakes = self.lossy && self.share >= LOSSY_TRICKLE || self.calm.is_none();
         let proven = if by_handshakes { carried } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
         let unseen = now.since(self.seen.max(self.changed)) >= UNSEEN;
         if proven && now.since(self.changed) >= GROWTH_EVERY || unseen {
             // So many handshakes prove more than a few answers.
             let growth = match proven {
-                true if by_handshakes => GROWTH * GROWTH,
+                true if by_handshakes && many => GROWTH * GROWTH,
+                true if by_handshakes => FEW_GROWTH,
                 true if small => SMALL_GROWTH,
                 _ => GROWTH,
             };
@@ -289,14 +296,20 @@ impl Pace {
 
     fn set(&mut self, share: f64, now: Time) {
         self.share = share;
-        self.changed = now;
-        self.fresh = Times::default();
-        self.fresh_handshakes = [0.0; 2];
+        self.begin_afresh(now);
         if share >= 1.0 {
             self.lossy = false;
             self.recent = Times::default();
             self.handshakes = [0.0; 2];
         }
+    }
+
+    /// What is judged next is newer than this.
+    fn begin_afresh(&mut self, now: Time) {
+        self.changed = now;
+        self.fresh = Times::default();
+        self.fresh_handshakes = [0.0; 2];
+        self.unbroken = 0.0;
     }
 
     fn learn(&mut self, alone: bool, any: bool) {
@@ -467,6 +480,36 @@ mod tests {
         assert!(rig.share(0) > 0.45, "{}", rig.share(0));
         rig.run(20.0, 400.0, &[(2.0, 0.1), (2.0, 0.1)]);
         assert!((rig.share(0) - 0.5).abs() < 0.25, "{}", rig.share(0));
+    }
+
+    #[test]
+    fn few_clients_are_enough_to_bring_a_lossy_one_back_and_a_lossy_one_stays_small() {
+        let of_lossy = |loss: f64| [(20.0, loss), (20.0, 0.0), (20.0, 0.0)];
+        let (mut took, mut part) = (Vec::new(), Vec::new());
+        for seed in 0..20 {
+            let mut rig = Rig::new(3);
+            rig.rng = Rng::with_seed(seed);
+            rig.run(10.0, 200.0, &of_lossy(0.0));
+            rig.run(5.0, 200.0, &of_lossy(0.1));
+            let mut shares = 0.0;
+            for _ in 0..300 {
+                rig.run(0.1, 200.0, &of_lossy(0.1));
+                shares += rig.share(0);
+            }
+            part.push(shares / 300.0);
+            rig.run(2.0, 200.0, &of_lossy(0.5));
+            let mut seconds = 0.0;
+            while rig.share(0) < 0.3 {
+                rig.run(0.1, 200.0, &of_lossy(0.0));
+                seconds += 0.1;
+            }
+            took.push(seconds);
+        }
+        for list in [&mut took, &mut part] {
+            list.sort_unstable_by(f64::total_cmp);
+        }
+        assert!(took[10] < 8.0 && took[19] < 13.0, "{took:?}");
+        assert!(part[10] < 0.04 && part[19] < 0.08, "{part:?}");
     }
 
     #[test]

@@ -561,9 +561,8 @@ impl Pool {
                 let view = member.backend.view();
                 match view.state {
                     State::Up | State::Returning => {
-                        let ramp = view.ramp_share(policy, now);
-                        plan.moving |= ramp < 1.0;
-                        let share = ramp * member.backend.pace_share();
+                        plan.moving |= view.ramp_share(policy, now) < 1.0;
+                        let share = member.backend.share_now(policy, now);
                         part.fit.push(index);
                         weights.push(weight * share);
                         fit += weight * share;
