@@ -55,10 +55,14 @@ const ENOUGH_LOST: f64 = 3.0;
 const SAME_LOSS: f64 = 0.03;
 /// And so many standard deviations of what that loss would do by chance.
 const LOSS_SIGMAS: f64 = 2.0;
+/// And of what the last three looks alone would do, which are looked at ten times a second.
+const QUICK_SIGMAS: f64 = 3.0;
 /// Share of one that loses more than that. Each loss costs a client a race, so there is little reason for more.
 const LOSSY_TRICKLE: f64 = 0.03;
 /// Each look forgets this part of the handshakes it saw before: half of them in a second.
 const FORGET_HANDSHAKES: f64 = 0.07;
+/// A handshake that was lost is known later than one that was not: what speaks for a backend must have stood for so long.
+const LOST_IS_KNOWN: Duration = Duration::from_millis(200);
 
 /// Counts by bucket of time, as [`crate::estimate`] has them.
 #[derive(Clone, Debug)]
@@ -113,6 +117,8 @@ pub struct Look {
     pub slowness: Option<f64>,
     /// Part of the handshakes that were lost; `None`: too few.
     pub loss: Option<f64>,
+    /// The same of the last few looks, of a backend that has all of its share.
+    pub quick_loss: Option<f64>,
 }
 
 /// The pace of one backend.
@@ -124,9 +130,11 @@ pub struct Pace {
     /// Answers and handshakes since the share last changed.
     fresh: Times,
     fresh_handshakes: [f64; 2],
-    /// Handshakes since the last that was lost, or the last change.
+    /// Handshakes since the last that was lost, or the last change; and since when the handshakes speak for it.
     unbroken: f64,
+    carries_since: Option<Time>,
     handshakes: [f64; 2],
+    quick_handshakes: [f64; 2],
     /// Binary logarithms of the calm median and ninth decile in microseconds.
     calm: Option<(f64, f64)>,
     taught: u32,
@@ -147,7 +155,9 @@ impl Pace {
             fresh: Times::default(),
             fresh_handshakes: [0.0; 2],
             unbroken: 0.0,
+            carries_since: None,
             handshakes: [0.0; 2],
+            quick_handshakes: [0.0; 2],
             calm: None,
             taught: 0,
             share: 1.0,
@@ -204,6 +214,7 @@ impl Pace {
         for i in 0..2 {
             let new = seen.handshakes[i].saturating_sub(self.before.handshakes[i]) as f64;
             self.handshakes[i] = self.handshakes[i] * (1.0 - FORGET_HANDSHAKES) + new;
+            self.quick_handshakes[i] = self.quick_handshakes[i] * (1.0 - FORGET) + new;
             self.fresh_handshakes[i] += new;
             self.unbroken = if i == 1 && new > 0.0 { 0.0 } else { self.unbroken + new };
             came += new;
@@ -212,7 +223,8 @@ impl Pace {
         if came > 0.0 {
             self.seen = now;
         }
-        Look { slowness: self.slowness(), loss: self.loss() }
+        let quick_loss = (self.share >= 1.0).then(|| part_lost(self.quick_handshakes, ENOUGH_HANDSHAKES)).flatten();
+        Look { slowness: self.slowness(), loss: self.loss(), quick_loss }
     }
 
     fn slowness(&self) -> Option<f64> {
@@ -237,28 +249,31 @@ impl Pace {
     }
 
     fn loss(&self) -> Option<f64> {
-        let of = if self.share < 1.0 { self.fresh_handshakes } else { self.handshakes };
-        let enough = if self.share < 1.0 { ENOUGH } else { ENOUGH_HANDSHAKES };
-        let all = of[0] + of[1];
-        (all >= enough).then(|| if of[1] >= ENOUGH_LOST { of[1] / all } else { 0.0 })
+        match self.share < 1.0 {
+            true => part_lost(self.fresh_handshakes, ENOUGH),
+            false => part_lost(self.handshakes, ENOUGH_HANDSHAKES),
+        }
     }
 
-    /// Whether a loss is more than the others' and more than chance.
-    fn exceeds(&self, loss: f64, others: f64) -> bool {
+    /// Whether it loses more than the others, and more than by chance.
+    fn loses(&self, look: Look, alike: Look) -> bool {
         let of = if self.share < 1.0 { self.fresh_handshakes } else { self.handshakes };
-        let same = others + SAME_LOSS;
-        loss > same + LOSS_SIGMAS * (same / (of[0] + of[1])).sqrt()
+        let exceeds = |loss: Option<f64>, others: Option<f64>, [well, lost]: [f64; 2], sigmas: f64| {
+            let same = others.unwrap_or(0.0) + SAME_LOSS;
+            loss.is_some_and(|loss| loss > same + sigmas * (same / (well + lost)).sqrt())
+        };
+        exceeds(look.loss, alike.loss, of, LOSS_SIGMAS)
+            || exceeds(look.quick_loss, alike.quick_loss, self.quick_handshakes, QUICK_SIGMAS)
     }
 
     /// Judges a look: `alike` is what the least affected other backend of the pool showed. Says whether the share changed.
     pub fn judge(&mut self, look: Look, alike: Look, now: Time) -> bool {
         let slowness = look.slowness.map(|slowness| slowness / alike.slowness.unwrap_or(1.0).max(1.0));
-        let excess = look.loss.is_some_and(|loss| self.exceeds(loss, alike.loss.unwrap_or(0.0)));
         self.learn(slowness.is_some_and(|slowness| slowness > SAME), look.slowness.is_some());
 
         let for_pace =
             slowness.filter(|slowness| *slowness > SAME).map(|slowness| (SAME / slowness).powi(2).max(TRICKLE));
-        let for_loss = excess.then_some(LOSSY_TRICKLE);
+        let for_loss = self.loses(look, alike).then_some(LOSSY_TRICKLE);
         let target = for_pace.unwrap_or(1.0).min(for_loss.unwrap_or(1.0));
         self.lossy |= for_loss.is_some();
         if target < self.share {
@@ -276,7 +291,9 @@ impl Pace {
         let [well, lost] = self.fresh_handshakes;
         let small = self.share < SMALL;
         let many = well + lost >= FRESH_HANDSHAKES && lost <= SAME_LOSS * (well + lost);
-        let carried = many || small && self.unbroken >= FEW_HANDSHAKES;
+        let carries = many || small && self.unbroken >= FEW_HANDSHAKES;
+        self.carries_since = self.carries_since.or(Some(now)).filter(|_| carries);
+        let carried = self.carries_since.is_some_and(|since| now.since(since) >= LOST_IS_KNOWN);
         let by_handshakes = self.lossy && self.share >= LOSSY_TRICKLE || self.calm.is_none();
         let proven = if by_handshakes { carried } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
         let unseen = now.since(self.seen.max(self.changed)) >= UNSEEN;
@@ -301,6 +318,7 @@ impl Pace {
             self.lossy = false;
             self.recent = Times::default();
             self.handshakes = [0.0; 2];
+            self.quick_handshakes = [0.0; 2];
         }
     }
 
@@ -310,6 +328,7 @@ impl Pace {
         self.fresh = Times::default();
         self.fresh_handshakes = [0.0; 2];
         self.unbroken = 0.0;
+        self.carries_since = None;
     }
 
     fn learn(&mut self, alone: bool, any: bool) {
@@ -336,17 +355,25 @@ impl Pace {
     }
 }
 
+/// Part of the handshakes that were lost, where they are enough; a few are none.
+fn part_lost([well, lost]: [f64; 2], enough: f64) -> Option<f64> {
+    (well + lost >= enough).then(|| if lost >= ENOUGH_LOST { lost / (well + lost) } else { 0.0 })
+}
+
 /// What the least affected of a pool's backends show: the measure of what is the same for all.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Alike {
     slowness: [Option<(f64, usize)>; 2],
     loss: [Option<(f64, usize)>; 2],
+    quick_loss: [Option<(f64, usize)>; 2],
 }
 
 impl Alike {
     /// Takes in what the backend number `of` showed.
     pub fn add(&mut self, of: usize, look: Look) {
-        for (two, value) in [(&mut self.slowness, look.slowness), (&mut self.loss, look.loss)] {
+        let kinds =
+            [(&mut self.slowness, look.slowness), (&mut self.loss, look.loss), (&mut self.quick_loss, look.quick_loss)];
+        for (two, value) in kinds {
             let Some(value) = value else { continue };
             if two[0].is_none_or(|(least, _)| value < least) {
                 *two = [Some((value, of)), two[0]];
@@ -360,7 +387,7 @@ impl Alike {
     pub fn but(&self, of: usize) -> Look {
         let least =
             |two: &[Option<(f64, usize)>; 2]| two.iter().flatten().find(|(_, by)| *by != of).map(|(value, _)| *value);
-        Look { slowness: least(&self.slowness), loss: least(&self.loss) }
+        Look { slowness: least(&self.slowness), loss: least(&self.loss), quick_loss: least(&self.quick_loss) }
     }
 }
 
@@ -376,6 +403,8 @@ mod tests {
     struct Rig {
         estimates: Vec<Estimate>,
         handshakes: Vec<[u64; 2]>,
+        /// Lost in this look and in the one before, and not known yet.
+        lost: Vec<[u64; 2]>,
         paces: Vec<Pace>,
         now: Time,
         rng: Rng,
@@ -387,7 +416,14 @@ mod tests {
             let estimates: Vec<Estimate> = (0..count).map(|_| Estimate::default()).collect();
             let seen = |estimate: &Estimate| Seen { first_bytes: estimate.ever(), handshakes: [0; 2] };
             let paces = estimates.iter().map(|estimate| Pace::new(seen(estimate), now)).collect();
-            Rig { estimates, handshakes: vec![[0; 2]; count], paces, now, rng: Rng::with_seed(7) }
+            Rig {
+                estimates,
+                handshakes: vec![[0; 2]; count],
+                lost: vec![[0; 2]; count],
+                paces,
+                now,
+                rng: Rng::with_seed(7),
+            }
         }
 
         /// Runs for a time at `rate` a second; each backend's time in milliseconds and its loss.
@@ -404,11 +440,16 @@ mod tests {
                     let to = to.unwrap_or(0);
                     let (ms, loss) = of[to];
                     let lost = self.rng.f64() < loss;
-                    self.handshakes[to][usize::from(lost)] += 1;
+                    self.handshakes[to][0] += u64::from(!lost);
+                    self.lost[to][0] += u64::from(lost);
                     if !lost {
                         let jitter = 0.8 + 0.6 * self.rng.f64();
                         self.estimates[to].record(Duration::from_secs_f64(ms * jitter / 1e3));
                     }
+                }
+                for (lost, handshakes) in self.lost.iter_mut().zip(&mut self.handshakes) {
+                    handshakes[1] += lost[1];
+                    *lost = [0, lost[0]];
                 }
                 let looks: Vec<Look> = (0..of.len())
                     .map(|i| {
@@ -483,6 +524,26 @@ mod tests {
     }
 
     #[test]
+    fn a_lossy_path_is_seen_at_once() {
+        let mut looks: Vec<u32> = (0..20)
+            .map(|seed| {
+                let mut rig = Rig::new(2);
+                rig.rng = Rng::with_seed(seed);
+                rig.run(10.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+                let mut looks = 0;
+                while rig.paces[0].share() == 1.0 && looks < 100 {
+                    rig.run(0.1, 400.0, &[(2.0, 0.19), (2.0, 0.0)]);
+                    looks += 1;
+                }
+                looks
+            })
+            .collect();
+        looks.sort_unstable();
+        // Two of these pass before the first loss is known.
+        assert!(looks[10] <= 5 && looks[19] <= 9, "{looks:?}");
+    }
+
+    #[test]
     fn few_clients_are_enough_to_bring_a_lossy_one_back_and_a_lossy_one_stays_small() {
         let of_lossy = |loss: f64| [(20.0, loss), (20.0, 0.0), (20.0, 0.0)];
         let (mut took, mut part) = (Vec::new(), Vec::new());
@@ -508,7 +569,7 @@ mod tests {
         for list in [&mut took, &mut part] {
             list.sort_unstable_by(f64::total_cmp);
         }
-        assert!(took[10] < 8.0 && took[19] < 13.0, "{took:?}");
+        assert!(took[10] < 9.0 && took[19] < 13.0, "{took:?}");
         assert!(part[10] < 0.04 && part[19] < 0.08, "{part:?}");
     }
 
