@@ -53,6 +53,11 @@ const PROOF: u32 = 8;
 const DENIAL: Duration = Duration::from_secs(10);
 /// A return to `down` within this many holds of the last return is a relapse.
 const RELAPSE_HOLDS: u32 = 10;
+/// A backend that was well for no longer than this before it failed again must stay well for so many times as long before it
+/// returns, and that fades by this with each time: one that fails and works in turn stays out until it no longer does.
+const FLAPS: Duration = Duration::from_secs(5);
+const STEADY_TIMES: u32 = 2;
+const STEADY_FADES: f64 = 0.7;
 
 /// State of one backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -328,6 +333,9 @@ pub struct Health {
     loss_slow: f64,
     hold: Duration,
     hold_until: Time,
+    /// Since when all has gone well, from a failure on; and how long that must last before it returns.
+    steady_since: Option<Time>,
+    must_be_steady: Duration,
     /// An operator has let it return.
     let_return: bool,
     returned: Option<Time>,
@@ -362,6 +370,8 @@ impl Health {
             loss_slow: 0.0,
             hold: policy.hold_first,
             hold_until: now,
+            steady_since: None,
+            must_be_steady: Duration::ZERO,
             let_return: false,
             returned: None,
             trial_at: now,
@@ -410,9 +420,10 @@ impl Health {
         self.probe_failures + 1 >= policy.fall
     }
 
-    /// The present hold, and when it ends.
+    /// The present hold, and when it ends: later where it must be well for some time.
     pub fn hold(&self) -> (Duration, Time) {
-        (self.hold, self.hold_until)
+        let steady = self.steady_since.map_or(Time(0), |since| since + self.must_be_steady);
+        (self.hold, self.hold_until.max(steady))
     }
 
     /// The learned loss of the path with its margin, 0.01 to 0.30.
@@ -516,6 +527,9 @@ impl Health {
                     return None;
                 }
                 self.successes += 1;
+                if self.state == State::Down {
+                    self.steady_since.get_or_insert(now);
+                }
                 self.trial_pause = TRIAL_FIRST;
                 self.trial_at = now;
                 let enough = self.successes >= self.proof.max(policy.rise) && self.may_return(policy, now);
@@ -530,6 +544,7 @@ impl Health {
             }
             State::Down if evidence.depth >= self.blamed => {
                 self.successes += 1;
+                self.steady_since.get_or_insert(now);
                 // One trial that went well calls for the next at once.
                 self.trial_pause = TRIAL_FIRST;
                 self.trial_at = now;
@@ -624,6 +639,11 @@ impl Health {
             }
             State::Down => {
                 self.seen_by_traffic |= !probe;
+                // One probe in a while is not what takes a backend out either.
+                let fails = !probe || self.probe_failures >= policy.fall && self.beyond_loss(evidence, SUSPECT_ODDS);
+                if fails && self.steady_since.is_some_and(|since| evidence.began >= since) {
+                    self.ends_steady(policy, now);
+                }
                 self.owe_proof(evidence);
                 self.postpone_trial(evidence, now);
                 None
@@ -671,6 +691,7 @@ impl Health {
         let detected = left_up.then(|| now.since(self.first_failure.unwrap_or(now)));
         if to == State::Down {
             self.next_hold(policy, now);
+            self.ends_steady(policy, now);
             self.hold_until = now + self.hold;
             self.successes = 0;
             self.let_return = false;
@@ -699,7 +720,17 @@ impl Health {
 
     fn may_return(&self, policy: &Policy, now: Time) -> bool {
         // A doubt is no failure that anybody has to look after.
-        self.state == State::Suspect || now >= self.hold_until && (self.let_return || !policy.asks_operator)
+        let steady = now.since(self.steady_since.unwrap_or(now)) >= self.must_be_steady;
+        let allowed = self.let_return || steady && !policy.asks_operator;
+        self.state == State::Suspect || now >= self.hold_until && allowed
+    }
+
+    /// It fails again.
+    fn ends_steady(&mut self, policy: &Policy, now: Time) {
+        if let Some(steady) = self.steady_since.take().map(|since| now.since(since)) {
+            let must = if steady <= FLAPS { steady * STEADY_TIMES } else { Duration::ZERO };
+            self.must_be_steady = self.must_be_steady.mul_f64(STEADY_FADES).max(must).min(policy.hold_longest);
+        }
     }
 
     /// Whether nothing but an operator's word keeps it from returning.
@@ -731,6 +762,8 @@ impl Health {
         }
         if relapse {
             hold *= 2;
+        } else {
+            (self.steady_since, self.must_be_steady) = (None, Duration::ZERO);
         }
         self.hold = hold.clamp(policy.hold_first, policy.hold_longest);
     }

@@ -26,7 +26,7 @@ const LATE: Duration = Duration::from_millis(10);
 /// A backend is silent no earlier than this, nor than so many learned 99th percentiles of its first bytes.
 const FLOOR: Duration = Duration::from_millis(50);
 const FACTOR: u32 = 5;
-/// With nothing learned, where a first byte is expected all the same; and for whoever tries a doubted backend, or waits alone.
+/// With nothing learned, where a first byte is expected all the same; and for whoever tries a doubted backend.
 const COLD: Duration = Duration::from_secs(1);
 /// First bytes that take as long as can be learned are no sign of anything.
 const TOO_LONG: Duration = Duration::from_secs(3);
@@ -149,8 +149,7 @@ fn look(now: Time) {
             let found = backend.silence.mute(limit, now);
             let doubted = matches!(backend.view().state, State::Suspect | State::Down);
             let quiet = doubted && backend.silence.quiet(limit, now);
-            let alone = backend.silence.quiet(limit.max(COLD), now);
-            let given_up = doubted && alone;
+            let given_up = doubted && backend.silence.quiet(limit.max(COLD), now);
             if let Some(found) = found {
                 // One client prefix makes no transition where there are others.
                 if found.only.is_none_or(|prefix| !backend.others_than(prefix, now)) {
@@ -160,12 +159,9 @@ fn look(now: Time) {
                 // Whoever tries a doubted backend has his answer. One that has become slow may give it late.
                 accuse(backend, policy, backend.silence.first(), now);
             }
-            // One or two that wait prove nothing, but whoever can be carried elsewhere need not wait for a third.
-            let silent = found.is_some() || quiet || backend.silence.stays_mute(limit, now) || backend.vanished();
-            if !silent && !alone {
+            if found.is_none() && !quiet && !backend.silence.stays_mute(limit, now) && !backend.vanished() {
                 continue;
             }
-            let limit = if silent { limit } else { limit.max(COLD) };
             for one in here.movable.get_mut(id).into_iter().flatten() {
                 if now.since(one.since) >= limit && backend.shared.budget.extra(now) {
                     session::backend_is_silent(one.session);

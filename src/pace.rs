@@ -36,7 +36,7 @@ const FRESH: f64 = 2.0;
 const SMALL: f64 = 0.1;
 const SMALL_GROWTH: f64 = 3.0;
 const FRESH_HANDSHAKES: f64 = 24.0;
-/// Below [`SMALL`] so many are enough, when none of them was lost, and the growth is this.
+/// Below [`SMALL`] so many in a row are enough, and the growth is this.
 const FEW_HANDSHAKES: f64 = 6.0;
 const FEW_GROWTH: f64 = 2.0;
 /// Without any client for so long a share grows by itself, because only clients can tell.
@@ -262,8 +262,10 @@ impl Pace {
             let same = others.unwrap_or(0.0) + SAME_LOSS;
             loss.is_some_and(|loss| loss > same + sigmas * (same / (well + lost)).sqrt())
         };
+        // In so short a time it must be known that others lose less.
+        let others = alike.quick_loss.or(alike.loss);
         exceeds(look.loss, alike.loss, of, LOSS_SIGMAS)
-            || exceeds(look.quick_loss, alike.quick_loss, self.quick_handshakes, QUICK_SIGMAS)
+            || others.is_some() && exceeds(look.quick_loss, others, self.quick_handshakes, QUICK_SIGMAS)
     }
 
     /// Judges a look: `alike` is what the least affected other backend of the pool showed. Says whether the share changed.

@@ -340,7 +340,7 @@ fn why(pool: &Pool, member: &Member, chosen: bool, chance: f64, now: clock::Time
         }
         State::Up => vec!["up".to_owned()],
         State::Returning => {
-            let share = backend.view().ramp_share(&pool.policy.health, now) * 100.0;
+            let share = backend.share_now(&pool.policy.health, now) * 100.0;
             vec![format!("returning, at {share:.0}% of its share")]
         }
         State::Suspect => vec!["suspect: after the fit ones of its tier".to_owned()],

@@ -165,21 +165,6 @@ fn what_a_client_said_is_said_again() {
 }
 
 #[test]
-fn a_single_client_of_a_silent_backend_is_carried_elsewhere_too() {
-    let (a, b) = (Backend::start("a"), Backend::start("b"));
-    let proxy = over(&[&a, &b], "replay: { for: any }\n    probe: { interval: 1h, timeout: 1s }");
-    (0..100).for_each(|_| drop(get(proxy.address(0)).unwrap()));
-    let tried = || proxy.metric("sailover_attempts_total", &[&a.address.to_string(), "result=\"ok\""]);
-    let before = tried();
-    a.set(Mode::Silent);
-    // One after the other, so that never several wait.
-    eventually("somebody came to the silent one", Duration::from_secs(20), || {
-        assert_eq!(get(proxy.address(0)).unwrap(), "b");
-        (tried() > before).then_some(())
-    });
-}
-
-#[test]
 fn probes_alone_take_out_one_cell_at_a_time() {
     let down_together = |between: &str| {
         let backends: Vec<Backend> = ["a", "b", "c"].map(Backend::start).into();

@@ -497,6 +497,18 @@ fn keys_without_effect_are_warned_of() {
     assert_eq!(loaded.warnings.len(), 4);
     assert!(loaded.warnings.iter().all(|warning| warning.message.contains("has no effect")));
     assert!(sailover::config::parse(file.replace("3s", "3").as_bytes(), 9_999).is_err());
+
+    // Keys of sessions, by the listeners that lead to the pool.
+    let warned = |listener: &str, affinity: &str| {
+        let pool = format!("cells: {{ a: [ '127.0.0.1:1' ] }}, rebalance: 5/s, replay: {{ for: tls }}{affinity}");
+        let file = format!("pools: {{ p: {{ {pool} }} }}\nlisteners: [ {{ bind: '127.0.0.1:80', {listener} }} ]");
+        let loaded = sailover::config::parse(file.as_bytes(), 9_999).unwrap();
+        loaded.warnings.iter().map(|warning| warning.path.clone()).collect::<Vec<_>>()
+    };
+    assert!(warned("tcp: p", "").is_empty());
+    assert!(warned("sni: { routes: { shop.example: p } }", ", affinity: { by: client_ip }").is_empty());
+    assert_eq!(warned("sni: { routes: { shop.example: p } }", ", affinity: { by: sni }"), ["pools.p.rebalance"]);
+    assert_eq!(warned("http: { routes: [ { pool: p } ] }", ""), ["pools.p.rebalance", "pools.p.replay"]);
 }
 
 #[test]

@@ -406,3 +406,40 @@ fn a_handshake_has_a_deadline_and_may_follow_a_proxy_header() {
     }
     assert!(connect(&config, &proxy, "shop.example").is_err());
 }
+
+#[test]
+fn whoever_holds_a_connection_and_does_nothing_costs_little_memory() {
+    let (directory, authority, backend) = (Directory::new(), Authority::new(), echo());
+    let pair = authority.write(&directory.0, "c", &["shop.example"], 30);
+    let config = authority.client(|_| {});
+    for face in ["tcp: p", "http: { routes: [ { pool: p } ] }"] {
+        for finished in [false, true] {
+            let yaml =
+                yaml(&backend, &format!("certificates: [ {pair} ]"), "timeouts: { handshake: 60s, header: 60s }");
+            let proxy = Proxy::start(&yaml.replace("tcp: p", face));
+            proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+            let (mut begun, mut open) = (Vec::new(), Vec::new());
+            let mut more = |count: usize| {
+                for _ in 0..count {
+                    if finished {
+                        open.push(connect(&config, &proxy, "shop.example").unwrap());
+                    } else {
+                        let mut stream = TcpStream::connect(proxy.address_cached()).unwrap();
+                        stream.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3]).unwrap();
+                        begun.push(stream);
+                    }
+                }
+                let open = (begun.len() + open.len()) as f64;
+                eventually("all are accepted", Duration::from_secs(10), || {
+                    (proxy.metric("sailover_connections", &[]) >= open).then_some(())
+                });
+            };
+            more(100);
+            let before = proxy.memory();
+            more(500);
+            let each = proxy.memory().saturating_sub(before) / 500;
+            println!("{face}, handshake finished: {finished}: {each} bytes for each of 500 more");
+            assert!(each <= 48 << 10, "{face}, handshake finished: {finished}: {each} bytes");
+        }
+    }
+}

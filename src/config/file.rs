@@ -351,6 +351,7 @@ impl Reader<'_> {
         }
         if whole {
             self.warn_of_idle_http(&file);
+            self.warn_of_idle_sessions(&file);
         }
         if let Some(node) = fields.get("admin") {
             file.admin = self.admin(&node);
@@ -377,6 +378,30 @@ impl Reader<'_> {
             for (key, _) in keys.into_iter().filter(|(_, given)| *given) {
                 let reason = "has no effect, because no listener is an http listener";
                 self.warnings.push((format!("pools.{name}.{key}"), reason.into()));
+            }
+        }
+    }
+
+    /// Keys of sessions in pools that have only requests, and a pace where no session may be moved.
+    fn warn_of_idle_sessions(&mut self, file: &File) {
+        use super::Affinity::{Cookie, Header, Sni};
+        let has_sessions = |pool: &String| {
+            file.listeners.iter().any(|listener| {
+                let of_sni =
+                    listener.sni.iter().flat_map(|sni| sni.routes.iter().map(|(_, _, pool)| pool).chain(&sni.default));
+                listener.tcp.iter().chain(of_sni).any(|name| name == pool)
+            })
+        };
+        for (name, pool) in &file.pools {
+            let keys = [("rebalance", pool.rebalance.is_some()), ("replay", pool.replay.is_some())];
+            if !has_sessions(name) {
+                for (key, _) in keys.into_iter().filter(|(_, given)| *given) {
+                    let reason = "has no effect, because no tcp or sni listener leads to this pool";
+                    self.warnings.push((format!("pools.{name}.{key}"), reason.into()));
+                }
+            } else if pool.rebalance.is_some() && matches!(pool.affinity, Some(Sni | Header(_) | Cookie(_))) {
+                let reason = "has no effect with this affinity, which is not by the client's address";
+                self.warnings.push((format!("pools.{name}.rebalance"), reason.into()));
             }
         }
     }

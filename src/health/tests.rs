@@ -59,6 +59,8 @@ impl Bench {
         let (_, until) = self.health.hold();
         self.now = self.now.max(until);
         self.ok(Source::Probe, Depth::Connect);
+        let (_, until) = self.health.hold();
+        self.now = self.now.max(until);
         assert_eq!(self.ok(Source::Probe, Depth::Connect), Some(State::Returning));
         self.after(10_000);
         assert_eq!(self.ok(Source::Probe, Depth::Connect), Some(State::Up));
@@ -205,7 +207,9 @@ fn a_relapse_doubles_the_hold_up_to_the_longest_and_calm_halves_it() {
         let (_, until) = bench.health.hold();
         bench.now = until;
         bench.ok(Source::Probe, Depth::Connect);
-        bench.ok(Source::Probe, Depth::Connect);
+        let must = bench.health.must_be_steady.as_millis() as u64;
+        bench.after(must).ok(Source::Probe, Depth::Connect);
+        assert_eq!(bench.health.state(), State::Returning);
         bench.after(300);
     }
     assert_eq!(holds, [1, 2, 4, 8, 16, 32, 60, 60]);
@@ -214,6 +218,39 @@ fn a_relapse_doubles_the_hold_up_to_the_longest_and_calm_halves_it() {
     bench.after(3_600_000);
     bench.down();
     assert_eq!(bench.health.hold().0.as_secs(), 1);
+}
+
+#[test]
+fn one_that_fails_and_works_in_turn_stays_out_until_it_no_longer_does() {
+    for (period, phase) in [(3_500, 0), (3_500, 400), (3_500, 900), (2_000, 300), (8_000, 600)] {
+        let mut bench = Bench::new(Policy::default());
+        bench.after(phase);
+        let (mut downs, mut back) = (0, None);
+        // Five minutes of it, then none. A probe each second, and clients while there are any.
+        for tick in 0..4_000_u64 {
+            bench.after(100);
+            let ill = tick < 3_000 && tick * 100 % period < period / 2;
+            let before = bench.health.state();
+            if before != State::Down {
+                if ill {
+                    bench.refused()
+                } else {
+                    bench.ok(Source::Traffic, Depth::Answer)
+                };
+            }
+            if tick % 10 == 0 {
+                let seen = if ill { Seen::Refused } else { Seen::Success { hits: 1 } };
+                bench.see(Source::Probe, Depth::Connect, seen);
+            }
+            downs += u32::from(before != State::Down && bench.health.state() == State::Down);
+            if tick >= 3_000 && bench.health.state() == State::Returning {
+                back.get_or_insert(tick - 3_000);
+            }
+        }
+        assert!(downs <= 4, "every {period} ms from {phase}: down {downs} times");
+        let within = period / 100 + 40;
+        assert!(back.is_some_and(|back| back <= within), "every {period} ms from {phase}: {back:?} of {within}");
+    }
 }
 
 #[test]

@@ -181,7 +181,7 @@ fn sailover(drill: &Drill, cells: &[(String, SocketAddr)]) -> String {
         Probe::Http => "    probe: { http: { path: /healthz }, interval: 1s, fall: 2, rise: 2 }\n",
     };
     let list: String = cells.iter().map(|(name, address)| format!("      {name}: [ '{address}' ]\n")).collect();
-    let face = if drill.is_http() { "http: { routes: [ { pool: shop } ] }" } else { "tcp: shop" };
+    let face = if drill.is_http() { "http: { h2c: true, routes: [ { pool: shop } ] }" } else { "tcp: shop" };
     let pool = if drill.pool.is_empty() { String::new() } else { format!("    {}\n", drill.pool) };
     format!(
         "pools:\n  shop:\n    cells:\n{list}{probe}{pool}listeners: [ {{ bind: {ADDRESS}, {face} }} ]\nlog: {{ level: info }}"

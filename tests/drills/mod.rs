@@ -203,7 +203,7 @@ impl Stage {
                     Step::End(event) => {
                         most = most.max(self.front.memory());
                         if let Some(attack) = self.attack.take() {
-                            attackers = attack.open();
+                            attackers = attack.held();
                         }
                         end_fault(&self.rig, &self.delays, &self.backends, &self.front, self.base, event, drill);
                     }
