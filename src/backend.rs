@@ -407,7 +407,7 @@ impl Backend {
             return None;
         }
         let before = pace.answers();
-        let look = pace.look(seen, now);
+        let look = pace.look(seen, self.silence.quiet_for(now), now);
         let waiting = self.silence.waiting() + self.silence.abandoned();
         let came = pace.came(self.silence.wrote_ever());
         if waiting > 0 || self.most_waiting.load(Relaxed) != u32::MAX {

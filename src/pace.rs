@@ -115,6 +115,9 @@ pub struct Seen {
 pub struct Look {
     /// How many times slower than its calm; `None`: too few answers to tell.
     pub slowness: Option<f64>,
+    /// The same by the answers since the last look alone, or by what waits there and is not answered, where that is more; nobody
+    /// is judged by so little, but it may excuse others.
+    pub latest: Option<f64>,
     /// Part of the handshakes that were lost; `None`: too few.
     pub loss: Option<f64>,
     /// The same of the last few looks, of a backend that has all of its share.
@@ -197,9 +200,9 @@ impl Pace {
         self.before = seen;
     }
 
-    /// Takes in what came since the last look.
-    pub fn look(&mut self, seen: Seen, now: Time) -> Look {
-        let mut came = 0.0;
+    /// Takes in what came since the last look, and how long somebody has waited while nobody was answered.
+    pub fn look(&mut self, seen: Seen, quiet: Option<Duration>, now: Time) -> Look {
+        let (mut came, mut newest) = (0.0, Times::default());
         if self.recent.total * (1.0 - FORGET) >= ENOUGH {
             self.recent.scale(1.0 - FORGET);
         }
@@ -207,6 +210,7 @@ impl Pace {
             let new = seen.first_bytes[bucket].wrapping_sub(self.before.first_bytes[bucket]);
             if new > 0 {
                 self.recent.add(bucket, new);
+                newest.add(bucket, new);
                 self.fresh.add(bucket, new);
                 came += f64::from(new);
             }
@@ -224,7 +228,13 @@ impl Pace {
             self.seen = now;
         }
         let quick_loss = (self.share >= 1.0).then(|| part_lost(self.quick_handshakes, ENOUGH_HANDSHAKES)).flatten();
-        Look { slowness: self.slowness(), loss: self.loss(), quick_loss }
+        let newest = (newest.total > 0.0).then(|| newest.quantile_us(0.5));
+        let latest = quiet.map(|quiet| quiet.as_micros() as f64).into_iter().chain(newest).reduce(f64::max);
+        let latest = self.calm.zip(latest).and_then(|((median, _), latest)| {
+            let calm = median.exp2();
+            (latest - calm >= SAME_BY_US).then(|| latest / calm)
+        });
+        Look { slowness: self.slowness(), latest, loss: self.loss(), quick_loss }
     }
 
     fn slowness(&self) -> Option<f64> {
@@ -373,8 +383,9 @@ pub struct Alike {
 impl Alike {
     /// Takes in what the backend number `of` showed.
     pub fn add(&mut self, of: usize, look: Look) {
+        let slowness = look.slowness.into_iter().chain(look.latest).reduce(f64::max);
         let kinds =
-            [(&mut self.slowness, look.slowness), (&mut self.loss, look.loss), (&mut self.quick_loss, look.quick_loss)];
+            [(&mut self.slowness, slowness), (&mut self.loss, look.loss), (&mut self.quick_loss, look.quick_loss)];
         for (two, value) in kinds {
             let Some(value) = value else { continue };
             if two[0].is_none_or(|(least, _)| value < least) {
@@ -389,7 +400,8 @@ impl Alike {
     pub fn but(&self, of: usize) -> Look {
         let least =
             |two: &[Option<(f64, usize)>; 2]| two.iter().flatten().find(|(_, by)| *by != of).map(|(value, _)| *value);
-        Look { slowness: least(&self.slowness), loss: least(&self.loss), quick_loss: least(&self.quick_loss) }
+        let (slowness, loss, quick_loss) = (least(&self.slowness), least(&self.loss), least(&self.quick_loss));
+        Look { slowness, latest: None, loss, quick_loss }
     }
 }
 
@@ -456,7 +468,7 @@ mod tests {
                 let looks: Vec<Look> = (0..of.len())
                     .map(|i| {
                         let seen = Seen { first_bytes: self.estimates[i].ever(), handshakes: self.handshakes[i] };
-                        self.paces[i].look(seen, self.now)
+                        self.paces[i].look(seen, None, self.now)
                     })
                     .collect();
                 let mut alike = Alike::default();
@@ -502,6 +514,32 @@ mod tests {
         rig.run(10.0, 400.0, &[(2.0, 0.0); 3]);
         rig.run(30.0, 400.0, &[(100.0, 0.0); 3]);
         assert!((0..3).all(|i| (rig.share(i) - 1.0 / 3.0).abs() < 0.05));
+    }
+
+    #[test]
+    fn the_first_to_answer_late_is_not_blamed_while_another_is_silent() {
+        let mut rig = Rig::new(2);
+        rig.run(10.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        let share_beside = |quiet: Option<Duration>| {
+            let mut paces = rig.paces.clone();
+            let late = Estimate::default();
+            (0..20).for_each(|_| late.record(Duration::from_millis(402)));
+            let looks: Vec<Look> = (0..2)
+                .map(|i| {
+                    let mut seen = Seen { first_bytes: rig.estimates[i].ever(), handshakes: rig.handshakes[i] };
+                    if i == 0 {
+                        seen.first_bytes.iter_mut().zip(late.ever()).for_each(|(count, late)| *count += late);
+                    }
+                    paces[i].look(seen, if i == 0 { None } else { quiet }, rig.now)
+                })
+                .collect();
+            let mut alike = Alike::default();
+            looks.iter().enumerate().for_each(|(i, look)| alike.add(i, *look));
+            paces[0].judge(looks[0], alike.but(0), rig.now);
+            paces[0].share()
+        };
+        assert!(share_beside(None) < 0.02, "the other one answers as ever");
+        assert_eq!(share_beside(Some(Duration::from_millis(400))), 1.0, "nobody knows yet how late the other one is");
     }
 
     #[test]

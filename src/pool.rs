@@ -447,7 +447,10 @@ impl Pool {
             self.draw_cell(plan, share, rng).filter(|&i| rng.f64() * plan.cells[cell].share < plan.cells[i].share);
         let cells = [Some(cell), elsewhere].into_iter().flatten();
         let mut others = cells.filter_map(|cell| self.in_cell(plan, cell, want, rng, &mut false));
-        others.find(|&other| !hangs(other)).unwrap_or(member)
+        // Where all have become slower alike, whoever has just answered is no better.
+        let hung = self.members[member].backend.silence.quiet_for(now).unwrap_or_default();
+        let sooner = |other: usize| self.members[other].backend.silence.answers_within(hung);
+        others.find(|&other| !hangs(other) && sooner(other)).unwrap_or(member)
     }
 
     /// Where a client was before: the same backend, or another of its cell.

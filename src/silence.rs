@@ -38,6 +38,8 @@ pub struct Silence {
     /// When the last first byte came; and when that was written, of what was answered, that was written last.
     heard: AtomicU64,
     answered: AtomicU64,
+    /// How long the last answers took, in microseconds: the longest, which is halved with each that took less.
+    took: AtomicU64,
     /// How many were ever written; wraps.
     ever: AtomicU32,
     /// How often it was accused since the last first byte; and whether it was found silent since then.
@@ -99,6 +101,7 @@ impl Silence {
         if let Some(took) = took {
             let written = Time(now.0.saturating_sub(took.as_micros() as u64));
             self.answered.fetch_max(written.0, Relaxed);
+            self.took.store((took.as_micros() as u64).max(self.took.load(Relaxed) / 2), Relaxed);
             if self.abandoned() > 0 {
                 // A backend need not work in the order in which it was asked.
                 self.keep(|abandoned| {
@@ -184,9 +187,25 @@ impl Silence {
         self.written.load(Relaxed) == 0 || self.answered.load(Relaxed) >= since.0
     }
 
+    /// Whether it has answered since `since`, in less time than has passed from then to `now`: a silence that began then is no
+    /// slowness that is the same for all.
+    pub fn answers_sooner(&self, since: Time, now: Time) -> bool {
+        self.answers_since(since) && self.answers_within(now.since(since))
+    }
+
+    /// Whether its last answers took less than `time`, and a margin.
+    pub fn answers_within(&self, time: Duration) -> bool {
+        time > Duration::from_micros(self.took.load(Relaxed)) * 5 / 4
+    }
+
     /// Whether something was written `limit` ago or longer, and nobody has got a first byte since.
     pub fn quiet(&self, limit: Duration, now: Time) -> bool {
-        self.written.load(Relaxed) > 0 && now.since(Time(self.first.load(Relaxed))) >= limit
+        self.quiet_for(now).is_some_and(|quiet| quiet >= limit)
+    }
+
+    /// How long something has been waiting without a first byte to anybody.
+    pub fn quiet_for(&self, now: Time) -> Option<Duration> {
+        (self.written.load(Relaxed) > 0).then(|| now.since(Time(self.first.load(Relaxed))))
     }
 
     /// Whether several wait that were written since the last first byte, the first of them for `limit` or longer but not for long:
@@ -292,6 +311,19 @@ mod tests {
         assert_eq!(silence.mute(LIMIT, START + LIMIT), None);
         silence.wrote(1, START);
         assert_eq!(silence.waiting(), 1);
+    }
+
+    #[test]
+    fn who_answers_as_late_as_another_one_is_silent_answers_no_sooner() {
+        let silence = Silence::default();
+        silence.wrote(1, START);
+        silence.heard(Some(LIMIT * 8), START + LIMIT * 8);
+        silence.left(START);
+        assert!(silence.answers_since(START) && !silence.answers_sooner(START, START + LIMIT * 8));
+        assert!(silence.answers_sooner(START, START + LIMIT * 11));
+        // Quick answers soon outweigh a slow one.
+        (0..8).for_each(|_| silence.heard(Some(LIMIT / 50), START + LIMIT * 8));
+        assert!(silence.answers_sooner(START, START + LIMIT));
     }
 
     #[test]

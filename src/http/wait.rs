@@ -273,9 +273,9 @@ fn look(now: Time, late: bool) {
             let mut tried = request.tried.clone();
             tried.extend(request.pool.members.iter().position(|member| member.backend.id == backend.id));
             let lively = request.shared && upstream::others_talk(request.place);
-            // Nor does one to a backend that has not answered either since this one fell silent.
-            let since = backend.silence.first();
-            let better = |other: &Backend| unusual || other.silence.answers_since(since);
+            // Nor does one to a backend that has not answered either since this one fell silent, or no sooner.
+            let since = if unusual { entry.since } else { backend.silence.first() };
+            let better = |other: &Backend| other.silence.answers_sooner(since, now);
             if lively || !request.pool.has_untried(&tried, false, better) || !backend.shared.budget.extra(now) {
                 continue;
             }

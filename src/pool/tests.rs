@@ -376,6 +376,9 @@ fn who_can_goes_elsewhere_while_a_backend_owes_its_clients_their_first_bytes() {
         assert_eq!(share(&pool, 0) > 0.0, some, "{time} ms");
     }
     assert!(share(&hanging(&two, Policy::default(), &[0, 1]), 0) > 0.48, "nobody is better");
+    let alike = hanging(&two, Policy::default(), &[0]);
+    alike.members[1].backend.heard(Some(MS * 20), NOW);
+    assert!(share(&alike, 0) > 0.48, "the other one answers no sooner");
     assert!(
         share(&hanging(&[(0, 1, 1), (1, 1, 1)], Policy::default(), &[0]), 0) > 0.99,
         "no reason to use the next tier"
