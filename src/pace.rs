@@ -36,9 +36,8 @@ const FRESH: f64 = 2.0;
 const SMALL: f64 = 0.1;
 const SMALL_GROWTH: f64 = 3.0;
 const FRESH_HANDSHAKES: f64 = 24.0;
-/// Below [`SMALL`] so many in a row are enough, and the growth is this.
-const FEW_HANDSHAKES: f64 = 6.0;
-const FEW_GROWTH: f64 = 2.0;
+/// Below [`SMALL`] so many in a row are enough for one growth.
+const FEW_HANDSHAKES: f64 = 10.0;
 /// Without any client for so long a share grows by itself, because only clients can tell.
 const UNSEEN: Duration = Duration::from_secs(5);
 /// How fast the calm follows, by look: downwards, upwards with all others, and upwards alone. Half a minute of too much work
@@ -313,7 +312,7 @@ impl Pace {
             // So many handshakes prove more than a few answers.
             let growth = match proven {
                 true if by_handshakes && many => GROWTH * GROWTH,
-                true if by_handshakes => FEW_GROWTH,
+                true if by_handshakes => GROWTH,
                 true if small => SMALL_GROWTH,
                 _ => GROWTH,
             };
@@ -609,7 +608,7 @@ mod tests {
         for list in [&mut took, &mut part] {
             list.sort_unstable_by(f64::total_cmp);
         }
-        assert!(took[10] < 9.0 && took[19] < 13.0, "{took:?}");
+        assert!(took[10] < 12.0 && took[19] < 18.0, "{took:?}");
         assert!(part[10] < 0.04 && part[19] < 0.08, "{part:?}");
     }
 
