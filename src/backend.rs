@@ -392,25 +392,26 @@ impl Backend {
     }
 
     /// Takes in what was seen of it since the last look; `None`: it never had a client, or the look is too `late` to tell its time
-    /// from ours. `shifted` says that a backend of its pool is out.
-    pub fn look(&self, shifted: bool, late: bool, now: Time) -> Option<pace::Look> {
+    /// from ours. `shifted` says that a backend of its pool is out; a handshake that was lost is known `lost_known_after` it began.
+    pub fn look(&self, shifted: bool, late: bool, lost_known_after: Duration, now: Time) -> Option<pace::Look> {
         let [ok, silent] = [Outcome::Ok, Outcome::Silent].map(|outcome| self.counters.attempts[outcome as usize].get());
         let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
         if pace.is_none() && ok + silent == 0 {
             return None;
         }
         self.silence.forget(now);
-        let seen = pace::Seen { first_bytes: self.first_byte.ever(), handshakes: [ok, silent] };
+        let seen = pace::Seen { first_bytes: self.first_byte.ever(), handshakes: [ok, silent], lost_known_after };
         let pace = pace.get_or_insert_with(|| Box::new(Pace::new(seen, now)));
         if late {
             pace.skip(seen);
+            pace.came(self.silence.wrote_ever());
             return None;
         }
         let before = pace.answers();
         let look = pace.look(seen, self.silence.quiet_for(now), now);
         let waiting = self.silence.waiting() + self.silence.abandoned();
         let came = pace.came(self.silence.wrote_ever());
-        if waiting > 0 || self.most_waiting.load(Relaxed) != u32::MAX {
+        if waiting > 0 || came > 0 || self.most_waiting.load(Relaxed) != u32::MAX {
             let silent_after = self.first_byte.learned().map_or(SILENT, |(_, p99)| SILENT.max(p99 * 5));
             let crowded = crowd::Look {
                 waiting,
@@ -461,6 +462,12 @@ impl Backend {
         self.most_waiting.store(most, Relaxed);
     }
 
+    /// Gives it that share as if its pace had told.
+    #[cfg(test)]
+    pub fn keep_share(&self, share: f64) {
+        self.pace_share.store((share * 10_000.0) as u32, Relaxed);
+    }
+
     /// Whether it may take one more client, of at most `most` connections. However much was left there, a few may wait: somebody
     /// has to find out when it answers again.
     pub fn has_room(&self, most: u32) -> bool {
@@ -485,7 +492,7 @@ impl Backend {
     }
 
     /// Judges a look; says whether the share changed.
-    pub fn judge(&self, look: pace::Look, alike: pace::Look, now: Time) -> bool {
+    pub fn judge(&self, look: pace::Look, alike: pace::Others, now: Time) -> bool {
         let mut pace = self.pace.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(pace) = pace.as_mut() else { return false };
         if !pace.judge(look, alike, now) {
@@ -501,7 +508,7 @@ impl Backend {
                     backend = &*self.name,
                     share = pace.share(),
                     calm_ms = ms(pace.calm()),
-                    slowness = look.slowness,
+                    slowness = look.slower.map(|slower| slower.times),
                     loss = look.loss,
                     "pace"
                 );

@@ -73,9 +73,10 @@ pub struct Look {
 #[derive(Clone, Debug)]
 pub struct Crowd {
     limit: f64,
-    /// How many it has usually, and how many come from one look to the next.
+    /// How many it has usually, how many come from one look to the next, and of how many looks that is known.
     usual: f64,
     usual_came: f64,
+    usual_looks: f64,
     /// Whether the limit is from a silence, and not from a crowd.
     of_silence: bool,
     /// Of the present window: looks, clients that came, and answers; and how many windows had too few answers.
@@ -96,6 +97,7 @@ impl Default for Crowd {
             limit: f64::INFINITY,
             usual: 0.0,
             usual_came: 0.0,
+            usual_looks: 0.0,
             of_silence: false,
             window: (0, 0.0, 0.0),
             behind: 0,
@@ -178,8 +180,10 @@ impl Crowd {
         if !self.of_silence {
             self.began = (self.limit, Duration::ZERO, 0);
         }
-        self.usual += (waiting - self.usual) * USUAL;
-        self.usual_came += (f64::from(look.came) - self.usual_came) * USUAL;
+        self.usual_looks += 1.0;
+        let weight = USUAL.max(1.0 / self.usual_looks);
+        self.usual += (waiting - self.usual) * weight;
+        self.usual_came += (f64::from(look.came) - self.usual_came) * weight;
         if look.recent.is_some_and(|recent| recent < self.base / 2) {
             self.base = Duration::ZERO;
         }
@@ -236,6 +240,30 @@ mod tests {
             });
         }
         served / f64::from(seconds)
+    }
+
+    /// What was refused of 10 clients a look, for four seconds after a backend that answered at once began to take `late` looks.
+    fn refused_when_slower(late: usize) -> u32 {
+        let mut crowd = Crowd::default();
+        let look = Look { came: 10, answered: 10, calm: Some(MS), recent: Some(MS), ..Look::default() };
+        (0..10).for_each(|_| crowd.look(look));
+        let (mut came, mut refused) = (Vec::new(), 0);
+        for i in 0..40 {
+            let waiting: u32 = came.iter().rev().take(late).sum();
+            let lets_in = crowd.limit().saturating_sub(waiting).min(10);
+            refused += 10 - lets_in;
+            came.push(lets_in);
+            let answered = if i >= late { came[i - late] } else { 0 };
+            let recent = Some(if i > late { MS * 100 * late as u32 } else { MS });
+            let silent = i < late;
+            crowd.look(Look { waiting: waiting + lets_in - answered, came: lets_in, answered, silent, recent, ..look });
+        }
+        refused
+    }
+
+    #[test]
+    fn what_becomes_slower_at_once_is_given_as_much_as_before() {
+        assert_eq!([1, 2, 4, 6].map(refused_when_slower), [0; 4]);
     }
 
     #[test]

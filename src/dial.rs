@@ -382,7 +382,7 @@ fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng:
 }
 
 /// When a race begins after an attempt at this backend, and when the attempt is judged.
-fn delays(backend: &Backend, policy: &Policy) -> (Duration, Duration) {
+pub fn delays(backend: &Backend, policy: &Policy) -> (Duration, Duration) {
     let (race, judge) = delays_of_tcp(backend);
     // TLS takes a round trip or two more, and some computing at the other end.
     if policy.tls.is_some() { (race * TLS_FACTOR, judge * TLS_FACTOR) } else { (race, judge) }

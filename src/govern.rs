@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
 
+use crate::backend::Backend;
 use crate::clock;
+use crate::dial;
 use crate::host::Host;
 use crate::pace::{self, Alike};
 use crate::pool::Pool;
@@ -53,10 +55,14 @@ pub async fn run(host: Arc<Host>) {
 fn look(pool: &Pool, late: bool) {
     let now = clock::now();
     let shifted = pool.members.iter().any(|member| member.backend.is_out(now));
-    let looks: Vec<Option<pace::Look>> =
-        pool.members.iter().map(|member| member.backend.look(shifted, late, now)).collect();
+    let lost_known_after = |backend: &Backend| dial::delays(backend, &pool.policy).1 + LOOK / 2;
+    let looks: Vec<Option<pace::Look>> = pool
+        .members
+        .iter()
+        .map(|member| member.backend.look(shifted, late, lost_known_after(&member.backend), now))
+        .collect();
     let mut alike = Alike::default();
-    looks.iter().enumerate().for_each(|(i, look)| look.iter().for_each(|look| alike.add(i, *look)));
+    looks.iter().enumerate().for_each(|(i, look)| look.iter().for_each(|look| alike.add(i, *look, now)));
     // With nobody to send to instead there is nothing to decide.
     if pool.members.len() < 2 {
         return;

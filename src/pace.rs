@@ -23,6 +23,8 @@ const FORGET: f64 = 0.3;
 /// So many times slower is still the same, and so much.
 const SAME: f64 = 2.0;
 const SAME_BY_US: f64 = 5_000.0;
+/// And so much of what is usual: the jitter of a far one excuses nobody.
+const SAME_PART: f64 = 0.3;
 /// The ninth decile of a few dozen answers is less certain.
 const SAME_TAIL: f64 = 3.0;
 /// Least share.
@@ -38,6 +40,12 @@ const SMALL_GROWTH: f64 = 3.0;
 const FRESH_HANDSHAKES: f64 = 24.0;
 /// Below [`SMALL`] so many in a row are enough for one growth.
 const FEW_HANDSHAKES: f64 = 10.0;
+/// What waits for longer than this without an answer excuses nobody's slowness any more.
+const EXCUSES_FOR: Duration = Duration::from_secs(3);
+/// Nobody seems slow by answers older than this, nor beside one whose last answer is older, and may be from before it became as slow.
+const CURRENT: Duration = Duration::from_millis(300);
+/// Who has not answered anybody for so long is waited for no more.
+const STALE: Duration = Duration::from_secs(10);
 /// Without any client for so long a share grows by itself, because only clients can tell.
 const UNSEEN: Duration = Duration::from_secs(5);
 /// How fast the calm follows, by look: downwards, upwards with all others, and upwards alone. Half a minute of too much work
@@ -60,8 +68,6 @@ const QUICK_SIGMAS: f64 = 3.0;
 const LOSSY_TRICKLE: f64 = 0.03;
 /// Each look forgets this part of the handshakes it saw before: half of them in a second.
 const FORGET_HANDSHAKES: f64 = 0.07;
-/// A handshake that was lost is known later than one that was not: what speaks for a backend must have stood for so long.
-const LOST_IS_KNOWN: Duration = Duration::from_millis(200);
 
 /// Counts by bucket of time, as [`crate::estimate`] has them.
 #[derive(Clone, Debug)]
@@ -107,16 +113,43 @@ pub struct Seen {
     pub first_bytes: [u32; BUCKETS],
     /// Handshakes that ended well, and those that were never answered.
     pub handshakes: [u64; 2],
+    /// A handshake that was lost is known so long after it began: what speaks for a backend must have stood for that time.
+    pub lost_known_after: Duration,
+}
+
+/// By how much a backend is slower than its calm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Slower {
+    /// So many times, at least 1.
+    pub times: f64,
+    /// So many microseconds.
+    pub by_us: f64,
+}
+
+impl Slower {
+    const NOT: Slower = Slower { times: 1.0, by_us: 0.0 };
+
+    /// Taking `same` times as long is still the same.
+    fn than(calm: f64, now: f64, same: f64) -> Slower {
+        let (times, by_us) = (now / calm * SAME / same, now - calm);
+        if by_us < SAME_BY_US.max(calm * SAME_PART) || times < 1.0 { Slower::NOT } else { Slower { times, by_us } }
+    }
+
+    fn max(self, other: Slower) -> Slower {
+        Slower { times: self.times.max(other.times), by_us: self.by_us.max(other.by_us) }
+    }
 }
 
 /// What one look found, before it is compared with the others'.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Look {
-    /// How many times slower than its calm; `None`: too few answers to tell.
-    pub slowness: Option<f64>,
-    /// The same by the answers since the last look alone, or by what waits there and is not answered, where that is more; nobody
-    /// is judged by so little, but it may excuse others.
-    pub latest: Option<f64>,
+    /// How much slower than its calm; `None`: too few answers to tell.
+    pub slower: Option<Slower>,
+    /// The same by the newest answers alone, or by what waits there and is not answered, where that is more; nobody is judged by so
+    /// little, but it may excuse others.
+    pub latest: Option<Slower>,
+    /// When the newest of its answers came, if not too long ago to be of any use.
+    pub newest: Option<Time>,
     /// Part of the handshakes that were lost; `None`: too few.
     pub loss: Option<f64>,
     /// The same of the last few looks, of a backend that has all of its share.
@@ -129,6 +162,8 @@ pub struct Pace {
     before: Seen,
     came: u32,
     recent: Times,
+    /// Median of the answers of the last look that saw any, and when that was.
+    newest: Option<(f64, Time)>,
     /// Answers and handshakes since the share last changed.
     fresh: Times,
     fresh_handshakes: [f64; 2],
@@ -154,6 +189,7 @@ impl Pace {
             before: seen,
             came: 0,
             recent: Times::default(),
+            newest: None,
             fresh: Times::default(),
             fresh_handshakes: [0.0; 2],
             unbroken: 0.0,
@@ -202,7 +238,8 @@ impl Pace {
     /// Takes in what came since the last look, and how long somebody has waited while nobody was answered.
     pub fn look(&mut self, seen: Seen, quiet: Option<Duration>, now: Time) -> Look {
         let (mut came, mut newest) = (0.0, Times::default());
-        if self.recent.total * (1.0 - FORGET) >= ENOUGH {
+        let enough = if self.calm.is_some() { ENOUGH } else { ENOUGH_FOR_CALM };
+        if self.recent.total * (1.0 - FORGET) >= enough {
             self.recent.scale(1.0 - FORGET);
         }
         for bucket in 0..BUCKETS {
@@ -227,16 +264,27 @@ impl Pace {
             self.seen = now;
         }
         let quick_loss = (self.share >= 1.0).then(|| part_lost(self.quick_handshakes, ENOUGH_HANDSHAKES)).flatten();
-        let newest = (newest.total > 0.0).then(|| newest.quantile_us(0.5));
-        let latest = quiet.map(|quiet| quiet.as_micros() as f64).into_iter().chain(newest).reduce(f64::max);
-        let latest = self.calm.zip(latest).and_then(|((median, _), latest)| {
-            let calm = median.exp2();
-            (latest - calm >= SAME_BY_US).then(|| latest / calm)
-        });
-        Look { slowness: self.slowness(), latest, loss: self.loss(), quick_loss }
+        if newest.total > 0.0 {
+            self.newest = Some((newest.quantile_us(0.5), now));
+        }
+        let newest = self.newest.filter(|(_, at)| now.since(*at) <= STALE);
+        let quiet = quiet.filter(|quiet| *quiet <= EXCUSES_FOR).map(|quiet| quiet.as_micros() as f64);
+        let latest = newest.map(|(median, _)| median).into_iter().chain(quiet).reduce(f64::max);
+        let latest = self.calm.zip(latest).map(|((median, _), latest)| Slower::than(median.exp2(), latest, SAME));
+        Look {
+            slower: self.slower().filter(|_| self.share < 1.0 || self.is_current(now)),
+            latest,
+            newest: newest.map(|(_, at)| at),
+            loss: self.loss(),
+            quick_loss,
+        }
     }
 
-    fn slowness(&self) -> Option<f64> {
+    fn is_current(&self, now: Time) -> bool {
+        self.newest.is_some_and(|(_, at)| now.since(at) <= CURRENT)
+    }
+
+    fn slower(&self) -> Option<Slower> {
         let (median, tail) = self.calm?;
         let judged = if self.share < 1.0 { &self.fresh } else { &self.recent };
         let enough = match self.share {
@@ -247,14 +295,9 @@ impl Pace {
         if judged.total < enough {
             return None;
         }
-        let times = |quantile: f64, calm: f64, same: f64| {
-            let now = judged.quantile_us(quantile);
-            let calm = calm.exp2();
-            if now - calm < SAME_BY_US { 1.0 } else { now / calm * SAME / same }
-        };
-        let of_median = times(0.5, median, SAME);
-        let of_tail = if judged.total >= ENOUGH_FOR_TAIL { times(0.9, tail, SAME_TAIL) } else { 1.0 };
-        Some(of_median.max(of_tail).max(1.0))
+        let of_median = Slower::than(median.exp2(), judged.quantile_us(0.5), SAME);
+        let of_tail = || Slower::than(tail.exp2(), judged.quantile_us(0.9), SAME_TAIL);
+        Some(if judged.total >= ENOUGH_FOR_TAIL { of_median.max(of_tail()) } else { of_median })
     }
 
     fn loss(&self) -> Option<f64> {
@@ -265,7 +308,7 @@ impl Pace {
     }
 
     /// Whether it loses more than the others, and more than by chance.
-    fn loses(&self, look: Look, alike: Look) -> bool {
+    fn loses(&self, look: Look, alike: Others) -> bool {
         let of = if self.share < 1.0 { self.fresh_handshakes } else { self.handshakes };
         let exceeds = |loss: Option<f64>, others: Option<f64>, [well, lost]: [f64; 2], sigmas: f64| {
             let same = others.unwrap_or(0.0) + SAME_LOSS;
@@ -277,10 +320,16 @@ impl Pace {
             || others.is_some() && exceeds(look.quick_loss, others, self.quick_handshakes, QUICK_SIGMAS)
     }
 
-    /// Judges a look: `alike` is what the least affected other backend of the pool showed. Says whether the share changed.
-    pub fn judge(&mut self, look: Look, alike: Look, now: Time) -> bool {
-        let slowness = look.slowness.map(|slowness| slowness / alike.slowness.unwrap_or(1.0).max(1.0));
-        self.learn(slowness.is_some_and(|slowness| slowness > SAME), look.slowness.is_some());
+    /// Judges a look against what the least affected other backend of the pool showed. Says whether the share changed.
+    pub fn judge(&mut self, look: Look, alike: Others, now: Time) -> bool {
+        // What is the same for all is the same factor, or the same amount: a far backend and a near one behind one slow thing.
+        let slowness = look.slower.map(|slower| match alike.slower {
+            Some(others) => (slower.times / others.times).min(slower.by_us / others.by_us.max(1.0)),
+            None => slower.times,
+        });
+        let unclear = alike.unclear && look.slower.is_some_and(|slower| slower.times > SAME);
+        let slowness = slowness.filter(|_| !unclear);
+        self.learn(unclear || slowness.is_some_and(|slowness| slowness > SAME), look.slower.is_some());
 
         let for_pace =
             slowness.filter(|slowness| *slowness > SAME).map(|slowness| (SAME / slowness).powi(2).max(TRICKLE));
@@ -291,7 +340,7 @@ impl Pace {
             self.set(target, now);
             return true;
         }
-        if self.share >= 1.0 {
+        if self.share >= 1.0 || unclear {
             return false;
         }
         if target < 1.0 {
@@ -304,7 +353,7 @@ impl Pace {
         let many = well + lost >= FRESH_HANDSHAKES && lost <= SAME_LOSS * (well + lost);
         let carries = many || small && self.unbroken >= FEW_HANDSHAKES;
         self.carries_since = self.carries_since.or(Some(now)).filter(|_| carries);
-        let carried = self.carries_since.is_some_and(|since| now.since(since) >= LOST_IS_KNOWN);
+        let carried = self.carries_since.is_some_and(|since| now.since(since) >= self.before.lost_known_after);
         let by_handshakes = self.lossy && self.share >= LOSSY_TRICKLE || self.calm.is_none();
         let proven = if by_handshakes { carried } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
         let unseen = now.since(self.seen.max(self.changed)) >= UNSEEN;
@@ -374,33 +423,62 @@ fn part_lost([well, lost]: [f64; 2], enough: f64) -> Option<f64> {
 /// What the least affected of a pool's backends show: the measure of what is the same for all.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Alike {
-    slowness: [Option<(f64, usize)>; 2],
-    loss: [Option<(f64, usize)>; 2],
-    quick_loss: [Option<(f64, usize)>; 2],
+    times: Least,
+    by_us: Least,
+    loss: Least,
+    quick_loss: Least,
+    /// Those that have answered of late, but too long ago to tell, or too little.
+    stale: Least,
+}
+
+/// What the least affected of a backend's fellows showed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Others {
+    /// How much slower it is; `None`: nothing is known of any.
+    slower: Option<Slower>,
+    /// Whether they have answers, but none of them is new enough to blame one that is slow.
+    unclear: bool,
+    loss: Option<f64>,
+    quick_loss: Option<f64>,
+}
+
+/// The two least of some values, and whose they are.
+#[derive(Clone, Copy, Debug, Default)]
+struct Least([Option<(f64, usize)>; 2]);
+
+impl Least {
+    fn add(&mut self, of: usize, value: Option<f64>) {
+        let Some(value) = value else { return };
+        let two = &mut self.0;
+        if two[0].is_none_or(|(least, _)| value < least) {
+            *two = [Some((value, of)), two[0]];
+        } else if two[1].is_none_or(|(least, _)| value < least) {
+            two[1] = Some((value, of));
+        }
+    }
+
+    fn but(&self, of: usize) -> Option<f64> {
+        self.0.iter().flatten().find(|(_, by)| *by != of).map(|(value, _)| *value)
+    }
 }
 
 impl Alike {
     /// Takes in what the backend number `of` showed.
-    pub fn add(&mut self, of: usize, look: Look) {
-        let slowness = look.slowness.into_iter().chain(look.latest).reduce(f64::max);
-        let kinds =
-            [(&mut self.slowness, slowness), (&mut self.loss, look.loss), (&mut self.quick_loss, look.quick_loss)];
-        for (two, value) in kinds {
-            let Some(value) = value else { continue };
-            if two[0].is_none_or(|(least, _)| value < least) {
-                *two = [Some((value, of)), two[0]];
-            } else if two[1].is_none_or(|(least, _)| value < least) {
-                two[1] = Some((value, of));
-            }
-        }
+    pub fn add(&mut self, of: usize, look: Look, now: Time) {
+        let current = look.newest.is_some_and(|at| now.since(at) <= CURRENT);
+        let slower = look.slower.into_iter().chain(look.latest).reduce(Slower::max).filter(|_| current);
+        self.stale.add(of, look.newest.filter(|_| slower.is_none()).map(|_| 0.0));
+        self.times.add(of, slower.map(|slower| slower.times));
+        self.by_us.add(of, slower.map(|slower| slower.by_us));
+        self.loss.add(of, look.loss);
+        self.quick_loss.add(of, look.quick_loss);
     }
 
     /// The least that any but this one showed.
-    pub fn but(&self, of: usize) -> Look {
-        let least =
-            |two: &[Option<(f64, usize)>; 2]| two.iter().flatten().find(|(_, by)| *by != of).map(|(value, _)| *value);
-        let (slowness, loss, quick_loss) = (least(&self.slowness), least(&self.loss), least(&self.quick_loss));
-        Look { slowness, latest: None, loss, quick_loss }
+    pub fn but(&self, of: usize) -> Others {
+        let slower = self.times.but(of).zip(self.by_us.but(of)).map(|(times, by_us)| Slower { times, by_us });
+        let unclear = slower.is_none() && self.stale.but(of).is_some();
+        Others { slower, unclear, loss: self.loss.but(of), quick_loss: self.quick_loss.but(of) }
     }
 }
 
@@ -411,6 +489,7 @@ mod tests {
     use fastrand::Rng;
 
     const STEP: Duration = Duration::from_millis(100);
+    const LOST_KNOWN_AFTER: Duration = Duration::from_millis(200);
 
     /// Backends under load, each with its time and its loss, and clients drawn by the shares.
     struct Rig {
@@ -427,7 +506,11 @@ mod tests {
         fn new(count: usize) -> Rig {
             let now = Time(1_000_000);
             let estimates: Vec<Estimate> = (0..count).map(|_| Estimate::default()).collect();
-            let seen = |estimate: &Estimate| Seen { first_bytes: estimate.ever(), handshakes: [0; 2] };
+            let seen = |estimate: &Estimate| Seen {
+                first_bytes: estimate.ever(),
+                handshakes: [0; 2],
+                lost_known_after: LOST_KNOWN_AFTER,
+            };
             let paces = estimates.iter().map(|estimate| Pace::new(seen(estimate), now)).collect();
             Rig {
                 estimates,
@@ -464,18 +547,28 @@ mod tests {
                     handshakes[1] += lost[1];
                     *lost = [0, lost[0]];
                 }
-                let looks: Vec<Look> = (0..of.len())
-                    .map(|i| {
-                        let seen = Seen { first_bytes: self.estimates[i].ever(), handshakes: self.handshakes[i] };
-                        self.paces[i].look(seen, None, self.now)
-                    })
-                    .collect();
-                let mut alike = Alike::default();
-                looks.iter().enumerate().for_each(|(i, look)| alike.add(i, *look));
-                for (i, look) in looks.into_iter().enumerate() {
-                    self.paces[i].judge(look, alike.but(i), self.now);
-                }
+                self.judge();
             }
+        }
+
+        /// One look at each, and what follows from it.
+        fn judge(&mut self) {
+            let looks: Vec<Look> = (0..self.paces.len())
+                .map(|i| {
+                    let seen = self.seen(i);
+                    self.paces[i].look(seen, None, self.now)
+                })
+                .collect();
+            let mut alike = Alike::default();
+            looks.iter().enumerate().for_each(|(i, look)| alike.add(i, *look, self.now));
+            for (i, look) in looks.into_iter().enumerate() {
+                self.paces[i].judge(look, alike.but(i), self.now);
+            }
+        }
+
+        fn seen(&self, i: usize) -> Seen {
+            let first_bytes = self.estimates[i].ever();
+            Seen { first_bytes, handshakes: self.handshakes[i], lost_known_after: LOST_KNOWN_AFTER }
         }
 
         fn share(&self, of: usize) -> f64 {
@@ -499,6 +592,28 @@ mod tests {
     }
 
     #[test]
+    fn few_clients_are_enough_to_see_a_slow_one() {
+        for rate in [10.0, 30.0, 60.0, 100.0] {
+            let mut took: Vec<f64> = (0..20)
+                .map(|seed| {
+                    let mut rig = Rig::new(2);
+                    rig.rng = Rng::with_seed(seed);
+                    rig.run(300.0 / rate, rate, &[(2.0, 0.0), (2.0, 0.0)]);
+                    let mut seconds = 0.0;
+                    while rig.paces[0].share() > 0.1 && seconds < 60.0 {
+                        rig.run(0.1, rate, &[(402.0, 0.0), (2.0, 0.0)]);
+                        seconds += 0.1;
+                    }
+                    seconds
+                })
+                .collect();
+            took.sort_unstable_by(f64::total_cmp);
+            // Some seven of its answers.
+            assert!(took[10] <= 0.2 + 14.0 / rate && took[19] <= 0.4 + 28.0 / rate, "{rate}: {took:?}");
+        }
+    }
+
+    #[test]
     fn a_far_one_that_slows_is_seen_against_its_own_past() {
         let mut rig = Rig::new(2);
         rig.run(20.0, 400.0, &[(150.0, 0.0), (2.0, 0.0)]);
@@ -508,45 +623,100 @@ mod tests {
     }
 
     #[test]
+    fn the_jitter_of_a_far_one_excuses_no_near_one() {
+        let mut rig = Rig::new(2);
+        rig.run(20.0, 400.0, &[(2.0, 0.0), (100.0, 0.0)]);
+        rig.run(1.0, 400.0, &[(42.0, 0.0), (120.0, 0.0)]);
+        assert!(rig.share(0) < 0.1, "{}", rig.share(0));
+    }
+
+    #[test]
     fn when_all_slow_down_alike_nobody_loses_anything() {
-        let mut rig = Rig::new(3);
-        rig.run(10.0, 400.0, &[(2.0, 0.0); 3]);
-        rig.run(30.0, 400.0, &[(100.0, 0.0); 3]);
-        assert!((0..3).all(|i| (rig.share(i) - 1.0 / 3.0).abs() < 0.05));
+        // The same factor, the same amount on very different calms, and few clients.
+        for (calm, slow, rate) in [
+            ([2.0, 2.0, 2.0], [100.0, 100.0, 100.0], 400.0),
+            ([0.2, 1.0, 0.6], [400.0, 401.0, 401.0], 200.0),
+            ([150.0, 2.0, 30.0], [550.0, 402.0, 430.0], 200.0),
+            ([0.3, 0.6, 3.0], [400.0, 401.0, 403.0], 30.0),
+        ] {
+            for seed in 0..10 {
+                let mut rig = Rig::new(3);
+                rig.rng = Rng::with_seed(seed);
+                let of = |ms: [f64; 3]| ms.map(|ms| (ms, 0.0));
+                rig.run(10.0, rate, &of(calm));
+                let mut least: f64 = 1.0;
+                for _ in 0..200 {
+                    rig.run(0.1, rate, &of(slow));
+                    least = rig.paces.iter().map(Pace::share).fold(least, f64::min);
+                }
+                assert!(least >= 0.3, "{calm:?} {seed}: {least}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_less_slow_of_two_keeps_its_share_while_little_is_known_of_the_other() {
+        for seed in 0..20 {
+            let mut rig = Rig::new(2);
+            rig.rng = Rng::with_seed(seed);
+            rig.run(10.0, 60.0, &[(2.0, 0.0), (2.0, 0.0)]);
+            rig.run(1.0, 60.0, &[(100.0, 0.0), (400.0, 0.0)]);
+            assert!(rig.paces[1].share() < 0.5, "{seed}: {}", rig.paces[1].share());
+            for _ in 0..200 {
+                rig.run(0.1, 60.0, &[(100.0, 0.0), (400.0, 0.0)]);
+                assert!(rig.paces[0].share() > 0.9, "{seed}: {}", rig.paces[0].share());
+            }
+        }
     }
 
     #[test]
     fn the_first_to_answer_late_is_not_blamed_while_another_is_silent() {
         let mut rig = Rig::new(2);
         rig.run(10.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
-        let share_beside = |quiet: Option<Duration>| {
+        let share_beside = |quiet: Option<Duration>, late_too: u32| {
             let mut paces = rig.paces.clone();
             let late = Estimate::default();
             (0..20).for_each(|_| late.record(Duration::from_millis(402)));
             let looks: Vec<Look> = (0..2)
                 .map(|i| {
-                    let mut seen = Seen { first_bytes: rig.estimates[i].ever(), handshakes: rig.handshakes[i] };
-                    if i == 0 {
-                        seen.first_bytes.iter_mut().zip(late.ever()).for_each(|(count, late)| *count += late);
-                    }
+                    let mut seen = rig.seen(i);
+                    let late = late.ever().map(|count| if i == 0 { count } else { count.min(late_too) });
+                    seen.first_bytes.iter_mut().zip(late).for_each(|(count, late)| *count += late);
                     paces[i].look(seen, if i == 0 { None } else { quiet }, rig.now)
                 })
                 .collect();
             let mut alike = Alike::default();
-            looks.iter().enumerate().for_each(|(i, look)| alike.add(i, *look));
+            looks.iter().enumerate().for_each(|(i, look)| alike.add(i, *look, rig.now));
             paces[0].judge(looks[0], alike.but(0), rig.now);
             paces[0].share()
         };
-        assert!(share_beside(None) < 0.02, "the other one answers as ever");
-        assert_eq!(share_beside(Some(Duration::from_millis(400))), 1.0, "nobody knows yet how late the other one is");
+        let quiet = |ms| Some(Duration::from_millis(ms));
+        assert!(share_beside(None, 0) < 0.02, "the other one answers as ever");
+        assert_eq!(share_beside(quiet(400), 0), 1.0, "nobody knows yet how late the other one is");
+        assert_eq!(share_beside(None, 2), 1.0, "its first answers come as late");
+        assert!(share_beside(quiet(60_000), 0) < 0.02, "one that has hung there for a minute excuses nobody");
     }
 
     #[test]
     fn chance_moves_nothing() {
-        let mut rig = Rig::new(3);
-        for _ in 0..600 {
-            rig.run(1.0, 300.0, &[(2.0, 0.01), (8.0, 0.0), (30.0, 0.01)]);
-            assert!((0..3).all(|i| rig.paces[i].share() == 1.0));
+        for (rate, loss) in [(300.0, 0.01), (60.0, 0.0), (20.0, 0.0)] {
+            let mut rig = Rig::new(3);
+            for second in 0..600 {
+                rig.run(1.0, rate, &[(2.0, loss), (8.0, 0.0), (30.0, loss)]);
+                assert!((0..3).all(|i| rig.paces[i].share() == 1.0), "{rate}: {second}");
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_is_judged_by_answers_of_long_ago() {
+        let mut rig = Rig::new(2);
+        rig.run(10.0, 100.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        rig.run(3.0, 100.0, &[(402.0, 0.0), (402.0, 0.0)]);
+        for _ in 0..300 {
+            rig.run(0.1, 0.0, &[(402.0, 0.0), (402.0, 0.0)]);
+            let shares: Vec<f64> = rig.paces.iter().map(Pace::share).collect();
+            assert!(shares.iter().all(|share| *share >= 0.3), "{shares:?}");
         }
     }
 
@@ -610,6 +780,43 @@ mod tests {
         }
         assert!(took[10] < 12.0 && took[19] < 18.0, "{took:?}");
         assert!(part[10] < 0.04 && part[19] < 0.08, "{part:?}");
+    }
+
+    #[test]
+    fn a_share_waits_until_losses_would_be_known() {
+        let mut rig = Rig::new(2);
+        rig.run(10.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        rig.run(2.0, 400.0, &[(2.0, 0.5), (2.0, 0.0)]);
+        rig.run(0.3, 0.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        let small = rig.paces[0].share();
+        assert!(small < SMALL, "{small}");
+        let mut look = |well: u64, lost: u64| {
+            rig.now = rig.now + STEP;
+            rig.handshakes[0][0] += well;
+            rig.handshakes[0][1] += lost;
+            rig.judge();
+            rig.paces[0].share()
+        };
+        assert_eq!((look(12, 0), look(4, 0)), (small, small));
+        // Those that were lost beside them are known now.
+        assert_eq!((look(4, 5), look(12, 0), look(4, 0)), (small, small, small));
+        assert!(look(4, 0) > small, "they have stood for as long as it takes");
+    }
+
+    #[test]
+    fn a_burst_of_loss_is_nothing_where_no_other_backend_loses_less() {
+        let mut rig = Rig::new(2);
+        let burst = |rig: &mut Rig| {
+            let before = rig.handshakes[0];
+            rig.now = rig.now + STEP;
+            rig.handshakes[0] = [before[0] + 36, before[1] + 12];
+            rig.judge();
+            rig.paces[0].share()
+        };
+        rig.run(10.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+        let mut alone = Rig::new(1);
+        alone.run(10.0, 200.0, &[(2.0, 0.0)]);
+        assert_eq!((burst(&mut alone), burst(&mut rig)), (1.0, LOSSY_TRICKLE));
     }
 
     #[test]

@@ -449,7 +449,7 @@ impl Pool {
         let mut others = cells.filter_map(|cell| self.in_cell(plan, cell, want, rng, &mut false));
         // Where all have become slower alike, whoever has just answered is no better.
         let hung = self.members[member].backend.silence.quiet_for(now).unwrap_or_default();
-        let sooner = |other: usize| self.members[other].backend.silence.answers_within(hung);
+        let sooner = |other: usize| self.members[other].backend.silence.answers_within(hung, now);
         others.find(|&other| !hangs(other) && sooner(other)).unwrap_or(member)
     }
 

@@ -18,6 +18,8 @@ const LEAST: u32 = 3;
 
 /// What hangs for longer than this either is accused, or is no silence.
 const HANGS_FOR: Duration = Duration::from_secs(1);
+/// What its last answers took says so long how long answers take now.
+const TOOK_FOR: Duration = Duration::from_secs(1);
 /// So many that left are done with for each answer to what was written after them.
 const FREED: u32 = 2;
 /// Most that are remembered of those that left a silent backend, or are on their way; and for how long of the former.
@@ -190,12 +192,12 @@ impl Silence {
     /// Whether it has answered since `since`, in less time than has passed from then to `now`: a silence that began then is no
     /// slowness that is the same for all.
     pub fn answers_sooner(&self, since: Time, now: Time) -> bool {
-        self.answers_since(since) && self.answers_within(now.since(since))
+        self.answers_since(since) && self.answers_within(now.since(since), now)
     }
 
-    /// Whether its last answers took less than `time`, and a margin.
-    pub fn answers_within(&self, time: Duration) -> bool {
-        time > Duration::from_micros(self.took.load(Relaxed)) * 5 / 4
+    /// Whether its last answers took less than `time`, and a margin; an answer of long ago says nothing.
+    pub fn answers_within(&self, time: Duration, now: Time) -> bool {
+        now.since(self.heard_at()) >= TOOK_FOR || time > Duration::from_micros(self.took.load(Relaxed)) * 5 / 4
     }
 
     /// Whether something was written `limit` ago or longer, and nobody has got a first byte since.
@@ -321,6 +323,8 @@ mod tests {
         silence.left(START);
         assert!(silence.answers_since(START) && !silence.answers_sooner(START, START + LIMIT * 8));
         assert!(silence.answers_sooner(START, START + LIMIT * 11));
+        let later = START + LIMIT * 8 + TOOK_FOR;
+        assert!(silence.answers_sooner(later, later + LIMIT), "a slow answer of long ago holds nobody back");
         // Quick answers soon outweigh a slow one.
         (0..8).for_each(|_| silence.heard(Some(LIMIT / 50), START + LIMIT * 8));
         assert!(silence.answers_sooner(START, START + LIMIT));

@@ -12,6 +12,8 @@ use crate::support::eventually;
 use crate::support::proxy::Proxy;
 use crate::tcp::yaml;
 
+const ASK: &[u8] = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+
 fn up(proxy: &Proxy, backends: &[&Backend]) {
     backends.iter().for_each(|b| proxy.wait_health(&b.address.to_string(), "up", Duration::from_secs(5)));
 }
@@ -27,7 +29,7 @@ fn over(backends: &[&Backend], more: &str) -> Proxy {
 fn asks(address: SocketAddr) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    stream.write_all(ASK).unwrap();
     stream
 }
 
@@ -162,6 +164,21 @@ fn what_a_client_said_is_said_again() {
     assert!(answered("replay: { for: any, up_to: 8B }", Mode::Silent, REQUEST) < 40, "more than is kept");
     assert!(answered("replay: { for: tls }", Mode::Silent, REQUEST) < 40, "no handshake");
     assert_eq!(answered("replay: { for: tls }", Mode::Silent, HELLO), 40);
+}
+
+#[test]
+fn when_all_cells_become_slower_alike_nobody_is_refused_or_sent_twice() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = proxy(&pool("p", &[a.address, b.address], "probe: off"), "routes: [ { pool: p } ]", "");
+    let address = proxy.address(0);
+    (0..300).for_each(|_| drop(get(address).unwrap()));
+    let received = || a.received.load(Relaxed) + b.received.load(Relaxed);
+    let before = received();
+    [&a, &b].iter().for_each(|backend| backend.set(Mode::Slow(400)));
+    let clients: Vec<_> = (0..80).map(|_| std::thread::spawn(move || raw(address, ASK))).collect();
+    let answers: Vec<String> = clients.into_iter().map(|client| client.join().unwrap()).collect();
+    let refused = answers.iter().filter(|answer| !answer.starts_with("HTTP/1.1 200")).count();
+    assert_eq!((refused, received() - before), (0, 80), "refused, and received by the cells");
 }
 
 #[test]

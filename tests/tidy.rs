@@ -37,7 +37,7 @@ fn the_import_table_holds() {
         ("manner", &["config"]),
         ("poison", &["clock"]),
         ("owed", &["backend", "clock", "config", "health", "pool", "session"]),
-        ("govern", &["clock", "host", "pace", "pool", "table"]),
+        ("govern", &["backend", "clock", "dial", "host", "pace", "pool", "table"]),
         ("sniff", &[]),
         ("hello", &["clock", "limits", "sniff", "table", "witness"]),
         ("witness", &["clock", "health"]),

@@ -29,7 +29,7 @@ const LATE: Duration = Duration::from_millis(10);
 /// A backend is silent no earlier than this, nor than so many learned 99th percentiles of its first bytes.
 const SILENT_FLOOR: Duration = Duration::from_millis(50);
 const SILENT_FACTOR: u32 = 5;
-/// With nothing learned.
+/// With nothing learned; and for whoever tries a doubted backend, which may be slow and not silent.
 const SILENT_COLD: Duration = Duration::from_secs(1);
 /// Answers of one kind of request that make a record, and how many times its longest is too long.
 const RECORD: u32 = 50;
@@ -221,7 +221,7 @@ fn look(now: Time, late: bool) {
     let mut unusual_ones = Vec::new();
     WAITING.with_borrow_mut(|waiting| {
         // Those to whom a backend is silent: judged once for each backend.
-        let mut judged: HashMap<u64, (Duration, bool, bool)> = HashMap::new();
+        let mut judged: HashMap<u64, (Duration, bool, bool, bool)> = HashMap::new();
         for (_, entry) in waiting.iter_mut() {
             if entry.verdict != Verdict::Waits {
                 continue;
@@ -246,7 +246,7 @@ fn look(now: Time, late: bool) {
                 entry.harmless = true;
                 request.pool.shared.poison.acquit(request.kind);
             }
-            let (limit, silent, vanished) = *judged.entry(backend.id).or_insert_with(|| {
+            let (limit, found, stays_mute, vanished) = *judged.entry(backend.id).or_insert_with(|| {
                 let limit = silent_after(backend);
                 let found = backend.silence.mute(limit, now);
                 if let Some(found) = found {
@@ -255,10 +255,14 @@ fn look(now: Time, late: bool) {
                     mute.push((backend.clone(), request.policy.clone(), found.since, !alone));
                 }
                 // Whoever waited before it fell silent waits for ever, and has nobody beside him any more.
-                (limit, found.is_some() || backend.silence.stays_mute(limit, now), backend.vanished())
+                (limit, found.is_some(), backend.silence.stays_mute(limit, now), backend.vanished())
             });
-            let doubted =
-                matches!(backend.view().state, State::Suspect | State::Down) && backend.silence.quiet(limit, now);
+            let view = backend.view();
+            let doubted = matches!(view.state, State::Suspect | State::Down) && backend.silence.quiet(limit, now);
+            let tries = doubted && entry.since >= view.since;
+            let silent = found || stays_mute && !tries;
+            let patience = SILENT_COLD.min(request.timeout / 2);
+            let limit = if tries && !silent { limit.max(patience) } else { limit };
             if doubted && !silent && waited >= limit && !mute.iter().any(|(known, ..)| known.id == backend.id) {
                 // The one client that tries a doubted backend has its answer.
                 let alone = backend.others_than(request.prefix, now);

@@ -440,3 +440,18 @@ fn who_was_sent_to_a_limited_backend_counts_before_he_has_written() {
     pool.members[0].backend.silence.forget(NOW + Duration::from_secs(1));
     assert_eq!(pool.pick(&Want::default(), NOW, &mut rng), Choice::Member(0), "they never came");
 }
+
+#[test]
+fn of_ramp_and_pace_the_lesser_counts() {
+    let pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1)]);
+    let backend = &pool.members[0].backend;
+    backend.comes_late(&pool.policy.health, NOW);
+    let share = |pace: f64, ramped: Duration| {
+        backend.keep_share(pace);
+        backend.share_now(&pool.policy.health, NOW + ramped)
+    };
+    let begun = share(1.0, Duration::ZERO);
+    assert!((begun - 0.1).abs() < 0.001, "{begun}");
+    assert_eq!(share(0.03, Duration::ZERO), 0.03);
+    assert_eq!(share(0.5, Duration::from_secs(9)), 0.5);
+}
