@@ -42,6 +42,10 @@ const CONTRADICTION_SHOWN_MS: u64 = 3_000;
 const LIFE_FLOOR: Duration = Duration::from_millis(20);
 const PROBE_SLACK: Duration = Duration::from_secs(1);
 
+/// An answer after this, or five times the 99th percentile of its first bytes, may have been taken for a silence by others; and as
+/// so many of them at most it counts.
+const LATE: Duration = Duration::from_millis(50);
+const LATE_FOR: u32 = 8;
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
 const SILENT: Duration = Duration::from_millis(250);
 /// No first byte to anybody for this, and for so many times the 99th percentile, is a reason to go elsewhere for now.
@@ -245,6 +249,8 @@ pub struct Backend {
     pub handshake: Estimate,
     /// Learned times from the client's bytes to the first byte of an answer.
     pub first_byte: Estimate,
+    /// The same of what was carried elsewhere.
+    moved: Estimate,
     /// Clients that it answered.
     pub answered: Answered,
     /// Requests that wait for their first byte.
@@ -326,6 +332,7 @@ impl Backend {
             in_flight,
             handshake: Estimate::default(),
             first_byte: Estimate::default(),
+            moved: Estimate::default(),
             answered: Answered::default(),
             silence: Silence::default(),
             retired: AtomicU32::new(0),
@@ -400,7 +407,8 @@ impl Backend {
             return None;
         }
         self.silence.forget(now);
-        let seen = pace::Seen { first_bytes: self.first_byte.ever(), handshakes: [ok, silent], lost_known_after };
+        let (first_bytes, moved) = (self.first_byte.ever(), self.moved.ever());
+        let seen = pace::Seen { first_bytes, moved, handshakes: [ok, silent], lost_known_after };
         let pace = pace.get_or_insert_with(|| Box::new(Pace::new(seen, now)));
         if late {
             pace.skip(seen);
@@ -412,13 +420,12 @@ impl Backend {
         let waiting = self.silence.waiting() + self.silence.abandoned();
         let came = pace.came(self.silence.wrote_ever());
         if waiting > 0 || came > 0 || self.most_waiting.load(Relaxed) != u32::MAX {
-            let silent_after = self.first_byte.learned().map_or(SILENT, |(_, p99)| SILENT.max(p99 * 5));
             let crowded = crowd::Look {
                 waiting,
                 came,
                 answered: pace.answers().wrapping_sub(before),
                 shifted,
-                silent: self.silence.quiet(silent_after, now),
+                silent: self.silence.quiet(self.late_after(SILENT), now),
                 left: self.silence.abandoned() > 0,
                 calm: pace.calm(),
                 recent: pace.recent(),
@@ -431,6 +438,15 @@ impl Backend {
             }
         }
         Some(look)
+    }
+
+    /// For how long one that is known to be slow is no more silent than it was; nothing otherwise.
+    pub fn slow_for(&self) -> Duration {
+        if self.pace_share() < 1.0 { self.silence.took() * 2 } else { Duration::ZERO }
+    }
+
+    fn late_after(&self, floor: Duration) -> Duration {
+        self.first_byte.learned().map_or(floor, |(_, p99)| floor.max(p99 * 5))
     }
 
     /// Whether nobody has got a first byte for a little longer than that takes, though several wait: who can go elsewhere goes
@@ -562,8 +578,17 @@ impl Backend {
         }
     }
 
+    /// A request of its own kind was carried elsewhere after it had `waited` for so long: it is slow, for all one knows.
+    pub fn moved(&self, waited: Duration) {
+        self.moved.record(waited);
+    }
+
     /// The first byte of an answer to a request; `took` is `None` where it came before the whole request had.
     pub fn heard(&self, took: Option<Duration>, now: Time) {
+        if let Some(took) = took.filter(|took| *took > self.late_after(LATE)) {
+            // What left it meanwhile for its silence would have had an answer as late as this one.
+            (0..self.silence.abandoned().min(LATE_FOR)).for_each(|_| self.moved.record(took));
+        }
         self.silence.heard(took, now);
         if let Some(took) = took {
             self.first_byte.record(took);

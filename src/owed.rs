@@ -117,7 +117,7 @@ fn silent_after(backend: &Backend, policy: &Policy) -> Option<Duration> {
     match (backend.first_byte.learned(), policy.first_byte) {
         (_, FirstByte::Ignore) => None,
         (Some((_, p99)), FirstByte::Learn) if p99 >= TOO_LONG => None,
-        (Some((_, p99)), _) => Some((p99 * FACTOR).max(FLOOR).min(longest)),
+        (Some((_, p99)), _) => Some((p99 * FACTOR).max(FLOOR).max(backend.slow_for()).min(longest)),
         (None, FirstByte::Expect) => Some(COLD.min(longest)),
         (None, FirstByte::Learn) => None,
     }

@@ -1,10 +1,11 @@
 //! How a backend does against its own past, and the share of its clients that it keeps for it. Pure: time is an argument.
 //!
-//! A far cloud is not a slow one, so each backend is measured by its own calm: the median and the ninth decile of its first
-//! bytes while nothing was wrong. What counts is how many times slower it is than that, against the others of its pool: when
-//! all slow down alike nobody loses anything. Handshakes that are never answered count in the same way.
+//! A far cloud is not a slow one, so each backend is measured by its own calm: what its first bytes took while nothing was
+//! wrong. What counts is how many times slower it is than that, against the others of its pool: when all slow down alike nobody
+//! loses anything. Requests differ by nature, and a few may all be long ones: the median and the ninth decile are slow only when
+//! they are beyond what chance would make of so many. Handshakes that are never answered count in the same way.
 //!
-//! The share falls with the square of the slowness, at once, to a trickle; it never falls to nothing, because the trickle is
+//! The share falls with a power of the slowness, at once, to a trickle; it never falls to nothing, because the trickle is
 //! what shows that the backend has recovered. It is given back in steps, each only after fresh answers at the new share were as
 //! quick as they used to be: what the backend carries well decides, not a clock.
 
@@ -27,8 +28,24 @@ const SAME_BY_US: f64 = 5_000.0;
 const SAME_PART: f64 = 0.3;
 /// The ninth decile of a few dozen answers is less certain.
 const SAME_TAIL: f64 = 3.0;
+/// What is judged of its answers, and by what of its calm: between the two there is room for the mixture of its requests.
+const MEDIAN: f64 = 0.5;
+const CALM_MEDIAN: f64 = 0.7;
+const TAIL: f64 = 0.9;
+const CALM_TAIL: f64 = 0.95;
+/// So many answers in a row that are all slow are no mixture, or so many more that chance makes so many once in this many times.
+const STREAK: f64 = 7.0;
+const STREAK_BY_CHANCE: f64 = 1e-6;
+const MOST_LONG: f64 = 0.6;
+/// Standard deviations that a quantile of so many answers may be off.
+const QUANTILE_SIGMAS: f64 = 3.0;
+/// The share falls with the square of the slowness, and with the fourth power where answers come this much later; but no lower
+/// than a power of the time says: a client feels that, and not the factor.
+const POWER: f64 = 2.0;
+const MUCH_US: f64 = 400_000.0;
+const POWER_OF_TIME: f64 = 1.5;
 /// Least share.
-const TRICKLE: f64 = 0.007;
+const TRICKLE: f64 = 0.005;
 /// A share grows by this, no sooner than this after the last change.
 const GROWTH: f64 = 1.6;
 const GROWTH_EVERY: Duration = Duration::from_millis(200);
@@ -53,9 +70,8 @@ const UNSEEN: Duration = Duration::from_secs(5);
 const LEARN_DOWN: f64 = 0.05;
 const LEARN_UP: f64 = 0.002;
 const LEARN_ALONE: f64 = 0.001;
-/// Until so many looks have taught it, it follows quickly.
+/// So many looks teach it alike.
 const FIRST_LOOKS: u32 = 50;
-const LEARN_FIRST: f64 = 0.1;
 /// Handshakes that make a judgement of loss, those of them lost, and the loss beyond the others' that is still the same.
 const ENOUGH_HANDSHAKES: f64 = 20.0;
 const ENOUGH_LOST: f64 = 3.0;
@@ -88,6 +104,17 @@ impl Times {
         self.total += f64::from(count);
     }
 
+    /// Part of them that took longer.
+    fn above(&self, us: f64) -> f64 {
+        let above: f64 = (0..BUCKETS).filter(|i| f64::from(upper_us(*i)) > us).map(|i| f64::from(self.counts[i])).sum();
+        if self.total > 0.0 { above / self.total } else { 0.0 }
+    }
+
+    fn extend(&mut self, by: &Times) {
+        self.counts.iter_mut().zip(by.counts).for_each(|(count, more)| *count += more);
+        self.total += by.total;
+    }
+
     fn scale(&mut self, by: f64) {
         self.counts.iter_mut().for_each(|count| *count *= by as f32);
         self.total *= by;
@@ -104,13 +131,55 @@ impl Times {
         }
         f64::from(upper_us(BUCKETS - 1))
     }
+
+    /// What this quantile is at least, whatever chance made of so many.
+    fn least_us(&self, q: f64) -> f64 {
+        self.quantile_us((q - QUANTILE_SIGMAS * (q * (1.0 - q) / self.total).sqrt()).max(0.0))
+    }
+}
+
+/// Binary logarithms of what the first bytes of a backend take while nothing is wrong, in microseconds.
+#[derive(Clone, Copy, Debug)]
+struct Calm {
+    median: f64,
+    /// What the median and the ninth decile are measured by.
+    for_median: f64,
+    for_tail: f64,
+    /// Part of them that take long by nature. No logarithm.
+    long: f64,
+}
+
+impl Calm {
+    fn of(times: &Times, before: Option<Calm>) -> Calm {
+        let of = |q: f64| times.quantile_us(q).log2();
+        let for_median = of(CALM_MEDIAN);
+        let long = times.above(before.map_or(for_median, |calm| calm.for_median).exp2() * SAME);
+        Calm { median: of(MEDIAN), for_median, for_tail: of(CALM_TAIL), long }
+    }
+
+    /// So many answers in a row that all take long are no chance.
+    fn streak(self) -> f64 {
+        STREAK.max(STREAK_BY_CHANCE.ln() / self.long.clamp(1e-3, MOST_LONG).ln())
+    }
+
+    fn follow(self, now: Calm, rate: impl Fn(f64, f64) -> f64) -> Calm {
+        let follow = |calm: f64, now: f64| calm + (now - calm) * rate(calm, now);
+        Calm {
+            median: follow(self.median, now.median),
+            for_median: follow(self.for_median, now.for_median),
+            for_tail: follow(self.for_tail, now.for_tail),
+            long: follow(self.long, now.long),
+        }
+    }
 }
 
 /// What a look is told of one backend: counts that only ever rise (and wrap).
 #[derive(Clone, Copy, Debug)]
 pub struct Seen {
-    /// First bytes by bucket.
+    /// First bytes by bucket; and the same of what was carried elsewhere, and would have taken at least so long.
     pub first_bytes: [u32; BUCKETS],
+    /// See `first_bytes`.
+    pub moved: [u32; BUCKETS],
     /// Handshakes that ended well, and those that were never answered.
     pub handshakes: [u64; 2],
     /// A handshake that was lost is known so long after it began: what speaks for a backend must have stood for that time.
@@ -162,6 +231,8 @@ pub struct Pace {
     before: Seen,
     came: u32,
     recent: Times,
+    /// The last of its answers, as long as none of them was as quick as it used to be.
+    streak: Times,
     /// Median of the answers of the last look that saw any, and when that was.
     newest: Option<(f64, Time)>,
     /// Answers and handshakes since the share last changed.
@@ -172,8 +243,7 @@ pub struct Pace {
     carries_since: Option<Time>,
     handshakes: [f64; 2],
     quick_handshakes: [f64; 2],
-    /// Binary logarithms of the calm median and ninth decile in microseconds.
-    calm: Option<(f64, f64)>,
+    calm: Option<Calm>,
     taught: u32,
     share: f64,
     /// Whether handshakes were the reason for less than all of it.
@@ -189,6 +259,7 @@ impl Pace {
             before: seen,
             came: 0,
             recent: Times::default(),
+            streak: Times::default(),
             newest: None,
             fresh: Times::default(),
             fresh_handshakes: [0.0; 2],
@@ -222,7 +293,7 @@ impl Pace {
 
     /// The calm median; `None` before it was learned.
     pub fn calm(&self) -> Option<Duration> {
-        self.calm.map(|(median, _)| Duration::from_secs_f64(median.exp2() / 1e6))
+        self.calm.map(|calm| Duration::from_secs_f64(calm.median.exp2() / 1e6))
     }
 
     /// The median of the last few answers; `None` where they are too few.
@@ -243,7 +314,8 @@ impl Pace {
             self.recent.scale(1.0 - FORGET);
         }
         for bucket in 0..BUCKETS {
-            let new = seen.first_bytes[bucket].wrapping_sub(self.before.first_bytes[bucket]);
+            let new = seen.first_bytes[bucket].wrapping_sub(self.before.first_bytes[bucket])
+                + seen.moved[bucket].wrapping_sub(self.before.moved[bucket]);
             if new > 0 {
                 self.recent.add(bucket, new);
                 newest.add(bucket, new);
@@ -263,6 +335,7 @@ impl Pace {
         if came > 0.0 {
             self.seen = now;
         }
+        self.go_on(&newest);
         let quick_loss = (self.share >= 1.0).then(|| part_lost(self.quick_handshakes, ENOUGH_HANDSHAKES)).flatten();
         if newest.total > 0.0 {
             self.newest = Some((newest.quantile_us(0.5), now));
@@ -270,7 +343,7 @@ impl Pace {
         let newest = self.newest.filter(|(_, at)| now.since(*at) <= STALE);
         let quiet = quiet.filter(|quiet| *quiet <= EXCUSES_FOR).map(|quiet| quiet.as_micros() as f64);
         let latest = newest.map(|(median, _)| median).into_iter().chain(quiet).reduce(f64::max);
-        let latest = self.calm.zip(latest).map(|((median, _), latest)| Slower::than(median.exp2(), latest, SAME));
+        let latest = self.calm.zip(latest).map(|(calm, latest)| Slower::than(calm.for_median.exp2(), latest, SAME));
         Look {
             slower: self.slower().filter(|_| self.share < 1.0 || self.is_current(now)),
             latest,
@@ -280,12 +353,27 @@ impl Pace {
         }
     }
 
+    fn go_on(&mut self, newest: &Times) {
+        let Some(calm) = self.calm else { return };
+        if newest.total == 0.0 {
+            return;
+        }
+        if Slower::than(calm.for_median.exp2(), newest.quantile_us(0.0), SAME).times <= SAME {
+            self.streak = Times::default();
+            return;
+        }
+        if self.streak.total * (1.0 - FORGET) >= calm.streak() {
+            self.streak.scale(1.0 - FORGET);
+        }
+        self.streak.extend(newest);
+    }
+
     fn is_current(&self, now: Time) -> bool {
         self.newest.is_some_and(|(_, at)| now.since(at) <= CURRENT)
     }
 
     fn slower(&self) -> Option<Slower> {
-        let (median, tail) = self.calm?;
+        let calm = self.calm?;
         let judged = if self.share < 1.0 { &self.fresh } else { &self.recent };
         let enough = match self.share {
             share if share < SMALL => 1.0,
@@ -295,9 +383,19 @@ impl Pace {
         if judged.total < enough {
             return None;
         }
-        let of_median = Slower::than(median.exp2(), judged.quantile_us(0.5), SAME);
-        let of_tail = || Slower::than(tail.exp2(), judged.quantile_us(0.9), SAME_TAIL);
-        Some(if judged.total >= ENOUGH_FOR_TAIL { of_median.max(of_tail()) } else { of_median })
+        let median = match self.share {
+            // One that was slow has to show that it no longer is.
+            share if share < 1.0 => judged.quantile_us(MEDIAN),
+            _ if self.streak.total >= calm.streak() => self.streak.quantile_us(MEDIAN),
+            _ => judged.least_us(MEDIAN),
+        };
+        let of_median = Slower::than(calm.for_median.exp2(), median, SAME);
+        let of_tail = || Slower::than(calm.for_tail.exp2(), judged.least_us(TAIL), SAME_TAIL);
+        Some(if judged.total >= ENOUGH_FOR_TAIL && self.taught >= FIRST_LOOKS {
+            of_median.max(of_tail())
+        } else {
+            of_median
+        })
     }
 
     fn loss(&self) -> Option<f64> {
@@ -327,12 +425,16 @@ impl Pace {
             Some(others) => (slower.times / others.times).min(slower.by_us / others.by_us.max(1.0)),
             None => slower.times,
         });
+        let by_us = |slower: Option<Slower>| slower.map_or(0.0, |slower| slower.by_us);
+        let by_us = by_us(look.slower) - by_us(alike.slower);
         let unclear = alike.unclear && look.slower.is_some_and(|slower| slower.times > SAME);
         let slowness = slowness.filter(|_| !unclear);
         self.learn(unclear || slowness.is_some_and(|slowness| slowness > SAME), look.slower.is_some());
 
-        let for_pace =
-            slowness.filter(|slowness| *slowness > SAME).map(|slowness| (SAME / slowness).powi(2).max(TRICKLE));
+        let for_pace = slowness.filter(|slowness| *slowness > SAME).map(|slowness| {
+            let of_factor = (SAME / slowness).powf(POWER * (1.0 + (by_us / MUCH_US).clamp(0.0, 1.0)));
+            of_factor.max((SAME_BY_US / by_us.max(SAME_BY_US)).powf(POWER_OF_TIME)).max(TRICKLE)
+        });
         let for_loss = self.loses(look, alike).then_some(LOSSY_TRICKLE);
         let target = for_pace.unwrap_or(1.0).min(for_loss.unwrap_or(1.0));
         self.lossy |= for_loss.is_some();
@@ -377,6 +479,7 @@ impl Pace {
         if share >= 1.0 {
             self.lossy = false;
             self.recent = Times::default();
+            self.streak = Times::default();
             self.handshakes = [0.0; 2];
             self.quick_handshakes = [0.0; 2];
         }
@@ -395,20 +498,16 @@ impl Pace {
         if self.recent.total < ENOUGH_FOR_CALM && self.calm.is_none() || self.recent.total < ENOUGH {
             return;
         }
-        let now = (self.recent.quantile_us(0.5).log2(), self.recent.quantile_us(0.9).log2());
-        let first = self.taught < FIRST_LOOKS && !alone;
-        let follow = |calm: f64, now: f64| {
-            let rate = match now < calm {
-                _ if first => LEARN_FIRST,
-                true => LEARN_DOWN,
-                false if alone || self.share < 1.0 => LEARN_ALONE,
-                false => LEARN_UP,
-            };
-            calm + (now - calm) * rate
+        let now = Calm::of(&self.recent, self.calm);
+        let first = (self.taught < FIRST_LOOKS && !alone).then(|| 1.0 / f64::from(self.taught + 1));
+        let rate = |calm: f64, now: f64| match now < calm {
+            true => first.unwrap_or(LEARN_DOWN),
+            false if alone || self.share < 1.0 => LEARN_ALONE,
+            false => first.unwrap_or(LEARN_UP),
         };
         self.calm = Some(match self.calm {
             None => now,
-            Some(calm) if any => (follow(calm.0, now.0), follow(calm.1, now.1)),
+            Some(calm) if any => calm.follow(now, rate),
             Some(calm) => calm,
         });
         self.taught = self.taught.saturating_add(1);
@@ -500,6 +599,8 @@ mod tests {
         paces: Vec<Pace>,
         now: Time,
         rng: Rng,
+        /// This part of all requests takes so many times as long by nature.
+        long: (f64, f64),
     }
 
     impl Rig {
@@ -508,6 +609,7 @@ mod tests {
             let estimates: Vec<Estimate> = (0..count).map(|_| Estimate::default()).collect();
             let seen = |estimate: &Estimate| Seen {
                 first_bytes: estimate.ever(),
+                moved: [0; BUCKETS],
                 handshakes: [0; 2],
                 lost_known_after: LOST_KNOWN_AFTER,
             };
@@ -519,6 +621,7 @@ mod tests {
                 paces,
                 now,
                 rng: Rng::with_seed(7),
+                long: (0.0, 1.0),
             }
         }
 
@@ -539,7 +642,8 @@ mod tests {
                     self.handshakes[to][0] += u64::from(!lost);
                     self.lost[to][0] += u64::from(lost);
                     if !lost {
-                        let jitter = 0.8 + 0.6 * self.rng.f64();
+                        let long = if self.rng.f64() < self.long.0 { self.long.1 } else { 1.0 };
+                        let jitter = (0.8 + 0.6 * self.rng.f64()) * long;
                         self.estimates[to].record(Duration::from_secs_f64(ms * jitter / 1e3));
                     }
                 }
@@ -568,7 +672,8 @@ mod tests {
 
         fn seen(&self, i: usize) -> Seen {
             let first_bytes = self.estimates[i].ever();
-            Seen { first_bytes, handshakes: self.handshakes[i], lost_known_after: LOST_KNOWN_AFTER }
+            let handshakes = self.handshakes[i];
+            Seen { first_bytes, moved: [0; BUCKETS], handshakes, lost_known_after: LOST_KNOWN_AFTER }
         }
 
         fn share(&self, of: usize) -> f64 {
@@ -585,7 +690,7 @@ mod tests {
             rig.run(1.0, 400.0, &[(slow, 0.0), (calm, 0.0)]);
             assert!(rig.share(0) < 0.02, "{calm}: {}", rig.share(0));
             rig.run(30.0, 400.0, &[(slow, 0.0), (calm, 0.0)]);
-            assert!((0.005..0.02).contains(&rig.share(0)), "{calm}: {}", rig.share(0));
+            assert!((0.003..0.02).contains(&rig.share(0)), "{calm}: {}", rig.share(0));
             rig.run(5.0, 400.0, &[(calm, 0.0), (calm, 0.0)]);
             assert!(rig.share(0) > 0.45, "{calm}: {}", rig.share(0));
         }
@@ -705,6 +810,39 @@ mod tests {
                 rig.run(1.0, rate, &[(2.0, loss), (8.0, 0.0), (30.0, loss)]);
                 assert!((0..3).all(|i| rig.paces[i].share() == 1.0), "{rate}: {second}");
             }
+        }
+    }
+
+    #[test]
+    fn requests_that_differ_by_nature_cost_nobody_a_share() {
+        // 48 times five minutes.
+        let mut cuts = 0;
+        for part in [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8] {
+            for times in [20.0, 200.0] {
+                for rate in [20.0, 60.0, 400.0] {
+                    let mut rig = Rig::new(2);
+                    rig.long = (part, times);
+                    rig.run(20.0, rate, &[(5.0, 0.0), (5.0, 0.0)]);
+                    let mut cut = false;
+                    for _ in 0..3_000 {
+                        rig.run(0.1, rate, &[(5.0, 0.0), (5.0, 0.0)]);
+                        let was_cut = std::mem::replace(&mut cut, (0..2).any(|i| rig.share(i) < 0.3));
+                        cuts += u32::from(cut && !was_cut);
+                    }
+                }
+            }
+        }
+        assert!(cuts <= 5, "{cuts}");
+    }
+
+    #[test]
+    fn a_slow_one_is_seen_among_requests_that_differ() {
+        for (part, within) in [(0.1, 0.4), (0.4, 0.6)] {
+            let mut rig = Rig::new(2);
+            rig.long = (part, 20.0);
+            rig.run(20.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+            rig.run(within, 400.0, &[(402.0, 0.0), (2.0, 0.0)]);
+            assert!(rig.share(0) < 0.15, "{part}: {}", rig.share(0));
         }
     }
 

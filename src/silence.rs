@@ -195,9 +195,14 @@ impl Silence {
         self.answers_since(since) && self.answers_within(now.since(since), now)
     }
 
+    /// How long its last answers took, the longest of them; quick ones since then make it less.
+    pub fn took(&self) -> Duration {
+        Duration::from_micros(self.took.load(Relaxed))
+    }
+
     /// Whether its last answers took less than `time`, and a margin; an answer of long ago says nothing.
     pub fn answers_within(&self, time: Duration, now: Time) -> bool {
-        now.since(self.heard_at()) >= TOOK_FOR || time > Duration::from_micros(self.took.load(Relaxed)) * 5 / 4
+        now.since(self.heard_at()) >= TOOK_FOR || time > self.took() * 5 / 4
     }
 
     /// Whether something was written `limit` ago or longer, and nobody has got a first byte since.

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::http::{by_hand, pool, proxy, raw, read_request};
@@ -179,6 +179,50 @@ fn when_all_cells_become_slower_alike_nobody_is_refused_or_sent_twice() {
     let answers: Vec<String> = clients.into_iter().map(|client| client.join().unwrap()).collect();
     let refused = answers.iter().filter(|answer| !answer.starts_with("HTTP/1.1 200")).count();
     assert_eq!((refused, received() - before), (0, 80), "refused, and received by the cells");
+}
+
+#[test]
+fn one_that_becomes_slow_is_not_taken_for_silent() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = proxy(&pool("p", &[a.address, b.address], "probe: off, ramp: 1s"), "routes: [ { pool: p } ]", "");
+    let address = proxy.address(0);
+    let (stop, failed) = (AtomicBool::new(false), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while !stop.load(Relaxed) {
+                    failed.fetch_add(u32::from(!raw(address, ASK).starts_with("HTTP/1.1 200")), Relaxed);
+                }
+            });
+        }
+        // Whatever ends this ends the clients.
+        let _end = Ends(&stop);
+        let is = |health: &str| proxy.health(&b.address.to_string()) == health;
+        let share = || proxy.backend(&b.address.to_string())["pace"].as_f64().unwrap();
+        let received = || b.received.load(Relaxed);
+        let comes_to = |more: usize| {
+            let wanted = received() + more;
+            eventually("clients come", Duration::from_secs(20), || (received() >= wanted).then_some(()));
+        };
+        comes_to(500);
+        b.set(Mode::Slow(400));
+        eventually("its share is cut", Duration::from_secs(5), || (share() < 0.05).then_some(()));
+        eventually("it is fit", Duration::from_secs(10), || is("up").then_some(()));
+        comes_to(10);
+        assert!(share() < 0.05, "{}", share());
+        assert_eq!(proxy.metric("sailover_transitions_total", &["to=\"down\""]), 0.0);
+        b.set(Mode::Serve);
+        eventually("it has its share again", Duration::from_secs(30), || (share() == 1.0).then_some(()));
+    });
+    assert_eq!(failed.into_inner(), 0);
+}
+
+struct Ends<'a>(&'a AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
 
 #[test]

@@ -188,7 +188,7 @@ fn record(kind: u64) -> Option<Duration> {
 /// After how long without a first byte to anybody a backend is silent.
 fn silent_after(backend: &Backend) -> Duration {
     match backend.first_byte.learned() {
-        Some((_, p99)) => SILENT_FLOOR.max(p99 * SILENT_FACTOR),
+        Some((_, p99)) => SILENT_FLOOR.max(p99 * SILENT_FACTOR).max(backend.slow_for()),
         None => SILENT_COLD,
     }
 }
@@ -258,8 +258,9 @@ fn look(now: Time, late: bool) {
                 (limit, found.is_some(), backend.silence.stays_mute(limit, now), backend.vanished())
             });
             let view = backend.view();
-            let doubted = matches!(view.state, State::Suspect | State::Down) && backend.silence.quiet(limit, now);
-            let tries = doubted && entry.since >= view.since;
+            let in_doubt = matches!(view.state, State::Suspect | State::Down);
+            let tries = in_doubt && entry.since >= view.since;
+            let doubted = in_doubt && backend.silence.quiet(limit, now);
             let silent = found || stays_mute && !tries;
             let patience = SILENT_COLD.min(request.timeout / 2);
             let limit = if tries && !silent { limit.max(patience) } else { limit };
@@ -268,7 +269,8 @@ fn look(now: Time, late: bool) {
                 let alone = backend.others_than(request.prefix, now);
                 mute.push((backend.clone(), request.policy.clone(), entry.since, !alone));
             }
-            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !request.shared;
+            // What tries it for others tells whether it is slow or silent.
+            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !request.shared && (!tries || silent);
             let reason = (silent || doubted || vanished) && waited >= limit || unusual;
             if !reason || !request.movable {
                 continue;
@@ -286,6 +288,7 @@ fn look(now: Time, late: bool) {
             entry.verdict = Verdict::Move;
             steps.push(Step::Cut(request.place));
             if unusual && !silent && !doubted && !vanished {
+                backend.moved(waited);
                 unusual_ones.push((request.kind, waited));
             }
         }

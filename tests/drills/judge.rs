@@ -254,7 +254,8 @@ pub fn judge(name: &str, drill: &Drill, kind: front::Kind, seen: Seen) -> Outcom
             bar(suspects + downs <= most, format!("{suspects} suspect and {downs} down, at most {most}"));
         }
         if !missed.is_empty() {
-            seen.transitions.iter().for_each(|line| println!("    {line}"));
+            let own = seen.log.lines().filter(|line| !line.contains("\"kind\":"));
+            own.take(60).for_each(|line| println!("    {line}"));
         }
     }
 

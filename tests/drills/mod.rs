@@ -99,9 +99,9 @@ struct Seen {
     processor: f64,
     /// Hostile connections open at the end of the attack.
     attackers: usize,
-    /// Transitions to suspect and to down, where sailover counts them.
+    /// Transitions to suspect and to down, and its log, of sailover.
     entered: Option<[f64; 2]>,
-    transitions: Vec<String>,
+    log: String,
 }
 
 /// Cells, what is in front of them, and what is done to both.
@@ -130,6 +130,9 @@ fn run(name: &str, drill: &Drill, kind: front::Kind) -> judge::Outcome {
     let front = Front::start(kind, &rig.edge(), drill, &named);
     let mut stage = Stage { rig, delays, backends, addresses, front, attack: None, base };
     let seen = stage.play(drill);
+    if let Some(directory) = std::env::var_os("DRILLS").filter(|_| !seen.log.is_empty()) {
+        std::fs::write(Path::new(&directory).join(format!("{name}.log")), &seen.log).unwrap();
+    }
     judge::judge(name, drill, kind, seen)
 }
 
@@ -223,10 +226,7 @@ impl Stage {
         let entered = self.front.sailover().map(|proxy| {
             ["suspect", "down"].map(|to| proxy.metric("sailover_transitions_total", &[&format!("to=\"{to}\"")]))
         });
-        let transitions = self.front.sailover().map(|proxy| {
-            let log = proxy.log();
-            log.lines().filter(|line| !line.contains("access")).take(60).map(str::to_owned).collect()
-        });
+        let log = self.front.sailover().map(|proxy| proxy.log()).unwrap_or_default();
         let since = |at: &Instant| at.saturating_duration_since(begin).as_secs_f64();
         Seen {
             samples,
@@ -243,7 +243,7 @@ impl Stage {
             attackers,
             processor: self.front.processor() - processor,
             entered,
-            transitions: transitions.unwrap_or_default(),
+            log,
         }
     }
 

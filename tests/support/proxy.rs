@@ -132,12 +132,16 @@ impl Proxy {
 
     /// Health of a backend by its name.
     pub fn health(&self, backend: &str) -> String {
+        self.backend(backend)["health"].as_str().unwrap().to_owned()
+    }
+
+    /// What the status says of a backend.
+    pub fn backend(&self, name: &str) -> Value {
         let status = self.status();
         let pools = status["pools"].as_array().unwrap();
         let cells = pools.iter().flat_map(|pool| pool["cells"].as_array().unwrap());
         let mut backends = cells.flat_map(|cell| cell["backends"].as_array().unwrap());
-        let found = backends.find(|b| b["name"] == backend).expect("the backend is in the status");
-        found["health"].as_str().unwrap().to_owned()
+        backends.find(|backend| backend["name"] == name).expect("the backend is in the status").clone()
     }
 
     pub fn wait_health(&self, backend: &str, wanted: &str, within: Duration) {
