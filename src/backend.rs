@@ -46,6 +46,10 @@ const PROBE_SLACK: Duration = Duration::from_secs(1);
 /// so many of them at most it counts.
 const LATE: Duration = Duration::from_millis(50);
 const LATE_FOR: u32 = 8;
+/// And for so long the next ones are thought to take as long.
+const TOOK_FOR: Duration = Duration::from_secs(1);
+/// What is known to be slow is silent after this at the latest.
+const SLOW_FOR: Duration = Duration::from_secs(1);
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
 const SILENT: Duration = Duration::from_millis(250);
 /// No first byte to anybody for this, and for so many times the 99th percentile, is a reason to go elsewhere for now.
@@ -249,8 +253,9 @@ pub struct Backend {
     pub handshake: Estimate,
     /// Learned times from the client's bytes to the first byte of an answer.
     pub first_byte: Estimate,
-    /// The same of what was carried elsewhere.
+    /// The same of what was carried elsewhere; and how many were, since its last answer, for its silence.
     moved: Estimate,
+    moved_silent: AtomicU32,
     /// Clients that it answered.
     pub answered: Answered,
     /// Requests that wait for their first byte.
@@ -333,6 +338,7 @@ impl Backend {
             handshake: Estimate::default(),
             first_byte: Estimate::default(),
             moved: Estimate::default(),
+            moved_silent: AtomicU32::new(0),
             answered: Answered::default(),
             silence: Silence::default(),
             retired: AtomicU32::new(0),
@@ -440,9 +446,9 @@ impl Backend {
         Some(look)
     }
 
-    /// For how long one that is known to be slow is no more silent than it was; nothing otherwise.
+    /// For how long one that is known to be slow is no more silent than it was, a second at most; nothing otherwise.
     pub fn slow_for(&self) -> Duration {
-        if self.pace_share() < 1.0 { self.silence.took() * 2 } else { Duration::ZERO }
+        if self.pace_share() < 1.0 { (self.silence.took() * 2).min(SLOW_FOR) } else { Duration::ZERO }
     }
 
     fn late_after(&self, floor: Duration) -> Duration {
@@ -578,16 +584,29 @@ impl Backend {
         }
     }
 
-    /// A request of its own kind was carried elsewhere after it had `waited` for so long: it is slow, for all one knows.
-    pub fn moved(&self, waited: Duration) {
+    /// A request was carried elsewhere after it had `waited` for so long, and others of its kind never had: the backend is slow.
+    pub fn moved_slow(&self, waited: Duration) {
         self.moved.record(waited);
+    }
+
+    /// A request was carried elsewhere because the backend is silent; or slow, as its last answer showed or its next one will.
+    pub fn moved_silent(&self, now: Time) {
+        let took = self.silence.took();
+        if took > self.late_after(LATE) && now.since(self.silence.heard_at()) <= TOOK_FOR {
+            self.moved.record(took);
+        } else {
+            self.moved_silent.fetch_add(1, Relaxed);
+        }
     }
 
     /// The first byte of an answer to a request; `took` is `None` where it came before the whole request had.
     pub fn heard(&self, took: Option<Duration>, now: Time) {
-        if let Some(took) = took.filter(|took| *took > self.late_after(LATE)) {
-            // What left it meanwhile for its silence would have had an answer as late as this one.
-            (0..self.silence.abandoned().min(LATE_FOR)).for_each(|_| self.moved.record(took));
+        if let Some(took) = took.filter(|_| self.moved_silent.load(Relaxed) > 0) {
+            let moved = self.moved_silent.swap(0, Relaxed);
+            if took > self.late_after(LATE) {
+                // They would have had an answer as late as this one.
+                (0..moved.min(LATE_FOR)).for_each(|_| self.moved.record(took));
+            }
         }
         self.silence.heard(took, now);
         if let Some(took) = took {

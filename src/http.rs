@@ -522,8 +522,9 @@ impl ProxyHttp for Gateway {
         let now = clock::now();
         // An answer that comes before the whole request has come says nothing about time.
         let took = exchange.sent.map(|sent| now.since(sent));
-        exchange.wait = None;
         backend.heard(took.filter(|_| !is_error(status)), now);
+        // Only now: whoever leaves before the answer is known counts as unanswered.
+        exchange.wait = None;
         if let Some(line) = &mut exchange.line {
             line.talks();
         }

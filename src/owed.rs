@@ -165,6 +165,7 @@ fn look(now: Time) {
             for one in here.movable.get_mut(id).into_iter().flatten() {
                 if now.since(one.since) >= limit && backend.shared.budget.extra(now) {
                     session::backend_is_silent(one.session);
+                    backend.moved_silent(now);
                     // Once is enough: the session withdraws its claim as soon as it runs.
                     one.since = Time(u64::MAX);
                 }

@@ -288,8 +288,10 @@ fn look(now: Time, late: bool) {
             entry.verdict = Verdict::Move;
             steps.push(Step::Cut(request.place));
             if unusual && !silent && !doubted && !vanished {
-                backend.moved(waited);
+                backend.moved_slow(waited);
                 unusual_ones.push((request.kind, waited));
+            } else {
+                backend.moved_silent(now);
             }
         }
     });
