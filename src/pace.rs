@@ -60,9 +60,12 @@ const FRESH: f64 = 2.0;
 const SMALL: f64 = 0.1;
 const SMALL_GROWTH: f64 = 3.0;
 const FRESH_HANDSHAKES: f64 = 24.0;
-/// Below [`SMALL`] so many in a row are enough for one growth, by this.
+/// Below this share so many in a row are enough for one growth, by this.
+const FEW_BELOW: f64 = 0.2;
 const FEW_HANDSHAKES: f64 = 10.0;
 const GROWTH_BY_FEW: f64 = 2.4;
+/// Where so little is left in memory of those that were lost at this share.
+const FORGOTTEN_LOST: f64 = 1.0;
 /// What waits for longer than this without an answer excuses nobody's slowness any more.
 const EXCUSES_FOR: Duration = Duration::from_secs(3);
 /// Nobody seems slow by answers older than this, nor beside one whose last answer is older, and may be from before it became as slow.
@@ -508,7 +511,8 @@ impl Pace {
         let [well, lost] = self.fresh_handshakes;
         let small = self.share < SMALL;
         let many = well + lost >= FRESH_HANDSHAKES && lost <= SAME_LOSS * (well + lost);
-        let carries = many || small && self.unbroken >= FEW_HANDSHAKES;
+        let few = self.unbroken >= FEW_HANDSHAKES && self.handshakes[1] < FORGOTTEN_LOST;
+        let carries = many || self.share < FEW_BELOW && few;
         self.carries_since = self.carries_since.or(Some(now)).filter(|_| carries);
         let carried = self.carries_since.is_some_and(|since| now.since(since) >= self.before.lost_known_after);
         let by_handshakes = self.lossy && self.share >= LOSSY_TRICKLE || self.calm.is_none();
@@ -529,6 +533,9 @@ impl Pace {
     }
 
     fn set(&mut self, share: f64, now: Time) {
+        if self.share >= 1.0 {
+            self.handshakes = [0.0; 2];
+        }
         self.share = share;
         self.begin_afresh(now);
         if share >= 1.0 {
@@ -1060,6 +1067,11 @@ mod tests {
         assert_eq!((look(12, 0), look(4, 0)), (small, small));
         // Those that were lost beside them are known now.
         assert_eq!((look(4, 5), look(12, 0), look(4, 0)), (small, small, small));
+        // They are not forgotten at once.
+        assert_eq!(look(4, 0), small);
+        for _ in 0..40 {
+            look(0, 0);
+        }
         assert!(look(4, 0) > small, "they have stood for as long as it takes");
     }
 
