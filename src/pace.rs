@@ -161,9 +161,9 @@ struct Calm {
 impl Calm {
     fn of(times: &Times, before: Option<Calm>) -> Calm {
         let of = |q: f64| times.quantile_us(q).log2();
-        let for_median = of(CALM_MEDIAN);
-        let long = times.above(before.map_or(for_median, |calm| calm.for_median).exp2() * SAME);
-        Calm { median: of(MEDIAN), for_median, for_tail: of(CALM_TAIL), long }
+        let median = of(MEDIAN);
+        let long = times.above(before.map_or(median, |calm| calm.median).exp2() * SAME);
+        Calm { median, for_median: of(CALM_MEDIAN), for_tail: of(CALM_TAIL), long }
     }
 
     /// So many answers in a row that all take long are no chance.
@@ -377,10 +377,9 @@ impl Pace {
         let newest = self.newest.filter(|(_, at)| now.since(*at) <= STALE);
         let quiet = quiet.filter(|quiet| *quiet <= EXCUSES_FOR).map(|quiet| quiet.as_micros() as f64);
         let latest = newest.map(|(median, _)| median).into_iter().chain(quiet).reduce(f64::max);
-        let latest = self.calm.zip(latest).map(|(calm, latest)| Slower::than(calm.for_median.exp2(), latest, SAME));
+        let latest = self.calm.zip(latest).map(|(calm, latest)| Slower::than(calm.median.exp2(), latest, SAME));
         Look {
-            // By what came just now: the others' newest may say that all is over.
-            slower: self.slower().filter(|_| self.share < 1.0 || self.newest.is_some_and(|(_, at)| at == now)),
+            slower: self.slower(self.newest.is_some_and(|(_, at)| at == now)),
             latest,
             newest: newest.map(|(_, at)| at),
             loss: self.loss(),
@@ -395,7 +394,7 @@ impl Pace {
         }
         self.still_slow = self.is_slow(newest.quantile_us(1.0));
         self.slow_looks += f64::from(u8::from(self.still_slow));
-        if !self.is_slow(newest.quantile_us(0.0)) {
+        if Slower::than(calm.median.exp2(), newest.quantile_us(0.0), SAME).times <= SAME {
             self.end_streak();
             return;
         }
@@ -423,26 +422,27 @@ impl Pace {
         self.calm.is_some_and(|calm| Slower::than(calm.for_median.exp2(), us, SAME).times > SAME)
     }
 
-    fn slower(&self) -> Option<Slower> {
+    /// `came` says that answers came just now: the others' newest may say that all is over.
+    fn slower(&self, came: bool) -> Option<Slower> {
         let calm = self.calm?;
-        let judged = if self.share < 1.0 { &self.fresh } else { &self.recent };
+        if came && self.in_streak() {
+            return Some(Slower::than(calm.median.exp2(), self.streak.quantile_us(MEDIAN), SAME));
+        }
+        let whole = self.share >= 1.0;
+        let judged = if whole { &self.recent } else { &self.fresh };
         let enough = match self.share {
             share if share < SMALL => 1.0,
             share if share < 1.0 => FRESH,
             _ => ENOUGH,
         };
-        if judged.total < enough {
+        if judged.total < enough || whole && !came {
             return None;
         }
-        let median = match self.share {
-            _ if self.in_streak() => self.streak.quantile_us(MEDIAN),
-            // One that was slow has to show that it no longer is.
-            share if share < 1.0 => judged.quantile_us(MEDIAN),
-            _ => judged.least_us(MEDIAN),
-        };
-        if self.share >= 1.0 && (self.slow_looks < SLOW_LOOKS || !self.still_slow) {
+        if whole && (self.slow_looks < SLOW_LOOKS || !self.still_slow) {
             return Some(Slower::NOT);
         }
+        // One that was slow has to show that it no longer is.
+        let median = if whole { judged.least_us(MEDIAN) } else { judged.quantile_us(MEDIAN) };
         let of_median = Slower::than(calm.for_median.exp2(), median, SAME);
         let of_tail = || Slower::than(calm.for_tail.exp2(), judged.least_us(TAIL), SAME_TAIL);
         Some(if judged.total >= ENOUGH_FOR_TAIL && self.taught >= FIRST_LOOKS {

@@ -270,7 +270,8 @@ fn look(now: Time, late: bool) {
                 mute.push((backend.clone(), request.policy.clone(), entry.since, !alone));
             }
             // What tries it for others tells whether it is slow or silent.
-            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !request.shared && (!tries || silent);
+            let may_be = !tries || silent || waited >= patience;
+            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !request.shared && may_be;
             let reason = (silent || doubted || vanished) && waited >= limit || unusual;
             if !reason || !request.movable {
                 continue;

@@ -19,6 +19,8 @@ struct Rig {
     /// This part of all requests takes so many times as long by nature; and of those at the first backend.
     long: (f64, f64),
     long_of_first: (f64, f64),
+    /// And all of those take so many milliseconds more.
+    more_of_first: f64,
 }
 
 impl Rig {
@@ -41,6 +43,7 @@ impl Rig {
             rng: Rng::with_seed(7),
             long: (0.0, 1.0),
             long_of_first: (0.0, 1.0),
+            more_of_first: 0.0,
         }
     }
 
@@ -65,7 +68,8 @@ impl Rig {
                         if to == 0 && self.long_of_first.0 > 0.0 { self.long_of_first } else { self.long };
                     let long = if self.rng.f64() < part { times } else { 1.0 };
                     let jitter = (0.8 + 0.6 * self.rng.f64()) * long;
-                    self.estimates[to].record(Duration::from_secs_f64(ms * jitter / 1e3));
+                    let more = if to == 0 { self.more_of_first } else { 0.0 };
+                    self.estimates[to].record(Duration::from_secs_f64((ms * jitter + more) / 1e3));
                 }
             }
             for (lost, handshakes) in self.lost.iter_mut().zip(&mut self.handshakes) {
@@ -288,6 +292,22 @@ fn one_of_two_servers_behind_an_address_is_seen_to_be_slow() {
 }
 
 #[test]
+fn a_slow_one_that_answers_in_bursts_is_seen() {
+    let mut rig = Rig::new(2);
+    rig.run(20.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
+    for look in 0..50 {
+        if look % 5 == 0 {
+            (0..30).for_each(|_| rig.estimates[0].record(Duration::from_millis(402)));
+        }
+        // The other one goes on.
+        (0..10).for_each(|_| rig.estimates[1].record(Duration::from_millis(2)));
+        rig.now = rig.now + STEP;
+        rig.judge();
+    }
+    assert!(rig.paces[0].share() < 0.1, "{}", rig.paces[0].share());
+}
+
+#[test]
 fn a_hiccup_costs_no_share() {
     let mut rig = Rig::new(2);
     rig.run(20.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
@@ -311,11 +331,12 @@ fn one_that_stays_a_little_slower_gets_what_that_is_worth() {
 
 #[test]
 fn a_slow_one_is_seen_among_requests_that_differ() {
-    for (part, within) in [(0.1, 0.4), (0.4, 0.6)] {
+    for (part, times, within) in [(0.1, 20.0, 0.4), (0.4, 20.0, 0.6), (0.35, 150.0, 1.0), (0.45, 150.0, 1.0)] {
         let mut rig = Rig::new(2);
-        rig.long = (part, 20.0);
+        rig.long = (part, times);
         rig.run(20.0, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
-        rig.run(within, 400.0, &[(402.0, 0.0), (2.0, 0.0)]);
+        rig.more_of_first = 400.0;
+        rig.run(within, 400.0, &[(2.0, 0.0), (2.0, 0.0)]);
         assert!(rig.share(0) < 0.15, "{part}: {}", rig.share(0));
     }
 }
