@@ -24,6 +24,7 @@ use crate::poison::Poison;
 use crate::ratio::Ratio;
 use crate::silence::Silence;
 use crate::uplink::Uplink;
+use crate::version::Version;
 use crate::witness::{Answered, Failing};
 
 /// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
@@ -289,6 +290,8 @@ pub struct Backend {
     pub certificate_expiry: AtomicI64,
     /// Whether an operator took it out.
     pub drained: AtomicBool,
+    /// How old its data are.
+    pub version: Version,
     /// How it does against its own past; `None` before it has had clients.
     pace: Mutex<Option<Box<Pace>>>,
     /// Share of its clients that it keeps for that, in ten-thousandths.
@@ -358,6 +361,7 @@ impl Backend {
             next_probe_ms: AtomicU64::new(0),
             certificate_expiry: AtomicI64::new(0),
             drained: AtomicBool::new(false),
+            version: Version::default(),
             pace: Mutex::default(),
             pace_share: AtomicU32::new(10_000),
             crowd: Mutex::default(),
@@ -381,9 +385,23 @@ impl Backend {
         View::unpack(self.view.load(Relaxed))
     }
 
-    /// Whether new clients are meant for it: `up`, or `returning`, and not drained.
+    /// Whether it gets no clients however well it is: an operator took it out, or its data are too old.
+    pub fn is_closed(&self) -> bool {
+        self.drained.load(Relaxed) || self.version.is_old()
+    }
+
+    /// Whether new clients are meant for it: `up`, or `returning`, and not closed.
     pub fn fit(&self) -> bool {
-        matches!(self.view().state, State::Up | State::Returning) && !self.drained.load(Relaxed)
+        matches!(self.view().state, State::Up | State::Returning) && !self.is_closed()
+    }
+
+    /// An answer said which version its data have; `None`: it may have begun anew, or had to say it and did not.
+    pub fn says_version(&self, version: Option<u64>) {
+        if self.version.says(version) {
+            self.version.tell(&self.shared.name, &self.name);
+            self.shared.changed();
+            self.probe_now();
+        }
     }
 
     /// Share of its full weight that it gets now, 0 to 1, by state and by ramp or pace, whichever is less; drains apart.
@@ -852,11 +870,14 @@ impl Backend {
 
     /// Takes one fact; logs and publishes the transition it makes.
     pub fn observe(&self, policy: &Policy, evidence: &Evidence, now: Time) -> Option<Transition> {
+        if evidence.seen == Seen::Refused {
+            self.says_version(None);
+        }
         let mut locked = self.lock();
         let mut evidence = *evidence;
         match evidence.seen {
             Seen::Success { .. } => {}
-            Seen::Reset(_) | Seen::Wrong | Seen::Tls(_) | Seen::Errors => self.shows_life(now),
+            Seen::Reset(_) | Seen::Wrong | Seen::Corrupt | Seen::Tls(_) | Seen::Errors => self.shows_life(now),
             // A router may refuse as well.
             Seen::Refused | Seen::Silent | Seen::Mute => {}
         }
@@ -882,7 +903,7 @@ impl Backend {
     /// gets it, and the next only after a pause.
     pub fn claim_trial(&self, policy: &Policy, now: Time) -> bool {
         let due = self.trial_ms.load(Relaxed);
-        if due > now.0 / 1_000 || self.drained.load(Relaxed) {
+        if due > now.0 / 1_000 || self.is_closed() {
             return false;
         }
         let soon = now.0 / 1_000 + 1_000;
@@ -936,6 +957,9 @@ impl Backend {
         self.shared.changed();
         if matches!(transition.to, State::Suspect | State::Down) {
             self.retired.fetch_add(1, Relaxed);
+        }
+        if transition.to == State::Down {
+            self.says_version(None);
         }
         if matches!(transition.to, State::Suspect | State::Down | State::Returning) {
             self.probe_now();

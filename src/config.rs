@@ -103,6 +103,17 @@ pub struct Pool {
     /// Time between two cells that probes alone take out.
     #[serde(serialize_with = "as_text")]
     pub probe_removal: Duration,
+    /// How old the data of its backends may be; `None`: nobody asks.
+    pub data_version: Option<DataVersion>,
+}
+
+/// How old the data of a pool's backends may be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DataVersion {
+    /// Name of the header that says it, in lower case.
+    pub header: String,
+    /// The oldest version that will do.
+    pub at_least: u64,
 }
 
 /// Clients that wait for a place.
@@ -272,6 +283,8 @@ pub struct Probe {
     pub tls: Option<BackendTls>,
     /// The HTTP that the pool's backends speak.
     pub version: HttpVersion,
+    /// Header that says which version a backend's data have.
+    pub data_header: Option<String>,
 }
 
 /// What a probe asks.
@@ -292,6 +305,8 @@ pub enum ProbeKind {
         status: Vec<(u16, u16)>,
         /// Text that must stand in the first 64 KiB of the body.
         body: Option<String>,
+        /// Whether the body must have the digest that its header names.
+        digest: bool,
     },
     /// A call of the gRPC health service, `grpc.health.v1.Health/Check`.
     Grpc {

@@ -139,6 +139,8 @@ pub enum Seen {
     Reset(Blame),
     /// A probe's answer was not the wanted one.
     Wrong,
+    /// A probe's answer was not the one that its digest belongs to.
+    Corrupt,
     /// Requests wait, and nobody gets a first byte for longer than it takes; judged by `silence`.
     Mute,
     /// More answers are errors than used to be, or one more of a backend that is doubted for it; judged by `ratio`.
@@ -592,6 +594,7 @@ impl Health {
             Seen::Mute => ("silent", 1),
             Seen::Errors => ("errors", 1),
             Seen::Wrong | Seen::Success { .. } => ("wrong answer", self.probe_failures),
+            Seen::Corrupt => ("wrong content", self.probe_failures),
         };
         let cause = Cause { source: evidence.source, kind, depth: evidence.depth, times, at: now };
         match self.state {

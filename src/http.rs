@@ -548,6 +548,20 @@ impl ProxyHttp for Gateway {
         }
         exchange.status = status;
         exchange.took = Some(took.unwrap_or_default());
+        let version = policy.data_version.as_ref().and_then(|wanted| wanted.read(&response.headers));
+        if version.is_some() {
+            backend.says_version(version);
+        }
+        // Whoever may ask again gets newer data elsewhere.
+        if backend.version.is_old() && exchange.repeatable {
+            exchange.tried.push(exchange.member);
+            if exchange.another(session, false, false) {
+                exchange.fail("answered with old data");
+                let mut error = Error::new_up(NOT_NOW);
+                error.set_retry(true);
+                return Err(error);
+            }
+        }
         // A client that tries a doubted backend for us does not pay for it.
         let trial = status == 500 && exchange.backend.as_ref().is_some_and(|backend| backend.is_doubted());
         if (trial || matches!(status, 502..=504)) && exchange.repeatable {

@@ -35,6 +35,7 @@ pub mod crowd;
 pub mod class;
 pub mod witness;
 pub mod uplink;
+pub mod version;
 pub mod owed;
 pub mod manner;
 pub mod poison;

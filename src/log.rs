@@ -406,7 +406,6 @@ thread_local! {
 /// first costs several times as much.
 fn line(text: &mut Vec<u8>, format: Format, record: &AccessRecord, end: End, duration: Duration) {
     let mut fields = Fields { text, json: format == Format::Json, first: true };
-    let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1e3;
     fields.word("time", clock::now().rfc3339());
     fields.word("kind", if record.http.is_some() { "request" } else { "connection" });
     fields.word("listener", &record.listener);
@@ -436,9 +435,9 @@ fn line(text: &mut Vec<u8>, format: Format, record: &AccessRecord, end: End, dur
     fields.bare("attempts", record.attempts);
     fields.bare("raced", record.raced);
     fields.list("failures", &record.failures);
-    fields.time("handshake_ms", record.served.as_ref().map(|served| ms(served.handshake)));
-    fields.time("first_byte_ms", record.first_byte.map(ms));
-    fields.time("duration_ms", Some(ms(duration)));
+    fields.time("handshake_ms", record.served.as_ref().map(|served| served.handshake));
+    fields.time("first_byte_ms", record.first_byte);
+    fields.time("duration_ms", Some(duration));
     fields.bare("bytes_in", record.bytes_in);
     fields.bare("bytes_out", record.bytes_out);
     fields.word("end", end.word());
@@ -454,18 +453,23 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     fn key(&mut self, key: &str) {
-        let _ = match (self.json, std::mem::take(&mut self.first)) {
-            (true, true) => write!(self.text, "{{\"{key}\":"),
-            (true, false) => write!(self.text, ",\"{key}\":"),
-            (false, true) => write!(self.text, "{key}="),
-            (false, false) => write!(self.text, " {key}="),
+        let (before, after) = match (self.json, std::mem::take(&mut self.first)) {
+            (true, true) => ("{\"", "\":"),
+            (true, false) => (",\"", "\":"),
+            (false, true) => ("", "="),
+            (false, false) => (" ", "="),
         };
+        for part in [before, key, after] {
+            self.text.extend_from_slice(part.as_bytes());
+        }
     }
 
     /// A value that is a word of ours, a name or an address: none of them holds what JSON would have to escape.
     fn word(&mut self, key: &str, value: impl Display) {
         self.key(key);
-        let _ = write!(self.text, "\"{value}\"");
+        self.text.push(b'"');
+        let _ = write!(self.text, "{value}");
+        self.text.push(b'"');
     }
 
     /// What a client said may hold anything.
@@ -479,10 +483,15 @@ impl Fields<'_> {
         let _ = write!(self.text, "{value}");
     }
 
-    fn time(&mut self, key: &str, value: Option<f64>) {
-        match value {
-            Some(value) => self.bare(key, value),
-            None => self.bare(key, "null"),
+    /// Milliseconds to three places, without the zeros at their end.
+    fn time(&mut self, key: &str, value: Option<Duration>) {
+        let Some(time) = value else { return self.bare(key, "null") };
+        let micros = (time + Duration::from_nanos(500)).as_micros() as u64;
+        self.bare(key, micros / 1_000);
+        let rest = [micros / 100 % 10, micros / 10 % 10, micros % 10].map(|digit| b'0' + digit as u8);
+        if let Some(last) = rest.iter().rposition(|digit| *digit != b'0') {
+            self.text.push(b'.');
+            self.text.extend_from_slice(&rest[..=last]);
         }
     }
 
@@ -557,6 +566,19 @@ mod tests {
         line(&mut text, Format::Text, &record(), End::BackendClosed, Duration::from_millis(3));
         let text = String::from_utf8(text).unwrap();
         assert!(text.starts_with("time=\"2") && text.ends_with(" end=\"backend_closed\"\n"), "{text}");
+    }
+
+    #[test]
+    fn times_are_rounded_to_microseconds_and_end_in_no_zero() {
+        let time = |nanos| {
+            let mut text = Vec::new();
+            Fields { text: &mut text, json: false, first: true }.time("t", Some(Duration::from_nanos(nanos)));
+            String::from_utf8(text).unwrap()
+        };
+        let cases = [(0, "t=0"), (499, "t=0"), (5_400, "t=0.005"), (4_050_000, "t=4.05"), (1_999_999_600, "t=2000")];
+        for (nanos, text) in cases {
+            assert_eq!(time(nanos), text);
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::limits::{Bucket, Gauge, Permit};
 use crate::metrics::{Histogram, TIME_BOUNDS};
 use crate::sniff::ProxyVersion;
 use crate::tls::Upstream;
+use crate::version;
 
 /// A cell carries its full share while at least 1/1.4 of its weight is fit (Envoy's overprovisioning factor).
 const OVERPROVISION: f64 = 1.4;
@@ -74,6 +75,7 @@ pub struct Policy {
     pub first_byte: FirstByte,
     pub first_byte_time: Duration,
     pub replay: Option<Replay>,
+    pub data_version: Option<version::Wanted>,
 }
 
 /// The configuration's defaults, without a bound on connections.
@@ -103,6 +105,7 @@ impl Default for Policy {
             first_byte: FirstByte::Learn,
             first_byte_time: Duration::from_secs(10),
             replay: None,
+            data_version: None,
         }
     }
 }
@@ -429,7 +432,7 @@ impl Pool {
                 State::Suspect | State::Unknown => any,
                 State::Down => false,
             };
-            able && !tried.contains(&member) && !backend.drained.load(Relaxed) && fit(backend)
+            able && !tried.contains(&member) && !backend.is_closed() && fit(backend)
         })
     }
 
@@ -456,7 +459,7 @@ impl Pool {
     /// Where a client was before: the same backend, or another of its cell.
     fn at_home(&self, plan: &Plan, home: usize, want: &Want<'_>, rng: &mut Rng, full: &mut bool) -> Option<Choice> {
         let member = &self.members[home];
-        if !member.backend.drained.load(Relaxed) && self.has_room(home) {
+        if !member.backend.is_closed() && self.has_room(home) {
             match member.backend.view().state {
                 State::Up | State::Returning => return Some(Choice::Member(home)),
                 State::Suspect => return Some(Choice::Doubtful(home)),
@@ -554,7 +557,7 @@ impl Pool {
                 let member = &self.members[index];
                 let weight = f64::from(member.weight);
                 all += weight;
-                if member.backend.drained.load(Relaxed) {
+                if member.backend.is_closed() {
                     continue;
                 }
                 ready += weight;
@@ -775,7 +778,7 @@ impl Pool {
             let hash = if attempt == 0 { pin } else { xxh3_64_with_seed(&pin.to_le_bytes(), attempt) };
             let member = first + maglev.lookup(hash);
             let backend = &self.members[member].backend;
-            if backend.drained.load(Relaxed) || !self.has_room(member) {
+            if backend.is_closed() || !self.has_room(member) {
                 continue;
             }
             match backend.view().state {
@@ -803,7 +806,7 @@ impl Pool {
     /// Whether a member may be taken now.
     fn open(&self, member: usize, want: &Want<'_>, states: &[State], full: &mut bool) -> bool {
         let backend = &self.members[member].backend;
-        if want.tried.contains(&member) || backend.drained.load(Relaxed) || !states.contains(&backend.view().state) {
+        if want.tried.contains(&member) || backend.is_closed() || !states.contains(&backend.view().state) {
             return false;
         }
         let room = self.has_room(member);

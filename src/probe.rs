@@ -14,6 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use aws_lc_rs::digest;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -172,10 +175,10 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
         let report_to = snapshot();
         let began = clock::now();
         let source = report_to.first().and_then(|target| tcp::any_source(&target.policy, key.address));
-        let mut seen = Progress { reached: Depth::Connect, handshake: None, expiry: None };
+        let mut seen = Progress { reached: Depth::Connect, handshake: None, expiry: None, head: None };
         let deadline = due + key.probe.timeout;
         let result = timeout_at(deadline, ask(&key, &tls, source, &mut seen)).await;
-        let Progress { mut reached, handshake, expiry } = seen;
+        let Progress { mut reached, handshake, expiry, head } = seen;
         let now = clock::now();
         let verdict = match result {
             Ok(Ok(())) => Some(None),
@@ -195,6 +198,10 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
                 reached = Depth::Answer;
                 Some(Some(Seen::Wrong))
             }
+            Ok(Err(Failed::Corrupt)) => {
+                reached = Depth::Answer;
+                Some(Some(Seen::Corrupt))
+            }
             Err(_) if deadline.elapsed() > LATE => None,
             Err(_) => Some(Some(Seen::Silent)),
         };
@@ -209,6 +216,9 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
             match verdict {
                 None => {}
                 Some(None) => {
+                    if let (Some(wanted), Some(head)) = (&target.policy.data_version, &head) {
+                        backend.says_version(wanted.read(head));
+                    }
                     if let Some(time) = handshake.filter(|_| key.address == backend.address) {
                         backend.handshake.record(time);
                     }
@@ -244,6 +254,8 @@ enum Failed {
     /// Its TLS handshake, in the words of health.
     Tls(&'static str),
     Wrong,
+    /// The answer was not the one that its digest belongs to.
+    Corrupt,
 }
 
 impl From<io::Error> for Failed {
@@ -258,6 +270,8 @@ struct Progress {
     handshake: Option<Duration>,
     /// When the certificate ends that was shown.
     expiry: Option<i64>,
+    /// The head of the wanted answer, where it matters.
+    head: Option<http::HeaderMap>,
 }
 
 /// One probe.
@@ -305,16 +319,30 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
     match &key.probe.kind {
         ProbeKind::Tcp | ProbeKind::Tls { .. } => Ok(()),
         ProbeKind::Grpc { service } => ask_grpc(stream, key, service).await,
-        ProbeKind::Http { method, path, host, status, body } if two => {
+        ProbeKind::Http { method, path, host, status, body, digest }
+            if two || *digest || key.probe.data_header.is_some() =>
+        {
             let host = host.clone().unwrap_or_else(|| key.address.to_string());
-            let request = http::Request::builder().method(method.as_str()).uri(format!("http://{host}{path}"));
-            let (head, bytes) = ask_two(stream, request, Bytes::new()).await?;
+            // HTTP/1.1 has the host in a header, HTTP/2 in the target.
+            let request = http::Request::builder().method(method.as_str());
+            let request = match two {
+                true => request.uri(format!("http://{host}{path}")),
+                false => request.uri(path).header("host", host).header("connection", "close"),
+            };
+            let (head, bytes) = ask_whole(stream, two, request, Bytes::new()).await?;
             let found = head.status.as_u16();
             let good = status.iter().any(|(low, high)| (*low..=*high).contains(&found))
                 && body.as_ref().is_none_or(|body| contains(&bytes, body.as_bytes()));
-            if good { Ok(()) } else { Err(Failed::Wrong) }
+            if !good {
+                return Err(Failed::Wrong);
+            }
+            if *digest && !has_its_digest(&head.headers, &bytes) {
+                return Err(Failed::Corrupt);
+            }
+            seen.head = Some(head.headers);
+            Ok(())
         }
-        ProbeKind::Http { method, path, host, status, body } => {
+        ProbeKind::Http { method, path, host, status, body, .. } => {
             let host = host.clone().unwrap_or_else(|| key.address.to_string());
             let request = format!(
                 "{method} {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: sailover/{}\r\nAccept: */*\r\nConnection: close\r\n\r\n",
@@ -384,8 +412,9 @@ async fn shake(
 }
 
 /// One HTTP/2 request, and the beginning of its answer.
-async fn ask_two(
+async fn ask_whole(
     stream: Stream,
+    two: bool,
     request: http::request::Builder,
     body: Bytes,
 ) -> Result<(http::response::Parts, Vec<u8>), Failed> {
@@ -393,14 +422,25 @@ async fn ask_two(
         Some(error) => Failed::Error(error.kind().into()),
         None => Failed::Wrong,
     };
-    let (mut sender, connection) =
-        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.map_err(gone)?;
-    // It ends with this probe: a probe that is given up must leave nothing behind.
-    let mut driver = JoinSet::new();
-    driver.spawn(connection);
     let request = request.header("user-agent", concat!("sailover/", env!("CARGO_PKG_VERSION")));
     let request = request.body(Full::new(body)).map_err(|_| Failed::Wrong)?;
-    let (mut head, mut body) = sender.send_request(request).await.map_err(gone)?.into_parts();
+    // It ends with this probe: a probe that is given up must leave nothing behind.
+    let mut driver = JoinSet::new();
+    let answer = match two {
+        true => {
+            let shaken = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
+            let (mut sender, connection) = shaken.map_err(gone)?;
+            driver.spawn(connection);
+            sender.send_request(request).await
+        }
+        false => {
+            let shaken = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+            let (mut sender, connection) = shaken.map_err(gone)?;
+            driver.spawn(connection);
+            sender.send_request(request).await
+        }
+    };
+    let (mut head, mut body) = answer.map_err(gone)?.into_parts();
     let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(gone)?;
@@ -414,6 +454,13 @@ async fn ask_two(
         }
     }
     Ok((head, bytes))
+}
+
+/// Whether a body has the SHA-256 digest that its header names (RFC 9530, `Content-Digest: sha-256=:…:`).
+fn has_its_digest(headers: &http::HeaderMap, body: &[u8]) -> bool {
+    let wanted = format!("sha-256=:{}:", BASE64_STANDARD.encode(digest::digest(&digest::SHA256, body)));
+    let lists = headers.get_all("content-digest").iter().filter_map(|value| value.to_str().ok());
+    lists.flat_map(|list| list.split(',')).any(|member| member.trim() == wanted)
 }
 
 /// `grpc.health.v1.Health/Check`: good is an answer of status 0 that says `SERVING`.
@@ -435,7 +482,7 @@ async fn ask_grpc(stream: Stream, key: &Key, service: &str) -> Result<(), Failed
     let request = http::Request::post(format!("{scheme}://{host}/grpc.health.v1.Health/Check"))
         .header("content-type", "application/grpc")
         .header("te", "trailers");
-    let (head, bytes) = ask_two(stream, request, Bytes::from(body)).await?;
+    let (head, bytes) = ask_whole(stream, true, request, Bytes::from(body)).await?;
     let status = head.headers.get("grpc-status").map(http::HeaderValue::as_bytes);
     // SERVING is 1, in field 1 as a number.
     let serving = bytes.get(5..).is_some_and(|message| message.starts_with(&[0x08, 0x01]));

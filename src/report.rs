@@ -105,6 +105,7 @@ fn cells_status(table: &Table) -> Vec<Value> {
                 cells.len() - 1
             });
             let fit = matches!(member.backend.view().state, State::Up | State::Returning);
+            let fit = fit && !member.backend.version.is_old();
             cells[place].1 += usize::from(fit);
             cells[place].2 += 1;
             cells[place].3 += usize::from(member.backend.drained.load(Relaxed));
@@ -196,6 +197,9 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
         "ramp": round(backend.view().ramp_share(&pool.policy.health, now)),
         "pace": round(backend.pace_share()),
         "waiting": { "now": backend.silence.waiting(), "most": backend.most_waiting() },
+        "data_version": backend.version.least().map(|least| {
+            json!({ "said": backend.version.said(), "at_least": least, "too_old": backend.version.is_old() })
+        }),
         "contradiction": backend.contradicts_probes(now).then_some("probes fail while clients are served"),
         "next_probe_in_ms": next_probe,
         "prober": info.probers.get(&backend.id),
@@ -329,6 +333,12 @@ fn why(pool: &Pool, member: &Member, chosen: bool, chance: f64, now: clock::Time
     let percent = cell.shared.percent.load(Relaxed);
     if backend.drained.load(Relaxed) {
         return "drained by an operator".into();
+    }
+    if let (true, Some(least)) = (backend.version.is_old(), backend.version.least()) {
+        return match backend.version.said() {
+            Some(said) => format!("no clients: its data are of version {said}, and {least} is asked for"),
+            None => format!("no clients: it has not said which version its data have, and {least} is asked for"),
+        };
     }
     if backend.in_flight.used() >= member.max_connections {
         return format!("it has all the {} connections it may have", member.max_connections);
@@ -534,6 +544,10 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
     t.family("sailover_backend_drained", "gauge", "1 while an operator keeps new clients away.");
     for (labels, backend) in members() {
         t.sample("sailover_backend_drained", &labels, u8::from(backend.drained.load(Relaxed)));
+    }
+    t.family("sailover_backend_data_old", "gauge", "1 while a backend gets no clients because its data are too old.");
+    for (labels, backend) in members().filter(|(_, backend)| backend.version.least().is_some()) {
+        t.sample("sailover_backend_data_old", &labels, u8::from(backend.version.is_old()));
     }
     t.family(
         "sailover_backend_most_waiting",

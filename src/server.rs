@@ -178,6 +178,7 @@ async fn serve(
         keeper: state_directory().map(|directory| Keeper::new(directory.join("drains.json"))),
     };
     control.restore_drains(&table);
+    table::apply_versions(&table);
     control.open_admin(&config.admin).map_err(other)?;
     control.probers.apply(prepared.probers, &control.host);
     for (bind, sockets) in sockets {
@@ -353,6 +354,7 @@ impl Control {
         }
 
         self.apply_orders(&table);
+        table::apply_versions(&table);
         self.host.set_limits(prepared.limits);
         self.host.live.store(table.clone());
         for pool in &table.pools {

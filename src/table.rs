@@ -28,6 +28,7 @@ use crate::metrics::Counter;
 use crate::pool::{Cell, Member, NewCell, Policy, Pool};
 use crate::tls::{self, Identity, Upstream};
 use crate::uplink::Uplink;
+use crate::version;
 
 /// One generation.
 #[derive(Debug)]
@@ -580,6 +581,11 @@ fn policy(pool: &config::Pool, config: &Config, process_limit: u32, tls: Option<
         first_byte: pool.first_byte,
         first_byte_time: pool.timeouts.first_byte,
         replay: pool.replay,
+        data_version: pool.data_version.as_ref().and_then(|wanted| {
+            // The reader made sure that the name is one.
+            let header = HeaderName::try_from(&wanted.header).ok()?;
+            Some(version::Wanted { header, at_least: wanted.at_least })
+        }),
     }
 }
 
@@ -718,6 +724,17 @@ fn difference(before: &Config, after: &Config) -> Difference {
         .collect();
     difference.gone.sort();
     difference
+}
+
+/// Tells the backends how new their data must be, as the table has it.
+pub fn apply_versions(table: &Table) {
+    for pool in &table.pools {
+        let least = pool.policy.data_version.as_ref().map(|wanted| wanted.at_least);
+        let changed = pool.members.iter().filter(|member| member.backend.version.asks(least)).count();
+        if changed > 0 {
+            pool.shared.changed();
+        }
+    }
 }
 
 /// Marks drained backends and weighted cells; the only thing that an operator's orders are to routing.

@@ -486,3 +486,75 @@ fn what_is_added_to_a_pool_in_use_begins_with_a_small_share() {
     let proxy = Proxy::start(&both);
     up(&proxy, &[&backends[0], &backends[1]]);
 }
+
+const VERSIONED: &str = "data_version: { header: X-Data-Version, at_least: 42 }, \
+    probe: { http: { path: /healthz, digest: true }, interval: 100ms, timeout: 80ms }, hold: { first: 100ms }";
+
+fn data(proxy: &Proxy, backend: &Backend) -> serde_json::Value {
+    proxy.backend(&backend.address.to_string())["data_version"].clone()
+}
+
+fn says(proxy: &Proxy, backend: &Backend, version: u32) {
+    eventually("it has said its version", Duration::from_secs(10), || {
+        (data(proxy, backend)["said"] == version).then_some(())
+    });
+}
+
+#[test]
+fn a_cell_that_returns_with_old_data_gets_no_request() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    [&a, &b].iter().for_each(|backend| backend.set(Mode::Data(42, true)));
+    let proxy = proxy(&pool("p", &[a.address, b.address], VERSIONED), "routes: [ { pool: p } ]", "");
+    up(&proxy, &[&a, &b]);
+    [&a, &b].iter().for_each(|backend| says(&proxy, backend, 42));
+    let web = proxy.address(0);
+    let from_a = |requests: usize| (0..requests).filter(|_| get(web).unwrap() == "a").count();
+    assert!((20..80).contains(&from_a(100)));
+
+    a.set(Mode::Refuse);
+    proxy.wait_health(&a.address.to_string(), "down", Duration::from_secs(10));
+    assert!(data(&proxy, &a)["said"].is_null(), "whoever starts again has to say it again");
+    let before = a.received.load(Relaxed);
+    a.set(Mode::Data(41, true));
+    eventually("it is well, and its share is whole", Duration::from_secs(30), || {
+        assert_eq!(from_a(10), 0);
+        (proxy.health(&a.address.to_string()) == "up").then_some(())
+    });
+    assert_eq!((from_a(100), a.received.load(Relaxed) - before), (0, 0));
+    assert_eq!(data(&proxy, &a), serde_json::json!({ "said": 41, "at_least": 42, "too_old": true }));
+    assert_eq!(proxy.metric("sailover_backend_data_old", &[&a.address.to_string()]), 1.0);
+
+    a.set(Mode::Data(43, true));
+    eventually("it has caught up", Duration::from_secs(10), || (from_a(10) > 0).then_some(()));
+    assert_eq!(proxy.metric("sailover_backend_data_old", &[]), 0.0);
+}
+
+#[test]
+fn data_that_turn_old_reach_no_client_that_may_ask_again() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    [&a, &b].iter().for_each(|backend| backend.set(Mode::Data(42, true)));
+    let seldom = VERSIONED.replace("100ms", "60s").replace("80ms", "2s");
+    let proxy = proxy(&pool("p", &[a.address, b.address], &seldom), "routes: [ { pool: p } ]", "");
+    up(&proxy, &[&a, &b]);
+    let before = a.received.load(Relaxed);
+    a.set(Mode::Data(41, true));
+    let answers: Vec<String> = (0..100).map(|_| get(proxy.address(0)).unwrap()).collect();
+    assert!(answers.iter().all(|answer| answer == "b"));
+    assert_eq!(a.received.load(Relaxed) - before, 1, "its first answer tells");
+    // Nobody has newer data: no answer is better than an old one.
+    b.set(Mode::Data(40, true));
+    let _ = get(proxy.address(0));
+    assert!(raw(proxy.address(0), ASK).starts_with("HTTP/1.1 503"));
+}
+
+#[test]
+fn content_that_is_not_what_its_digest_says_is_seen_by_probes() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    [&a, &b].iter().for_each(|backend| backend.set(Mode::Data(42, true)));
+    let proxy = proxy(&pool("p", &[a.address, b.address], VERSIONED), "routes: [ { pool: p } ]", "");
+    up(&proxy, &[&a, &b]);
+    a.set(Mode::Data(42, false));
+    proxy.wait_health(&a.address.to_string(), "down", Duration::from_secs(10));
+    assert_eq!(proxy.backend(&a.address.to_string())["cause"]["kind"], "wrong content");
+    assert_eq!(proxy.health(&b.address.to_string()), "up");
+}

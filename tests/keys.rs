@@ -238,6 +238,27 @@ fn an_http_probe_wants_its_status_and_its_body() {
     }
 }
 
+#[test]
+fn an_http_probe_wants_its_digest_and_its_version() {
+    let a = Backend::start("a");
+    a.set(Mode::Data(7, false));
+    let start = |keys: &str, more: &str| {
+        let keys = format!("probe: {{ http: {{ path: /healthz, {keys} }}, interval: 300ms }}\n    {more}");
+        Proxy::start(&yaml(&[a.address], &keys, ""))
+    };
+    for (keys, health) in [("digest: false", "up"), ("digest: true", "down")] {
+        start(keys, "").wait_health(&a.address.to_string(), health, Duration::from_secs(8));
+    }
+    let asks = |header: &str, at_least: u32| {
+        let proxy = start("", &format!("data_version: {{ header: {header}, at_least: {at_least} }}"));
+        up(&proxy, &a);
+        proxy.backend(&a.address.to_string())["data_version"].clone()
+    };
+    assert_eq!(asks("X-Data-Version", 7), serde_json::json!({ "said": 7, "at_least": 7, "too_old": false }));
+    assert_eq!(asks("X-Data-Version", 8), serde_json::json!({ "said": 7, "at_least": 8, "too_old": true }));
+    assert_eq!(asks("X-Other", 7), serde_json::json!({ "said": null, "at_least": 7, "too_old": true }));
+}
+
 /// A server of TLS that shows a certificate for `shop.internal` with five days to live, and its authority as PEM.
 fn tls_server() -> (SocketAddr, String) {
     let authority_key = rcgen::KeyPair::generate().unwrap();

@@ -366,6 +366,15 @@ fn pool_table(pool: &Value, screen: &Screen) -> String {
                 }
                 table.rows.push(Row::Remark(why));
             }
+            if backend["data_version"]["too_old"] == true {
+                let version = &backend["data_version"];
+                let said = version["said"].as_u64().map_or("it has said none".into(), |said| format!("it has {said}"));
+                let remark = format!("no clients: data of version {} are asked for, and {said}", version["at_least"]);
+                table.rows.push(Row::Remark(remark));
+            }
+            if !backend["contradiction"].is_null() {
+                table.rows.push(Row::Remark(text(&backend["contradiction"])));
+            }
             if let Some(days) = backend["certificate"]["days"].as_i64().filter(|days| *days < 14) {
                 let said = if days < 0 { "has expired".to_owned() } else { format!("expires in {days} days") };
                 table.rows.push(Row::Remark(format!("its certificate {said}")));

@@ -109,6 +109,7 @@ pub struct FilePool {
     pub http: Option<super::HttpVersion>,
     pub tls: Option<FileBackendTls>,
     pub request: Option<Duration>,
+    pub data_version: Option<super::DataVersion>,
 }
 
 #[derive(Debug, Default)]
@@ -436,6 +437,7 @@ impl Reader<'_> {
             "replay",
             "failback",
             "rebalance",
+            "data_version",
         ];
         let Some(fields) = self.fields(node, &known, &[]) else { return pool };
         match fields.get("cells") {
@@ -512,6 +514,7 @@ impl Reader<'_> {
             self.word(&node, &[("auto", Auto), ("hold", Hold), ("manual", Manual)])
         });
         pool.rebalance = fields.get("rebalance").and_then(|node| self.rate(&node));
+        pool.data_version = fields.get("data_version").and_then(|node| self.data_version(&node));
         pool.ramp = self.duration_at(&fields, "ramp", 0, DAY);
         if let Some(node) = fields.get("limits")
             && let Some(fields) = self.fields(&node, &["max_connections", "queue", "queue_timeout"], &[])

@@ -328,8 +328,14 @@ fn resolve_pool(
             send_proxy: pool.send_proxy.filter(|_| probe.port.is_none()),
             tls: tls.clone().filter(|_| probe.port.is_none()),
             version: pool.http.filter(|_| probe.port.is_none()).unwrap_or(HttpVersion::Auto),
+            data_header: pool.data_version.as_ref().map(|wanted| wanted.header.clone()),
         }
     });
+    let reads_headers = probe.as_ref().is_some_and(|probe| matches!(probe.kind, ProbeKind::Http { .. }));
+    if pool.data_version.is_some() && !reads_headers {
+        let reason = "only a probe of kind http can read it; add `probe: { http: { path: /healthz } }` to the pool";
+        say(&format!("{path}.data_version"), reason.into());
+    }
 
     let hold = Hold {
         first: pool.hold_first.unwrap_or(Duration::from_secs(1)),
@@ -393,6 +399,7 @@ fn resolve_pool(
         failback: pool.failback.unwrap_or(Failback::Auto),
         rebalance: pool.rebalance,
         probe_removal: pool.probe_removal.unwrap_or(Duration::from_secs(10)),
+        data_version: pool.data_version,
     }
 }
 

@@ -324,6 +324,7 @@ fn begin_fault(
             Fault::SlowMs(ms) => backend.set(Mode::Slow(ms)),
             Fault::FailPercent(percent) => backend.set(Mode::Fail(percent)),
             Fault::FailVerbs { post, get } => backend.set(Mode::FailVerbs(post, get)),
+            Fault::DataVersion(version) => backend.set(Mode::Data(version, true)),
             Fault::UnhealthyPercent(percent) => backend.set(Mode::Unhealthy(percent)),
             Fault::Swallow => rig.swallow(i),
             Fault::Unreachable => rig.refuse_by_icmp(i),

@@ -163,6 +163,8 @@ pub enum Fault {
     FailPercent(u8),
     /// 500 to so many POST requests of a hundred, and to so many GET requests.
     FailVerbs { post: u8, get: u8 },
+    /// It serves, with data of this version; without a fault they are of version 1.
+    DataVersion(u32),
     /// 503 to so many probes of a hundred.
     UnhealthyPercent(u8),
     /// So many packets of a hundred are lost.

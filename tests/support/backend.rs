@@ -7,6 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use aws_lc_rs::digest;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+
 use super::netns;
 
 /// What `/big` is.
@@ -47,6 +51,8 @@ pub enum Mode {
     Stall(u8, u16),
     /// So many requests at once take so many milliseconds each; the others wait for their turn.
     Work(u8, u16),
+    /// Serves, and says of its data which version they are, and a digest that is its answer's or not.
+    Data(u32, bool),
 }
 
 /// A running one; stopped when dropped.
@@ -134,6 +140,8 @@ async fn serve(
     let bind = |address: SocketAddr| {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.set_reuseaddr(true).unwrap();
+        // Five hundred large answers must not be copied into the kernel whole, which would stop a backend for a second.
+        socket2::SockRef::from(&socket).set_tcp_notsent_lowat(64 << 10).unwrap();
         socket.bind(address).and_then(|()| socket.listen(4096)).expect("the address is free")
     };
     let mut listener = Some(bind(address));
@@ -312,8 +320,16 @@ async fn connection(
                     let body: &[u8] = if head.starts_with("GET /big") { &BIG } else { name.as_bytes() };
                     let close = head.contains("Connection: close");
                     let connection = if close { "close" } else { "keep-alive" };
+                    let about = match now {
+                        Mode::Data(version, right) => {
+                            let of = digest::digest(&digest::SHA256, if right { body } else { b"something else" });
+                            let digest = BASE64_STANDARD.encode(of);
+                            format!("X-Data-Version: {version}\r\nContent-Digest: sha-256=:{digest}:\r\n")
+                        }
+                        _ => "X-Data-Version: 1\r\n".to_owned(),
+                    };
                     let answer = format!(
-                        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: {connection}\r\n\r\n",
+                        "HTTP/1.1 {status}\r\n{about}Content-Length: {}\r\nConnection: {connection}\r\n\r\n",
                         body.len()
                     );
                     let whole = [answer.as_bytes(), if body.len() < 4096 { body } else { b"" }].concat();

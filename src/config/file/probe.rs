@@ -2,7 +2,7 @@
 
 use serde_yaml::Value;
 
-use super::super::ProbeKind;
+use super::super::{DataVersion, ProbeKind};
 use super::{DAY, FileProbe, FileProbeKind, Node, Reader};
 
 impl Reader<'_> {
@@ -56,7 +56,7 @@ impl Reader<'_> {
     }
 
     fn probe_http(&mut self, node: &Node<'_>) -> Option<ProbeKind> {
-        let fields = self.fields(node, &["method", "path", "host", "status", "body"], &[])?;
+        let fields = self.fields(node, &["method", "path", "host", "status", "body", "digest"], &[])?;
         let method = fields
             .get("method")
             .and_then(|node| self.word(&node, &[("GET", "GET"), ("HEAD", "HEAD"), ("OPTIONS", "OPTIONS")]));
@@ -71,12 +71,20 @@ impl Reader<'_> {
         let host = fields.get("host").and_then(|node| self.host(&node));
         let status = fields.get("status").and_then(|node| self.statuses(&node));
         let body = fields.get("body").and_then(|node| self.fragment(&node));
+        let digest = fields.get("digest").and_then(|node| self.flag(&node));
+        if let (Some(method @ ("HEAD" | "OPTIONS")), Some(true)) = (method, digest) {
+            self.error(
+                &format!("{}.digest", node.path),
+                format!("an answer to {method} has no body to check; probe by GET"),
+            );
+        }
         Some(ProbeKind::Http {
             method: method.unwrap_or("GET").to_owned(),
             path: path.unwrap_or_else(|| "/".to_owned()),
             host,
             status: status.unwrap_or_else(|| vec![(200, 299)]),
             body,
+            digest: digest.unwrap_or(false),
         })
     }
 
@@ -132,6 +140,29 @@ impl Reader<'_> {
             }
         }
         if ranges.is_empty() { self.refuse(node, wanted) } else { Some(ranges) }
+    }
+
+    /// `data_version`, which its pool's probe reads.
+    pub(super) fn data_version(&mut self, node: &Node<'_>) -> Option<DataVersion> {
+        let fields = self.fields(node, &["header", "at_least"], &[])?;
+        let header = match fields.get("header") {
+            Some(node) => self.text(&node).and_then(|text| match http::HeaderName::try_from(text) {
+                Ok(name) => Some(name.as_str().to_owned()),
+                Err(_) => self.refuse(&node, "the name of a header, such as x-data-version"),
+            }),
+            None => {
+                self.missing(&fields, "header", "it names the header of answers that carries the version");
+                None
+            }
+        };
+        let at_least = match fields.get("at_least") {
+            Some(node) => self.number(&node, 0, u64::MAX - 1),
+            None => {
+                self.missing(&fields, "at_least", "it is the oldest version that gets clients");
+                None
+            }
+        };
+        Some(DataVersion { header: header?, at_least: at_least? })
     }
 
     fn fragment(&mut self, node: &Node<'_>) -> Option<String> {
