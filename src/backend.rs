@@ -15,7 +15,7 @@ use crate::class::{Classes, Says};
 use crate::clock::Time;
 use crate::crowd::{self, Crowd};
 use crate::estimate::Estimate;
-use crate::health::{self, Depth, Evidence, Health, Policy, Seen, Source, State, Transition};
+use crate::health::{Blame, Depth, Evidence, Health, Policy, Seen, Source, State, Transition, View};
 use crate::limits::{Bucket, Budget, Gauge, Queue, Window};
 use crate::manner::Manner;
 use crate::metrics::{Counter, DETECT_BOUNDS, Histogram};
@@ -200,34 +200,6 @@ impl PoolShared {
     }
 }
 
-/// A backend's state as the data plane reads it: one relaxed load.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct View {
-    /// The state.
-    pub state: State,
-    /// When it began, in whole milliseconds.
-    pub since: Time,
-    open_run: Option<Depth>,
-}
-
-impl View {
-    fn pack(self) -> u64 {
-        let run = self.open_run.map_or(0, |depth| depth as u64 + 1);
-        (self.since.0 / 1_000) << 8 | run << 4 | self.state as u64
-    }
-
-    fn unpack(bits: u64) -> View {
-        let state = State::ALL[(bits & 0xf) as usize % State::ALL.len()];
-        let open_run = match bits >> 4 & 0xf {
-            0 => None,
-            1 => Some(Depth::Connect),
-            2 => Some(Depth::FirstByte),
-            _ => Some(Depth::Answer),
-        };
-        View { state, since: Time((bits >> 8) * 1_000), open_run }
-    }
-}
-
 #[derive(Debug)]
 struct Locked {
     health: Health,
@@ -390,17 +362,29 @@ impl Backend {
         self.drained.load(Relaxed) || self.version.is_old()
     }
 
+    /// Whether it is closed only until it has said how new its data are.
+    pub fn owes_version(&self) -> bool {
+        let down = self.view().state == State::Down || self.drained.load(Relaxed);
+        self.version.is_old() && self.version.said().is_none() && !down
+    }
+
     /// Whether new clients are meant for it: `up`, or `returning`, and not closed.
     pub fn fit(&self) -> bool {
         matches!(self.view().state, State::Up | State::Returning) && !self.is_closed()
     }
 
-    /// An answer said which version its data have; `None`: it may have begun anew, or had to say it and did not.
-    pub fn says_version(&self, version: Option<u64>) {
-        if self.version.says(version) {
-            self.version.tell(&self.shared.name, &self.name);
+    /// An answer to what was asked at `began` said which version its data have; `None`: it had to say it and did not, or the
+    /// backend may have begun anew.
+    pub fn says_version(&self, version: Option<u64>, began: Time, now: Time) {
+        let changed = version.map_or_else(|| self.version.forget(now), |version| self.version.says(version, began));
+        if changed {
             self.shared.changed();
-            self.probe_now();
+            if self.version.is_old() {
+                self.probe_now();
+            }
+            if !self.told_too_often(now) {
+                self.version.tell(&self.shared.name, &self.name);
+            }
         }
     }
 
@@ -563,18 +547,6 @@ impl Backend {
     }
 }
 
-impl View {
-    /// Share of its full weight that a backend in this state gets, 0 to 1.
-    pub fn ramp_share(self, policy: &Policy, now: Time) -> f64 {
-        let view = self;
-        match view.state {
-            State::Up => 1.0,
-            State::Returning => health::ramp_share(view.since, policy.ramp, now),
-            _ => 0.0,
-        }
-    }
-}
-
 impl Backend {
     /// A copy of its health, for reports.
     pub fn health(&self) -> Health {
@@ -647,8 +619,9 @@ impl Backend {
             return;
         }
         let known = self.shared.failing.failed(prefix, self.id, &self.answered, now);
-        // Nobody but this prefix may ever have asked it: then there is no past, and no others.
-        let blame = known.unwrap_or(health::Blame { prefix, others: true, elsewhere: 0.0, tries_elsewhere: 0 });
+        // It may have answered nobody well yet: then this prefix is as good a witness as there is.
+        let others = self.answered.others(prefix, now);
+        let blame = known.unwrap_or(Blame { prefix, others, elsewhere: 0.0, tries_elsewhere: 0 });
         self.went_wrong(policy, Depth::Answer, blame, began, now);
     }
 
@@ -714,7 +687,7 @@ impl Backend {
     }
 
     /// A client got an error, or nothing: whether that happens more often than it used to.
-    fn went_wrong(&self, policy: &Policy, depth: Depth, blame: health::Blame, began: Time, now: Time) {
+    fn went_wrong(&self, policy: &Policy, depth: Depth, blame: Blame, began: Time, now: Time) {
         let doubted = matches!(self.view().state, State::Suspect | State::Down);
         if doubted && blame.elsewhere >= EVERYWHERE {
             // What this client meets on other backends too says nothing about a doubted one.
@@ -746,7 +719,7 @@ impl Backend {
         let mut ratio = self.denials.lock().unwrap_or_else(PoisonError::into_inner);
         ratio.good(self.undenied.swap(0, Relaxed));
         let others = self.answered.others(prefix, now);
-        let burst = ratio.bad(health::Blame { prefix, others, elsewhere: 0.0, tries_elsewhere: 0 });
+        let burst = ratio.bad(Blame { prefix, others, elsewhere: 0.0, tries_elsewhere: 0 });
         if burst {
             // What goes on is the past of tomorrow.
             ratio.known();
@@ -787,12 +760,12 @@ impl Backend {
         let blame = if spoke {
             self.shared.failing.failed(prefix, self.id, &self.answered, now)
         } else {
-            Some(health::Blame { prefix, others: false, elsewhere: 0.0, tries_elsewhere: 0 })
+            Some(Blame { prefix, others: false, elsewhere: 0.0, tries_elsewhere: 0 })
         };
         if let Some(blame) = blame {
             // Of a client alone it must be known how it does elsewhere: a reset may be an answer to its bytes.
             let unknown = if blame.others { 0.0 } else { 1.0 / f64::from(blame.tries_elsewhere.saturating_add(2)) };
-            let of_ratio = health::Blame { elsewhere: blame.elsewhere.max(unknown), ..blame };
+            let of_ratio = Blame { elsewhere: blame.elsewhere.max(unknown), ..blame };
             if of_ratio.elsewhere < EVERYWHERE {
                 self.went_wrong(policy, Depth::FirstByte, of_ratio, began, now);
             }
@@ -870,8 +843,9 @@ impl Backend {
 
     /// Takes one fact; logs and publishes the transition it makes.
     pub fn observe(&self, policy: &Policy, evidence: &Evidence, now: Time) -> Option<Transition> {
-        if evidence.seen == Seen::Refused {
-            self.says_version(None);
+        let probes_another = evidence.source == Source::Probe && policy.probe_elsewhere;
+        if evidence.seen == Seen::Refused && !probes_another {
+            self.says_version(None, now, now);
         }
         let mut locked = self.lock();
         let mut evidence = *evidence;
@@ -959,7 +933,7 @@ impl Backend {
             self.retired.fetch_add(1, Relaxed);
         }
         if transition.to == State::Down {
-            self.says_version(None);
+            self.says_version(None, transition.cause.at, transition.cause.at);
         }
         if matches!(transition.to, State::Suspect | State::Down | State::Returning) {
             self.probe_now();

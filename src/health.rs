@@ -114,6 +114,46 @@ impl Depth {
     }
 }
 
+/// A backend's state as the data plane reads it: one relaxed load.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct View {
+    /// The state.
+    pub state: State,
+    /// When it began, in whole milliseconds.
+    pub since: Time,
+    /// How deep what failed in a row went, while nothing has cleared it.
+    pub open_run: Option<Depth>,
+}
+
+impl View {
+    /// In one word.
+    pub fn pack(self) -> u64 {
+        let run = self.open_run.map_or(0, |depth| depth as u64 + 1);
+        (self.since.0 / 1_000) << 8 | run << 4 | self.state as u64
+    }
+
+    /// Out of one word.
+    pub fn unpack(bits: u64) -> View {
+        let state = State::ALL[(bits & 0xf) as usize % State::ALL.len()];
+        let open_run = match bits >> 4 & 0xf {
+            0 => None,
+            1 => Some(Depth::Connect),
+            2 => Some(Depth::FirstByte),
+            _ => Some(Depth::Answer),
+        };
+        View { state, since: Time((bits >> 8) * 1_000), open_run }
+    }
+
+    /// Share of its full weight that a backend in this state gets, 0 to 1.
+    pub fn ramp_share(self, policy: &Policy, now: Time) -> f64 {
+        match self.state {
+            State::Up => 1.0,
+            State::Returning => ramp_share(self.since, policy.ramp, now),
+            _ => 0.0,
+        }
+    }
+}
+
 /// Who saw a fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {

@@ -15,6 +15,7 @@ mod contract;
 mod direct;
 pub mod forward;
 pub mod framer;
+mod hops;
 mod peer;
 pub mod route;
 pub mod serve;
@@ -28,7 +29,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{self, HeaderName, HeaderValue};
+use http::header::{self, HeaderValue};
 use http::{HeaderMap, Version};
 use pingora_core::modules::http::HttpModules;
 use pingora_core::protocols::Digest;
@@ -57,9 +58,10 @@ use crate::{tcp, tls, witness};
 
 /// Passes through the engine for one request, those that only hand over a race's winner included.
 pub const PASSES: usize = 32;
-/// How the media types of gRPC begin, and the status that is to gRPC what 503 is to HTTP.
+/// How the media types of gRPC begin, and the statuses that are to gRPC what 5xx are to HTTP: deadline exceeded, internal,
+/// unavailable. A backend is compared with its own past in all of them.
 const GRPC: &[u8] = b"application/grpc";
-const UNAVAILABLE: u16 = 14;
+const GRPC_ERRORS: [u16; 3] = [4, 13, 14];
 /// A backend that dies so long after it was given a request may have died of it.
 pub const KILLS_WITHIN: Duration = Duration::from_millis(250);
 /// A request's body is drained for this long when the answer did not need it.
@@ -86,6 +88,8 @@ pub struct Exchange {
     began: Time,
     prefix: u32,
     h2_client: bool,
+    /// It speaks HTTP/1.0.
+    old_client: bool,
     /// It asks for a WebSocket.
     tunnel: bool,
     /// The host that it asks for, as it came.
@@ -223,6 +227,7 @@ impl ProxyHttp for Gateway {
         let Some(connection) = about else { return Err(Error::new_in(ErrorType::InternalError)) };
         connection.link.active.fetch_add(1, Relaxed);
         exchange.h2_client = session.req_header().version == Version::HTTP_2;
+        exchange.old_client = session.req_header().version == Version::HTTP_10;
         exchange.prefix = witness::prefix(connection.client.ip());
         exchange.listener = connection.listener(&self.host);
         exchange.connection = Some(connection);
@@ -259,7 +264,7 @@ impl ProxyHttp for Gateway {
                 match &route.action {
                     Action::Respond { status, page } => {
                         exchange.status = *status;
-                        answer::page(session, *status, page).await?;
+                        answer::page(session, *status, page, &route.response).await?;
                     }
                     Action::Redirect { scheme, host, path, status } => {
                         let connection = exchange.connection.as_deref();
@@ -274,7 +279,7 @@ impl ProxyHttp for Gateway {
                             path.as_deref().unwrap_or(own),
                         );
                         exchange.status = *status;
-                        answer::redirect(session, *status, &location).await?;
+                        answer::redirect(session, *status, &location, &route.response).await?;
                     }
                     Action::Pool(_) => return Err(Error::new_in(ErrorType::InternalError)),
                 }
@@ -394,7 +399,7 @@ impl ProxyHttp for Gateway {
 
     async fn connected_to_upstream(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         reused: bool,
         _peer: &HttpPeer,
         descriptor: std::os::fd::RawFd,
@@ -417,6 +422,18 @@ impl ProxyHttp for Gateway {
         if let (Some(pool), Some(backend)) = (&exchange.pool, &exchange.backend) {
             let cell = pool.cells[pool.members[exchange.member].cell].name.clone();
             exchange.served = Some(Served { cell, backend: backend.name.clone(), handshake });
+        }
+        // It has said so since it was chosen, and nothing was sent yet.
+        if exchange.backend.as_ref().is_some_and(|backend| backend.version.is_old()) {
+            exchange.tried.push(exchange.member);
+            if !exchange.another(session, false, false) {
+                exchange.end = Some(End::Unreachable);
+                return Err(Error::new_in(ErrorType::HTTPStatus(503)));
+            }
+            exchange.fail("its data are too old");
+            let mut error = Error::new_up(NOT_NOW);
+            error.set_retry(true);
+            return Err(error);
         }
         Ok(())
     }
@@ -451,6 +468,7 @@ impl ProxyHttp for Gateway {
         }
         if let Some((name, subject)) = connection.subject() {
             request.remove_header(&name);
+            hops::remove_alike(request, &name);
             if let Some(subject) = subject {
                 request.insert_header(name, subject)?;
             }
@@ -463,12 +481,21 @@ impl ProxyHttp for Gateway {
             }
         }
         if head.version == Version::HTTP_2 && request.version != Version::HTTP_2 {
-            join_cookies(request)?;
+            hops::join_cookies(request)?;
         }
         if let Some(route) = &exchange.route {
-            change(&route.request, request)?;
+            hops::change(&route.request, request)?;
         }
         let complete = session.as_mut().is_body_done();
+        if head_is_one && request.headers.contains_key(header::EXPECT) {
+            if exchange.shared {
+                // What a backend says before its answer does not come through HTTP/2.
+                request.remove_header(&header::EXPECT);
+                session.as_mut().write_continue_response().await?;
+            } else {
+                connection.link.expects.store(!complete, Relaxed);
+            }
+        }
         // A client of HTTP/2 sends its bodies side by side, and none of them alone can be waited for.
         let body = (head_is_one && !complete).then(|| connection.clone());
         self.begin_wait(exchange, body, complete);
@@ -486,6 +513,13 @@ impl ProxyHttp for Gateway {
         // The engine would end the body twice, and the second end would begin the next request on that connection.
         if end && body.as_ref().is_some_and(Bytes::is_empty) {
             *body = None;
+        }
+        // A request of HTTP/2 that ends with trailers ends with no body.
+        let end = end || body.is_none();
+        if body.is_some()
+            && let Some(link) = exchange.link()
+        {
+            link.expects.store(false, Relaxed);
         }
         let now = clock::now();
         match &exchange.wait {
@@ -515,6 +549,9 @@ impl ProxyHttp for Gateway {
             );
         }
         if response.status.is_informational() && status != 101 {
+            if let Some(link) = exchange.link() {
+                link.expects.store(false, Relaxed);
+            }
             // A sign of life, and no answer yet.
             backend.heard(None, clock::now());
             return Ok(());
@@ -532,7 +569,7 @@ impl ProxyHttp for Gateway {
         let grpc = response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(GRPC));
         exchange.owed = grpc && status == 200 && grpc_status(&response.headers).is_none();
         if !exchange.owed {
-            let error = is_error(status) || grpc_status(&response.headers) == Some(UNAVAILABLE);
+            let error = is_error(status) || is_grpc_error(&response.headers);
             backend.replied(&policy.health, exchange.prefix, exchange.class, error, exchange.attempt_began, now);
         }
         if let (Some(cell), Some(took)) = (&exchange.cell, took) {
@@ -550,10 +587,10 @@ impl ProxyHttp for Gateway {
         exchange.took = Some(took.unwrap_or_default());
         let version = policy.data_version.as_ref().and_then(|wanted| wanted.read(&response.headers));
         if version.is_some() {
-            backend.says_version(version);
+            backend.says_version(version, exchange.attempt_began, now);
         }
         // Whoever may ask again gets newer data elsewhere.
-        if backend.version.is_old() && exchange.repeatable {
+        if version.is_some_and(|version| backend.version.is_too_old(version)) && exchange.repeatable {
             exchange.tried.push(exchange.member);
             if exchange.another(session, false, false) {
                 exchange.fail("answered with old data");
@@ -596,26 +633,33 @@ impl ProxyHttp for Gateway {
                 link.upgrade();
             }
         } else {
-            take_out_hops(response);
+            hops::take_out_hops(response);
+            hops::say_length_once(response)?;
         }
         if let Some(route) = exchange.route.take() {
-            for name in &route.response.remove {
-                response.remove_header(name);
-            }
-            for (name, value) in &route.response.add {
-                response.insert_header(name, value)?;
-            }
+            hops::change_answer(&route.response, response)?;
         }
         peer::keep_in_place(response, exchange)?;
         let endless = status == 101 || !response.headers.contains_key(header::CONTENT_LENGTH);
         if let Some(connection) = exchange.connection.as_ref().filter(|_| endless && !exchange.h2_client) {
             connection.forget_listener();
         }
-        let old = session.req_header().version == Version::HTTP_10;
-        if old && response.headers.contains_key(header::TRANSFER_ENCODING) {
+        let old = exchange.old_client;
+        if old
+            && exchange.shared
+            && !response.headers.contains_key(header::CONTENT_LENGTH)
+            && !is_bodiless(session, status)
+        {
+            // The engine would send it in chunks, which HTTP/1.0 does not know.
+            return Err(Error::new_in(ErrorType::HTTPStatus(505)));
+        }
+        if old && !response.headers.contains_key(header::CONTENT_LENGTH) {
             // Its body ends with its connection.
             response.remove_header(&header::TRANSFER_ENCODING);
             session.set_keepalive(None);
+            if let Some(link) = exchange.link() {
+                link.until_close.store(true, Relaxed);
+            }
         }
         if self.host.stopping.load(Relaxed) || exchange.link().is_some_and(stream::Link::closing) {
             session.set_keepalive(None);
@@ -643,7 +687,7 @@ impl ProxyHttp for Gateway {
         trailers: &mut HeaderMap,
         exchange: &mut Box<Exchange>,
     ) -> Result<()> {
-        exchange.settle(grpc_status(trailers) == Some(UNAVAILABLE));
+        exchange.settle(is_grpc_error(trailers));
         Ok(())
     }
 
@@ -681,6 +725,9 @@ impl ProxyHttp for Gateway {
             exchange.status = 0;
             exchange.retries += 1;
             error.set_retry(true);
+            return error;
+        }
+        if matches!(error.etype(), ErrorType::HTTPStatus(_)) {
             return error;
         }
         let (Some(backend), Some(policy)) = (exchange.backend.clone(), exchange.policy.clone()) else { return error };
@@ -746,6 +793,10 @@ impl ProxyHttp for Gateway {
             },
         };
         let begun = session.response_written().is_some_and(|head| !head.status.is_informational());
+        if begun && let Some(link) = exchange.link() {
+            // Whoever takes the end of the connection for the end of the body must not take this for it.
+            link.cut.store(true, Relaxed);
+        }
         if status == 0 || begun {
             return FailToProxy { error_code: status, can_reuse_downstream: false };
         }
@@ -762,6 +813,12 @@ impl ProxyHttp for Gateway {
             _ => &[],
         };
         let reason = exchange.refused.unwrap_or_else(|| answer::sentence(status));
+        // Which listener has no route for it, where it has a name and not just an address.
+        let named = listener.as_ref().filter(|_| exchange.end == Some(End::NoRoute));
+        let reason = match named.filter(|listener| listener.name.parse::<std::net::SocketAddr>().is_err()) {
+            Some(listener) => &format!("{reason} (listener {})", listener.name),
+            None => reason,
+        };
         // The engine keeps a client's connection only where a request failed before a backend was looked for; then its
         // answer must not say otherwise.
         let whole = session.as_mut().is_body_done();
@@ -888,54 +945,21 @@ impl Gateway {
     }
 }
 
+/// Whether an answer has no body by its nature (RFC 9110, 6.4.1).
+fn is_bodiless(session: &Session, status: u16) -> bool {
+    session.req_header().method == http::Method::HEAD || matches!(status, 204 | 304)
+}
+
 fn is_error(status: u16) -> bool {
     status >= 500 && !matches!(status, 501 | 505)
 }
 
+fn is_grpc_error(headers: &HeaderMap) -> bool {
+    grpc_status(headers).is_some_and(|status| GRPC_ERRORS.contains(&status))
+}
+
 fn grpc_status(headers: &HeaderMap) -> Option<u16> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
-}
-
-/// HTTP/2 may cut a Cookie header in pieces; HTTP/1.1 has one (RFC 9113, 8.2.3).
-fn join_cookies(request: &mut RequestHeader) -> Result<()> {
-    let mut pieces = request.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
-    let (Some(first), Some(second)) = (pieces.next(), pieces.next()) else { return Ok(()) };
-    let mut whole = [first, second].join(&b"; "[..]);
-    for piece in pieces {
-        whole.extend_from_slice(b"; ");
-        whole.extend_from_slice(piece);
-    }
-    let whole = HeaderValue::from_bytes(&whole);
-    request.insert_header(header::COOKIE, whole.map_err(|_| Error::new_down(ErrorType::InvalidHTTPHeader))?)
-}
-
-fn change(changes: &route::Changes, request: &mut RequestHeader) -> Result<()> {
-    for name in &changes.remove {
-        request.remove_header(name);
-    }
-    for (name, value) in &changes.add {
-        request.insert_header(name, value)?;
-    }
-    Ok(())
-}
-
-/// Takes out of an answer what concerns the backend's connection alone.
-fn take_out_hops(response: &mut ResponseHeader) {
-    let named: Vec<HeaderName> = response
-        .headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
-        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
-        .filter(|name| !matches!(*name, header::TRANSFER_ENCODING | header::CONTENT_LENGTH))
-        .collect();
-    for name in named {
-        response.remove_header(&name);
-    }
-    for name in ["keep-alive", "proxy-connection"] {
-        response.remove_header(name);
-    }
-    response.remove_header(&header::CONNECTION);
 }
 
 /// The end of a request that dialling failed for; counted.

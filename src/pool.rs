@@ -419,7 +419,12 @@ impl Pool {
                 return Choice::Member(member);
             }
         }
-        if full { Choice::Full } else { Choice::Nothing }
+        // Whoever has not said yet how new its data are may say so in a moment.
+        if full || self.members.iter().any(|member| member.backend.owes_version()) {
+            Choice::Full
+        } else {
+            Choice::Nothing
+        }
     }
 
     /// Whether there is a member that was not tried: one beyond doubt that could take one more now or, for whom nothing is left to
@@ -557,10 +562,13 @@ impl Pool {
                 let member = &self.members[index];
                 let weight = f64::from(member.weight);
                 all += weight;
-                if member.backend.is_closed() {
+                if member.backend.drained.load(Relaxed) {
                     continue;
                 }
                 ready += weight;
+                if member.backend.version.is_old() {
+                    continue;
+                }
                 if member.backend.awaits_trial() {
                     plan.trials.push(index);
                 }

@@ -217,7 +217,7 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
                 None => {}
                 Some(None) => {
                     if let (Some(wanted), Some(head)) = (&target.policy.data_version, &head) {
-                        backend.says_version(wanted.read(head));
+                        backend.says_version(wanted.read(head), began, now);
                     }
                     if let Some(time) = handshake.filter(|_| key.address == backend.address) {
                         backend.handshake.record(time);
@@ -231,7 +231,8 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
                 }
             }
         }
-        let doubted = report_to.iter().any(|target| target.backend.view().state != State::Up);
+        let doubted = |target: &Target| target.backend.view().state != State::Up || target.backend.version.is_old();
+        let doubted = report_to.iter().any(doubted);
         let failed = matches!(verdict, Some(Some(_)));
         let interval =
             if doubted || failed { (key.probe.interval / DOUBT_FACTOR).max(DOUBT_LEAST) } else { key.probe.interval };
@@ -323,17 +324,20 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
             if two || *digest || key.probe.data_header.is_some() =>
         {
             let host = host.clone().unwrap_or_else(|| key.address.to_string());
+            let scheme = if key.probe.tls.is_some() { "https" } else { "http" };
             // HTTP/1.1 has the host in a header, HTTP/2 in the target.
             let request = http::Request::builder().method(method.as_str());
             let request = match two {
-                true => request.uri(format!("http://{host}{path}")),
+                true => request.uri(format!("{scheme}://{host}{path}")),
                 false => request.uri(path).header("host", host).header("connection", "close"),
             };
-            let (head, bytes) = ask_whole(stream, two, request, Bytes::new()).await?;
-            let found = head.status.as_u16();
-            let good = status.iter().any(|(low, high)| (*low..=*high).contains(&found))
-                && body.as_ref().is_none_or(|body| contains(&bytes, body.as_bytes()));
-            if !good {
+            let judges = |head: &http::response::Parts| {
+                let found = head.status.as_u16();
+                let good = status.iter().any(|(low, high)| (*low..=*high).contains(&found));
+                good.then_some(*digest || body.is_some()).ok_or(Failed::Wrong)
+            };
+            let (head, bytes) = ask_whole(stream, two, request, Bytes::new(), judges).await?;
+            if body.as_ref().is_some_and(|body| !contains(&bytes, body.as_bytes())) {
                 return Err(Failed::Wrong);
             }
             if *digest && !has_its_digest(&head.headers, &bytes) {
@@ -417,9 +421,11 @@ async fn ask_whole(
     two: bool,
     request: http::request::Builder,
     body: Bytes,
+    judges: impl Fn(&http::response::Parts) -> Result<bool, Failed>,
 ) -> Result<(http::response::Parts, Vec<u8>), Failed> {
     let gone = |error: hyper::Error| match error.source().and_then(|source| source.downcast_ref::<io::Error>()) {
         Some(error) => Failed::Error(error.kind().into()),
+        None if error.is_incomplete_message() => Failed::Error(io::ErrorKind::UnexpectedEof.into()),
         None => Failed::Wrong,
     };
     let request = request.header("user-agent", concat!("sailover/", env!("CARGO_PKG_VERSION")));
@@ -442,6 +448,9 @@ async fn ask_whole(
     };
     let (mut head, mut body) = answer.map_err(gone)?.into_parts();
     let mut bytes = Vec::new();
+    if !judges(&head)? {
+        return Ok((head, bytes));
+    }
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(gone)?;
         if let Some(data) = frame.data_ref() {
@@ -449,7 +458,7 @@ async fn ask_whole(
         } else if let Ok(trailers) = frame.into_trailers() {
             head.headers.extend(trailers);
         }
-        if bytes.len() >= ANSWER {
+        if bytes.len() > ANSWER {
             break;
         }
     }
@@ -458,6 +467,10 @@ async fn ask_whole(
 
 /// Whether a body has the SHA-256 digest that its header names (RFC 9530, `Content-Digest: sha-256=:…:`).
 fn has_its_digest(headers: &http::HeaderMap, body: &[u8]) -> bool {
+    // What is cut off has no digest that could be judged.
+    if body.len() > ANSWER {
+        return false;
+    }
     let wanted = format!("sha-256=:{}:", BASE64_STANDARD.encode(digest::digest(&digest::SHA256, body)));
     let lists = headers.get_all("content-digest").iter().filter_map(|value| value.to_str().ok());
     lists.flat_map(|list| list.split(',')).any(|member| member.trim() == wanted)
@@ -482,7 +495,7 @@ async fn ask_grpc(stream: Stream, key: &Key, service: &str) -> Result<(), Failed
     let request = http::Request::post(format!("{scheme}://{host}/grpc.health.v1.Health/Check"))
         .header("content-type", "application/grpc")
         .header("te", "trailers");
-    let (head, bytes) = ask_whole(stream, true, request, Bytes::from(body)).await?;
+    let (head, bytes) = ask_whole(stream, true, request, Bytes::from(body), |_| Ok(true)).await?;
     let status = head.headers.get("grpc-status").map(http::HeaderValue::as_bytes);
     // SERVING is 1, in field 1 as a number.
     let serving = bytes.get(5..).is_some_and(|message| message.starts_with(&[0x08, 0x01]));

@@ -334,11 +334,14 @@ fn why(pool: &Pool, member: &Member, chosen: bool, chance: f64, now: clock::Time
     if backend.drained.load(Relaxed) {
         return "drained by an operator".into();
     }
-    if let (true, Some(least)) = (backend.version.is_old(), backend.version.least()) {
-        return match backend.version.said() {
-            Some(said) => format!("no clients: its data are of version {said}, and {least} is asked for"),
-            None => format!("no clients: it has not said which version its data have, and {least} is asked for"),
-        };
+    match (backend.version.said(), backend.version.least()) {
+        (Some(said), Some(least)) if said < least => {
+            return format!("no clients: its data are of version {said}, and {least} is asked for");
+        }
+        (None, Some(least)) if state != State::Down => {
+            return format!("no clients: it has not said which version its data have, and {least} is asked for");
+        }
+        _ => {}
     }
     if backend.in_flight.used() >= member.max_connections {
         return format!("it has all the {} connections it may have", member.max_connections);
@@ -547,7 +550,11 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
     }
     t.family("sailover_backend_data_old", "gauge", "1 while a backend gets no clients because its data are too old.");
     for (labels, backend) in members().filter(|(_, backend)| backend.version.least().is_some()) {
-        t.sample("sailover_backend_data_old", &labels, u8::from(backend.version.is_old()));
+        t.sample(
+            "sailover_backend_data_old",
+            &labels,
+            u8::from(backend.version.said().is_some() && backend.version.is_old()),
+        );
     }
     t.family(
         "sailover_backend_most_waiting",

@@ -178,7 +178,7 @@ async fn serve(
         keeper: state_directory().map(|directory| Keeper::new(directory.join("drains.json"))),
     };
     control.restore_drains(&table);
-    table::apply_versions(&table);
+    table::apply_versions(&table, clock::now());
     control.open_admin(&config.admin).map_err(other)?;
     control.probers.apply(prepared.probers, &control.host);
     for (bind, sockets) in sockets {
@@ -354,7 +354,7 @@ impl Control {
         }
 
         self.apply_orders(&table);
-        table::apply_versions(&table);
+        table::apply_versions(&table, clock::now());
         self.host.set_limits(prepared.limits);
         self.host.live.store(table.clone());
         for pool in &table.pools {

@@ -287,6 +287,8 @@ fn version_2(stream: &[u8]) -> Verdict<Proxied> {
         return Verdict::Wrong("a PROXY header with addresses that are none");
     };
     match tlvs(body) {
+        // What follows an unspecified family is for nobody to read.
+        None if family == 0 => Verdict::Done(Proxied { length: whole, addresses, tlvs: Vec::new() }),
         Some(tlvs) => Verdict::Done(Proxied { length: whole, addresses, tlvs }),
         None => Verdict::Wrong("a PROXY header with malformed values"),
     }

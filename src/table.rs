@@ -727,11 +727,16 @@ fn difference(before: &Config, after: &Config) -> Difference {
 }
 
 /// Tells the backends how new their data must be, as the table has it.
-pub fn apply_versions(table: &Table) {
+pub fn apply_versions(table: &Table, now: Time) {
     for pool in &table.pools {
-        let least = pool.policy.data_version.as_ref().map(|wanted| wanted.at_least);
-        let changed = pool.members.iter().filter(|member| member.backend.version.asks(least)).count();
-        if changed > 0 {
+        let mut changed = false;
+        for member in &pool.members {
+            if member.backend.version.asks(pool.policy.data_version.as_ref(), now) {
+                member.backend.probe_now();
+                changed = true;
+            }
+        }
+        if changed {
             pool.shared.changed();
         }
     }

@@ -4,9 +4,15 @@
 //! header that carries their version, a backend gets clients only when it has said itself that its data are new enough. What it
 //! said is forgotten when it refuses a connection or goes down: whoever begins anew has to say it again.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 
 use http::{HeaderMap, HeaderName};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::clock::Time;
 
 /// What a pool asks of its backends' data.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +43,10 @@ pub struct Version {
     said: AtomicU64,
     /// One more than what is asked for; 0: nothing is.
     least: AtomicU64,
+    /// The header that says it, hashed: another one counts otherwise.
+    header: AtomicU64,
+    /// When what it had said was forgotten last. What was asked before that was perhaps answered by the one before.
+    forgotten: AtomicU64,
 }
 
 impl Version {
@@ -47,22 +57,50 @@ impl Version {
 
     /// What the backend said; `None`: nothing since it was last away.
     pub fn said(&self) -> Option<u64> {
-        self.said.load(Relaxed).checked_sub(1)
+        self.said.load(SeqCst).checked_sub(1)
     }
 
     /// What is asked for.
     pub fn least(&self) -> Option<u64> {
-        self.least.load(Relaxed).checked_sub(1)
+        self.least.load(SeqCst).checked_sub(1)
     }
 
-    /// Takes what an answer said, `None` for nothing; returns whether that changes if the data are too old.
-    pub fn says(&self, version: Option<u64>) -> bool {
-        let before = self.is_old();
-        self.said.store(version.map_or(0, |version| version.saturating_add(1)), Relaxed);
-        self.is_old() != before
+    /// Whether an answer of this version shows data that are too old.
+    pub fn is_too_old(&self, version: u64) -> bool {
+        self.least().is_some_and(|least| version < least)
     }
 
-    /// Logs whether the data of this backend are too old.
+    /// Takes what an answer said to what was asked at `began`; returns whether that changes if the data are too old.
+    pub fn says(&self, version: u64, began: Time) -> bool {
+        if began.0 <= self.forgotten.load(SeqCst) {
+            return false;
+        }
+        self.becomes(version.saturating_add(1))
+    }
+
+    /// Forgets what it said; returns whether that changes if the data are too old.
+    pub fn forget(&self, now: Time) -> bool {
+        self.forgotten.store(now.0, SeqCst);
+        self.becomes(0)
+    }
+
+    fn becomes(&self, said: u64) -> bool {
+        let (before, least) = (self.said.swap(said, SeqCst), self.least.load(SeqCst));
+        (before < least) != (said < least)
+    }
+
+    /// Takes what a new table asks for; returns whether that is something else.
+    pub fn asks(&self, wanted: Option<&Wanted>, now: Time) -> bool {
+        let header = wanted.map_or(0, |wanted| xxh3_64(wanted.header.as_str().as_bytes()));
+        let least = wanted.map_or(0, |wanted| wanted.at_least.saturating_add(1));
+        let another = self.header.swap(header, SeqCst) != header;
+        if another {
+            self.forget(now);
+        }
+        self.least.swap(least, SeqCst) != least || another
+    }
+
+    /// Logs what has changed for this backend.
     pub fn tell(&self, pool: &str, backend: &str) {
         match (self.said(), self.least()) {
             // It was away; whether that matters its health tells.
@@ -75,13 +113,6 @@ impl Version {
             (version, asked) => tracing::info!(pool, backend, version, asked, "its data are new enough"),
         }
     }
-
-    /// Takes what a new table asks for; returns whether that changes if the data are too old.
-    pub fn asks(&self, least: Option<u64>) -> bool {
-        let before = self.is_old();
-        self.least.store(least.map_or(0, |least| least.saturating_add(1)), Relaxed);
-        self.is_old() != before
-    }
 }
 
 #[cfg(test)]
@@ -89,25 +120,46 @@ impl Version {
 mod tests {
     use super::*;
 
+    fn wanted(header: &'static str, at_least: u64) -> Wanted {
+        Wanted { header: HeaderName::from_static(header), at_least }
+    }
+
     #[test]
     fn data_are_old_until_they_say_otherwise() {
         let version = Version::default();
+        let asks = |least| version.asks(Some(&wanted("x-v", least)), Time(1));
         assert!(!version.is_old(), "nothing is asked for");
-        assert!(version.asks(Some(0)) && version.is_old(), "asked for, and nothing said");
-        assert!(version.says(Some(0)) && !version.is_old());
-        assert!(version.asks(Some(42)) && version.is_old());
-        assert!(!version.says(Some(41)) && version.is_old());
-        assert!(version.says(Some(42)) && !version.is_old());
+        assert!(asks(0) && version.is_old(), "asked for, and nothing said");
+        assert!(version.says(0, Time(2)) && !version.is_old());
+        assert!(asks(42) && version.is_old());
+        assert!(!asks(42), "nothing new");
+        assert!(!version.says(41, Time(2)) && version.is_old());
+        assert!(version.is_too_old(41) && !version.is_too_old(42));
+        assert!(version.says(42, Time(2)) && !version.is_old());
         assert_eq!((version.said(), version.least()), (Some(42), Some(42)));
-        assert!(version.says(None) && version.is_old(), "forgotten");
-        assert!(version.asks(None) && !version.is_old());
-        assert!(!version.says(Some(u64::MAX)));
-        assert!(!version.asks(Some(u64::MAX)), "the greatest there is will do");
+        assert!(
+            asks(u64::MAX) && version.says(u64::MAX, Time(2)) && !version.is_old(),
+            "the greatest there is will do"
+        );
+        assert!(version.asks(None, Time(1)) && !version.is_old());
+    }
+
+    #[test]
+    fn what_was_asked_before_it_was_away_says_nothing() {
+        let version = Version::default();
+        version.asks(Some(&wanted("x-v", 42)), Time(1));
+        assert!(version.says(42, Time(2)) && version.forget(Time(5)) && version.is_old());
+        assert!(!version.says(42, Time(5)) && version.is_old(), "asked before");
+        assert!(version.says(42, Time(6)) && !version.is_old());
+        assert!(
+            version.asks(Some(&wanted("x-other", 42)), Time(7)) && version.is_old(),
+            "another header counts otherwise"
+        );
     }
 
     #[test]
     fn a_version_is_one_number() {
-        let wanted = Wanted { header: HeaderName::from_static("x-data-version"), at_least: 1 };
+        let wanted = wanted("x-data-version", 1);
         let read = |values: &[&str]| {
             let mut headers = HeaderMap::new();
             values.iter().for_each(|value| _ = headers.append("x-data-version", value.parse().unwrap()));

@@ -316,3 +316,120 @@ fn requests_are_counted_by_their_end_and_connections_by_theirs() {
         text.lines().find(|line| line.starts_with("sailover_connections_total{") && line.contains("end=\"answered\""));
     assert_eq!(never, None, "a connection cannot end so");
 }
+
+#[test]
+fn leave_to_send_a_body_is_given_or_the_wait_for_it_ends() {
+    let two = Origin::start(Version::Two);
+    let silent = by_hand(|stream| {
+        // It reads, and says nothing.
+        let mut stream = stream;
+        while matches!(stream.read(&mut [0; 4_096]), Ok(1..)) {}
+    });
+    let pools = pool("two", &[two.address], "http: { version: 2 }")
+        + &pool("silent", &[silent], "timeouts: { request: 400ms }, probe: off");
+    let proxy = proxy(&pools, "routes: [ { path: /two, pool: two }, { path: /silent, pool: silent } ]", "");
+    proxy.wait_health(&two.address.to_string(), "up", Duration::from_secs(5));
+    let ask = |path: &str| {
+        let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let head = format!("POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).unwrap();
+        (stream, String::from_utf8_lossy(&answer).into_owned())
+    };
+    let (mut stream, first) = ask("/two");
+    assert_eq!(first, "HTTP/1.1 100");
+    stream.write_all(b"hello").unwrap();
+    let mut rest = Vec::new();
+    while !String::from_utf8_lossy(&rest).contains("HTTP/1.1 200") {
+        let mut more = [0; 200];
+        let read = stream.read(&mut more).unwrap();
+        assert!(read > 0, "{}", String::from_utf8_lossy(&rest));
+        rest.extend_from_slice(&more[..read]);
+    }
+    // Nobody gives leave: the client has nothing to answer for.
+    assert_eq!(ask("/silent").1, "HTTP/1.1 504");
+}
+
+#[test]
+fn a_client_of_http_1_0_gets_no_chunks_and_no_half_answer_that_looks_whole() {
+    let two = Origin::start(Version::Two);
+    let half = by_hand(|mut stream| {
+        if read_request(&mut stream).is_some() {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let pools = pool("two", &[two.address], "http: { version: 2 }") + &pool("half", &[half], "probe: off");
+    let proxy = proxy(&pools, "routes: [ { path: /two, pool: two }, { path: /half, pool: half } ]", "");
+    proxy.wait_health(&two.address.to_string(), "up", Duration::from_secs(5));
+    assert!(raw(proxy.address(0), b"GET /two HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 505"));
+    let counted = raw(proxy.address(0), b"GET /two HTTP/1.0\r\nX-Answer: length\r\n\r\n");
+    assert!(counted.starts_with("HTTP/1.1 200") && !counted.contains("chunked"), "{counted}");
+    let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+    stream.write_all(b"GET /half HTTP/1.0\r\n\r\n").unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut answer = Vec::new();
+    let end = stream.read_to_end(&mut answer);
+    assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset, "{}", String::from_utf8_lossy(&answer));
+}
+
+#[test]
+fn answers_of_routes_have_their_headers_and_say_which_listener_has_no_route() {
+    let origin = Origin::start(Version::One);
+    let hsts = r#"response: { add: { strict-transport-security: "max-age=1" } }"#;
+    let routes = format!(
+        "routes: [ {{ host: a, path: /old, redirect: {{ scheme: https }}, {hsts} }}, \
+         {{ host: a, path: /own, respond: {{ status: 200, body: x }}, {hsts} }}, {{ host: a, path: /to, pool: p }} ]"
+    );
+    let proxy = proxy(&pool("p", &[origin.address], ""), &routes, "");
+    proxy.wait_health(&origin.address.to_string(), "up", Duration::from_secs(5));
+    let ask = |host: &str, target: &str| {
+        let request =
+            format!("GET {target} HTTP/1.1\r\nHost: {host}\r\nX_Forwarded_For: 6.6.6.6\r\nConnection: close\r\n\r\n");
+        raw(proxy.address(0), request.as_bytes()).to_ascii_lowercase()
+    };
+    for path in ["/old", "/own"] {
+        assert!(ask("a", path).contains("strict-transport-security: max-age=1\r\n"));
+    }
+    assert!(ask("a", "/none").contains("404 nothing is served under this address. (listener web)"));
+    assert!(ask("b", "/to").contains("421 this host is not served here. (listener web)"));
+    // What browsers put into queries passes, and a second spelling of a header of ours does not.
+    let answer = ask("a", "/to?q={a}|b^`\\");
+    assert!(answer.contains("x-path: /to?q={a}|b^`\\\r\n"), "{answer}");
+    assert!(!told(&answer).contains("6.6.6.6"), "{answer}");
+}
+
+#[test]
+fn a_length_that_a_backend_says_twice_is_passed_on_once() {
+    let twice = by_hand(|mut stream| {
+        while read_request(&mut stream).is_some() {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nhi");
+        }
+    });
+    let proxy = proxy(&pool("p", &[twice], "probe: off"), "routes: [ { pool: p } ]", "");
+    let answer = raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    assert_eq!(answer.to_ascii_lowercase().matches("content-length: 2\r\n").count(), 1, "{answer}");
+    assert!(answer.ends_with("hi"));
+}
+
+#[test]
+fn a_backend_whose_calls_end_in_internal_errors_is_left() {
+    let calls = |status: &'static str| {
+        by_hand(move |mut stream| {
+            while read_request(&mut stream).is_some() {
+                let head = "HTTP/1.1 200 OK\r\nContent-Type: application/grpc\r\nContent-Length: 0\r\n";
+                let _ = stream.write_all(format!("{head}grpc-status: {status}\r\n\r\n").as_bytes());
+            }
+        })
+    };
+    let (well, ill) = (calls("0"), calls("13"));
+    let proxy = proxy(&pool("p", &[well, ill], ""), "routes: [ { pool: p } ]", "");
+    [well, ill].iter().for_each(|backend| proxy.wait_health(&backend.to_string(), "up", Duration::from_secs(5)));
+    eventually("it is in doubt", Duration::from_secs(10), || {
+        raw(proxy.address(0), b"POST /call HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        (proxy.health(&ill.to_string()) != "up").then_some(())
+    });
+    assert_eq!(proxy.health(&well.to_string()), "up");
+}

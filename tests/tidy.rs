@@ -36,7 +36,7 @@ fn the_import_table_holds() {
         ("uplink", &["clock"]),
         ("manner", &["config"]),
         ("poison", &["clock"]),
-        ("version", &[]),
+        ("version", &["clock"]),
         ("owed", &["backend", "clock", "config", "health", "pool", "session"]),
         ("govern", &["backend", "clock", "dial", "host", "pace", "pool", "table"]),
         ("sniff", &[]),

@@ -366,7 +366,7 @@ fn pool_table(pool: &Value, screen: &Screen) -> String {
                 }
                 table.rows.push(Row::Remark(why));
             }
-            if backend["data_version"]["too_old"] == true {
+            if backend["data_version"]["too_old"] == true && health != "down" {
                 let version = &backend["data_version"];
                 let said = version["said"].as_u64().map_or("it has said none".into(), |said| format!("it has {said}"));
                 let remark = format!("no clients: data of version {} are asked for, and {said}", version["at_least"]);

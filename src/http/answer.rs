@@ -7,6 +7,8 @@ use pingora_core::Result;
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 
+use super::hops;
+use super::route::Changes;
 use crate::config::http::Page;
 
 /// What a status says when nothing else is configured.
@@ -73,11 +75,12 @@ pub async fn error(
 ///
 /// # Errors
 /// When the client cannot be written to.
-pub async fn page(session: &mut Session, status: u16, page: &Page) -> Result<()> {
+pub async fn page(session: &mut Session, status: u16, page: &Page, changes: &Changes) -> Result<()> {
     let mut head = ResponseHeader::build(status, Some(3))?;
     if !page.body.is_empty() {
         head.insert_header(CONTENT_TYPE, page.content_type.as_str())?;
     }
+    hops::change_answer(changes, &mut head)?;
     send(session, head, Bytes::from(page.body.clone())).await
 }
 
@@ -85,9 +88,10 @@ pub async fn page(session: &mut Session, status: u16, page: &Page) -> Result<()>
 ///
 /// # Errors
 /// When the client cannot be written to, or the address is none.
-pub async fn redirect(session: &mut Session, status: u16, location: &str) -> Result<()> {
+pub async fn redirect(session: &mut Session, status: u16, location: &str, changes: &Changes) -> Result<()> {
     let mut head = ResponseHeader::build(status, Some(3))?;
     head.insert_header(LOCATION, location)?;
+    hops::change_answer(changes, &mut head)?;
     send(session, head, Bytes::new()).await
 }
 

@@ -109,12 +109,19 @@ pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std
     }
     // HTTP/1 was judged before it came here; HTTP/2 is held to the same.
     if head.version == Version::HTTP_2 {
-        let plain = |byte: u8| matches!(byte, b'!'..=b'~') && !b"\"<>\\^`{|}#".contains(&byte);
-        if !framer::is_authority(head_authority.as_bytes()) || !head.raw_path().iter().copied().all(plain) {
+        let asterisk = head.raw_path() == b"*" && head.method != Method::OPTIONS;
+        if !framer::is_authority(head_authority.as_bytes()) || !framer::is_target(head.raw_path()) || asterisk {
             return Err(malformed(400, "the host or the path holds a character that it cannot have"));
         }
         if head.headers.len() > framer::MAX_FIELDS {
             return Err(malformed(431, "the header has more than 128 lines"));
+        }
+        if head.headers.get_all(header::CONTENT_LENGTH).iter().nth(1).is_some() {
+            return Err(malformed(400, "there is more than one Content-Length"));
+        }
+        // HTTP/2 has names that HTTP/1.1 has not.
+        if !head.headers.keys().all(|name| name.as_str().bytes().all(framer::is_token)) {
+            return Err(malformed(400, "the name of a header is not a token"));
         }
     }
     let (path, query) = match path_and_query.split_once('?') {

@@ -10,6 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use pingora_core::Result;
 use pingora_http::RequestHeader;
 
+use super::hops::remove_alike;
 use crate::config::http::{Forwarded, Send};
 
 const FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -49,6 +50,11 @@ pub fn apply(rule: &Forwarded, trusted: bool, client: Client<'_>, request: &mut 
     let before =
         |request: &RequestHeader, name: &HeaderName| if trusted { joined(&request.headers, name) } else { None };
 
+    if !trusted && request.headers.keys().any(|name| name.as_str().contains('_')) {
+        for name in [&FOR, &PROTO, &HOST, &REQUEST_ID] {
+            remove_alike(request, name);
+        }
+    }
     if sent(Send::XForwarded) {
         let list = match before(request, &FOR) {
             Some(list) => format!("{list}, {ip}"),
@@ -158,10 +164,12 @@ fn is_token(byte: u8) -> bool {
 
 /// The value of a cookie, as a client sends it back. Of two of the same name the first counts.
 pub fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    let texts = headers.get_all(http::header::COOKIE).into_iter().filter_map(|value| value.to_str().ok());
-    texts.flat_map(|text| text.split(';')).find_map(|pair| {
-        let (known, value) = pair.trim_matches([' ', '\t']).split_once('=')?;
-        (known == name).then_some(value)
+    let pairs =
+        headers.get_all(http::header::COOKIE).into_iter().flat_map(|value| value.as_bytes().split(|b| *b == b';'));
+    // Other cookies beside it may hold any bytes.
+    pairs.map(<[u8]>::trim_ascii).find_map(|pair| {
+        let value = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+        std::str::from_utf8(value).ok()
     })
 }
 
@@ -180,6 +188,19 @@ pub fn is_request_id(value: &HeaderValue) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cookie_is_found_beside_any_other() {
+        let cookies = |text: &[u8]| {
+            let mut headers = HeaderMap::new();
+            headers.append(http::header::COOKIE, HeaderValue::from_bytes(text).expect("a value"));
+            cookie(&headers, "place").map(str::to_owned)
+        };
+        assert_eq!(cookies(b"place=c0.1a"), Some("c0.1a".into()));
+        assert_eq!(cookies(b"name=\xc3\xa9; place=c0.1a;x=\xff"), Some("c0.1a".into()));
+        assert_eq!(cookies(b"a=1;\tplace=first; place=second"), Some("first".into()));
+        assert_eq!(cookies(b"places=1; place"), None);
+    }
 
     fn request(headers: &[(&'static str, &str)]) -> RequestHeader {
         let mut request = RequestHeader::build("GET", b"/", None).expect("a request");

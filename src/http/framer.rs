@@ -278,8 +278,9 @@ fn judge(head: &[u8]) -> Result<Body, Refusal> {
                 return Err(bad("there is more than one Content-Length"));
             }
         } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
+            // Whatever else it is, its end is not certain (RFC 9112, 6.3).
             if !value.eq_ignore_ascii_case(b"chunked") || chunked {
-                return Err(Refusal { status: 501, reason: "the only Transfer-Encoding understood is chunked, once" });
+                return Err(bad("the Transfer-Encoding is not chunked, once"));
             }
             chunked = true;
         }
@@ -288,7 +289,7 @@ fn judge(head: &[u8]) -> Result<Body, Refusal> {
         None if request.version_1_1 => return Err(bad("there is no Host")),
         None => {}
         Some(host) if !is_authority(host) => return Err(bad("the Host is no host name")),
-        Some(host) if request.authority.is_some_and(|authority| !authority.eq_ignore_ascii_case(host)) => {
+        Some(host) if request.authority.is_some_and(|authority| authority != host) => {
             return Err(bad("the request line and the Host name two hosts"));
         }
         Some(_) => {}
@@ -306,6 +307,14 @@ struct RequestLine<'a> {
     version_1_1: bool,
     /// Of an absolute target.
     authority: Option<&'a [u8]>,
+}
+
+/// Whether a request's target holds nothing but what a URI may have, and what browsers put there all the same: `|`, and in a
+/// query braces, `^`, the backquote and the backslash (WHATWG URL, the query percent-encode set).
+pub fn is_target(target: &[u8]) -> bool {
+    let query = target.iter().position(|byte| *byte == b'?').unwrap_or(target.len());
+    let visible = |byte: &u8| matches!(byte, b'!'..=b'~') && !b"\"<>#".contains(byte);
+    target.iter().all(visible) && !target[..query].iter().any(|byte| b"\\^`{}".contains(byte))
 }
 
 fn request_line(line: &[u8]) -> Result<RequestLine<'_>, Refusal> {
@@ -328,9 +337,7 @@ fn request_line(line: &[u8]) -> Result<RequestLine<'_>, Refusal> {
         }
         _ => return Err(bad("the request line does not end in a version")),
     };
-    if !target.iter().all(|byte| matches!(byte, b'!'..=b'~'))
-        || target.iter().any(|byte| b"\"<>\\^`{|}#".contains(byte))
-    {
+    if !is_target(target) {
         return Err(bad("the request target holds a character that a URI does not have"));
     }
     if target.starts_with(b"/") || target == b"*" && method == b"OPTIONS" {
@@ -372,7 +379,8 @@ fn number(text: &[u8]) -> Option<u64> {
     Some(text.iter().fold(0, |value, digit| value * 10 + u64::from(digit - b'0')))
 }
 
-fn is_token(byte: u8) -> bool {
+/// Whether the name of a header may hold this (RFC 9110, 5.6.2).
+pub fn is_token(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 

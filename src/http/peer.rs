@@ -78,11 +78,12 @@ pub fn peer(pool: &Pool, backend: &Backend, dialler: Arc<Dialler>, exchange: &Ex
         user_timeout: Duration::ZERO,
     });
     options.h2_ping_interval = Some(PING);
-    // A connection that changes its protocol is HTTP/1.1's.
-    let upgrade = exchange.tunnel;
+    // A connection that changes its protocol is HTTP/1.1's, and a client of HTTP/1.0 understands more of its answers.
     match policy.http {
-        HttpVersion::Two if !upgrade => options.set_http_version(2, 2),
-        HttpVersion::Auto if !upgrade && policy.tls.is_some() => options.set_http_version(2, 1),
+        HttpVersion::Two if !exchange.tunnel => options.set_http_version(2, 2),
+        HttpVersion::Auto if !exchange.tunnel && !exchange.old_client && policy.tls.is_some() => {
+            options.set_http_version(2, 1)
+        }
         _ => options.set_http_version(1, 1),
     }
     peer

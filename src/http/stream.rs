@@ -29,7 +29,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::answer;
 use super::framer::{Framer, Refusal};
 use crate::config::http::Page;
-use crate::tls;
+use crate::{tcp, tls};
 
 /// Bytes on their way to the client are gathered up to this many, until the engine says that they should go.
 const GATHER: usize = 16 * 1024;
@@ -82,6 +82,12 @@ pub struct Link {
     /// Milliseconds without a byte that the present request may have; 0: as long as the connection.
     idle_ms: AtomicU64,
     timed_out: AtomicBool,
+    /// The client waits for leave to send its body.
+    pub expects: AtomicBool,
+    /// The body of the present answer ends with the connection; and it has ended before its time.
+    pub until_close: AtomicBool,
+    /// See `until_close`.
+    pub cut: AtomicBool,
     waker: Mutex<Option<Waker>>,
     refused: Mutex<Option<(Refusal, Option<String>)>>,
 }
@@ -554,6 +560,14 @@ impl Edge {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         result
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        if self.link.cut.load(Relaxed) && self.link.until_close.load(Relaxed) {
+            tcp::reset(self.inner.socket());
+        }
     }
 }
 

@@ -8,6 +8,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use slab::Slab;
@@ -230,7 +231,8 @@ fn look(now: Time, late: bool) {
             let backend = &request.backend;
             let waited = now.since(entry.since);
             // While a client takes its time with its body the backend has nothing to answer for.
-            let clients_turn = !entry.complete && request.body.as_ref().is_none_or(|client| client.link.awaits_body());
+            let asked = |client: &Connection| client.link.awaits_body() && !client.link.expects.load(Relaxed);
+            let clients_turn = !entry.complete && request.body.as_ref().is_none_or(|client| asked(client));
             if waited >= request.timeout && !clients_turn {
                 entry.verdict = Verdict::TimedOut;
                 steps.push(match request.shared {

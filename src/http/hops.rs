@@ -1,0 +1,97 @@
+//! Headers that do not pass from one connection to the next as they came.
+
+use http::header::{self, HeaderName, HeaderValue};
+use pingora_core::{Error, ErrorType, Result};
+use pingora_http::{RequestHeader, ResponseHeader};
+
+use super::route::Changes;
+
+/// HTTP/2 may cut a Cookie header in pieces; HTTP/1.1 has one (RFC 9113, 8.2.3).
+///
+/// # Errors
+/// What came by HTTP/2 is no value of HTTP/1.1.
+pub fn join_cookies(request: &mut RequestHeader) -> Result<()> {
+    let mut pieces = request.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
+    let (Some(first), Some(second)) = (pieces.next(), pieces.next()) else { return Ok(()) };
+    let mut whole = [first, second].join(&b"; "[..]);
+    for piece in pieces {
+        whole.extend_from_slice(b"; ");
+        whole.extend_from_slice(piece);
+    }
+    let whole = HeaderValue::from_bytes(&whole);
+    request.insert_header(header::COOKIE, whole.map_err(|_| Error::new_down(ErrorType::InvalidHTTPHeader))?)
+}
+
+/// Changes a request as its route says.
+///
+/// # Errors
+/// None in practice: the values were read as such.
+pub fn change(changes: &Changes, request: &mut RequestHeader) -> Result<()> {
+    for name in &changes.remove {
+        request.remove_header(name);
+    }
+    for (name, value) in &changes.add {
+        request.insert_header(name, value)?;
+    }
+    Ok(())
+}
+
+/// Takes out of an answer what concerns the backend's connection alone.
+pub fn take_out_hops(response: &mut ResponseHeader) {
+    let named: Vec<HeaderName> = response
+        .headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .filter(|name| !matches!(*name, header::TRANSFER_ENCODING | header::CONTENT_LENGTH))
+        .collect();
+    for name in named {
+        response.remove_header(&name);
+    }
+    for name in ["keep-alive", "proxy-connection"] {
+        response.remove_header(name);
+    }
+    response.remove_header(&header::CONNECTION);
+}
+
+/// Changes an answer as its route says.
+///
+/// # Errors
+/// None in practice: the values were read as such.
+pub fn change_answer(changes: &Changes, response: &mut ResponseHeader) -> Result<()> {
+    for name in &changes.remove {
+        response.remove_header(name);
+    }
+    for (name, value) in &changes.add {
+        response.insert_header(name, value)?;
+    }
+    Ok(())
+}
+
+/// A length that was said several times is said once (RFC 9110, 8.6); the engine has made sure that they are equal.
+///
+/// # Errors
+/// None in practice: it was a value before.
+pub fn say_length_once(response: &mut ResponseHeader) -> Result<()> {
+    let mut said = response.headers.get_all(header::CONTENT_LENGTH).iter();
+    let Some(first) = said.next().filter(|first| said.next().is_some() || first.as_bytes().contains(&b',')) else {
+        return Ok(());
+    };
+    let one = first.as_bytes().split(|byte| *byte == b',').next().unwrap_or_default().trim_ascii();
+    let one = HeaderValue::from_bytes(one).map_err(|_| Error::new_up(ErrorType::InvalidHTTPHeader))?;
+    response.insert_header(header::CONTENT_LENGTH, one)
+}
+
+/// Takes out what differs from `name` by underscores for hyphens alone: CGI and its like take both for one.
+pub fn remove_alike(request: &mut RequestHeader, name: &HeaderName) {
+    let alike = |other: &HeaderName| {
+        other.as_str().len() == name.as_str().len()
+            && other.as_str().contains('_')
+            && other.as_str().bytes().zip(name.as_str().bytes()).all(|(a, b)| a == b || a == b'_' && b == b'-')
+    };
+    let found: Vec<HeaderName> = request.headers.keys().filter(|other| alike(other)).cloned().collect();
+    for other in found {
+        request.remove_header(&other);
+    }
+}
