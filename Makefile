@@ -4,7 +4,7 @@
 
 CONFIG ?= configs/minimal.yaml
 CARGO ?= cargo
-FUZZ_SECONDS ?= 30
+FUZZ_SECONDS ?= 20
 
 # Two toy cells, live traffic, one fails: half a minute, with no set-up.
 demo: build
@@ -28,7 +28,7 @@ format:
 
 lint: packages-build
 	$(CARGO) clippy --locked --profile fast --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items --quiet
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --profile fast --locked --no-deps --document-private-items --quiet
 
 licences:
 	./scripts/licences.sh

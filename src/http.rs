@@ -330,7 +330,7 @@ impl ProxyHttp for Gateway {
                     first = direct::in_turn(exchange, &pool, lane, ask).await.ok_or(DialError::Full);
                 }
                 let first = first.map_err(|error| {
-                    exchange.end = Some(ended(&pool, error));
+                    exchange.end = Some(direct::ended(&pool, error));
                     Error::new_in(ErrorType::HTTPStatus(503))
                 })?;
                 now = clock::now();
@@ -373,7 +373,7 @@ impl ProxyHttp for Gateway {
             return error;
         }
         if let (Some(failed), Some(pool)) = (outcome.failed, &exchange.pool) {
-            exchange.end = Some(ended(pool, failed));
+            exchange.end = Some(direct::ended(pool, failed));
             return error;
         }
         // It connected, and then TLS or the beginning of HTTP/2 failed.
@@ -678,6 +678,9 @@ impl ProxyHttp for Gateway {
         exchange: &mut Box<Exchange>,
     ) -> Result<Option<Duration>> {
         exchange.body[1] += body.as_ref().map_or(0, Bytes::len) as u64;
+        if let Some(line) = &mut exchange.line {
+            line.carries(exchange.body[1]);
+        }
         Ok(None)
     }
 
@@ -804,7 +807,7 @@ impl ProxyHttp for Gateway {
         let retry_after = match exchange.end {
             Some(End::Full | End::Limited) => Some(1),
             Some(End::Poison) => Some(10),
-            Some(End::Unreachable) => exchange.pool.as_ref().and_then(|pool| soonest_return(pool)),
+            Some(End::Unreachable) => exchange.pool.as_ref().and_then(|pool| direct::soonest_return(pool)),
             _ => None,
         };
         let listener = exchange.listener.clone();
@@ -960,28 +963,6 @@ fn is_grpc_error(headers: &HeaderMap) -> bool {
 
 fn grpc_status(headers: &HeaderMap) -> Option<u16> {
     headers.get("grpc-status")?.to_str().ok()?.parse().ok()
-}
-
-/// The end of a request that dialling failed for; counted.
-fn ended(pool: &Pool, error: DialError) -> End {
-    match error {
-        DialError::Full => {
-            pool.shared.refused_full.add(1);
-            End::Full
-        }
-        DialError::Unreachable => {
-            pool.shared.refused_unreachable.add(1);
-            End::Unreachable
-        }
-        DialError::ClientGone => End::ClientGone,
-    }
-}
-
-/// In how many seconds the first backend may be back, where a hold says so.
-fn soonest_return(pool: &Pool) -> Option<u64> {
-    let now = clock::now();
-    let holds = pool.members.iter().map(|member| member.backend.health().hold().1.since(now));
-    holds.filter(|left| !left.is_zero()).min().map(|left| left.as_secs() + 1)
 }
 
 /// Whether a backend says of a request that it has not been looked at: a refused stream, or a connection that is going.

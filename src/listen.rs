@@ -29,6 +29,9 @@ const BACKLOG: i32 = 4_096;
 /// Keepalive towards clients.
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(10)).with_retries(3);
+/// Bytes that the kernel takes for a client beyond what is on the way to it. Left to itself it takes megabytes for each that
+/// does not read, and a few hundred of those bring all TCP of the machine into memory pressure.
+const UNSENT: u32 = 128 * 1024;
 /// First and longest pause after an accept that failed by our own fault.
 const PAUSE_FIRST: Duration = Duration::from_millis(5);
 const PAUSE_LONGEST: Duration = Duration::from_secs(1);
@@ -57,6 +60,7 @@ pub fn bind(address: SocketAddr, workers: usize, shared: bool) -> io::Result<Vec
             // Accepted sockets inherit these, which saves the calls on each of them.
             socket.set_tcp_nodelay(true)?;
             socket.set_tcp_keepalive(&KEEPALIVE)?;
+            socket.set_tcp_notsent_lowat(UNSENT)?;
             socket.listen(BACKLOG)?;
             Ok(socket.into())
         })

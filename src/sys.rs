@@ -3,8 +3,10 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
+
+use socket2::SockRef;
 
 /// What the kernel knows about a TCP connection.
 #[derive(Clone, Copy, Debug)]
@@ -47,14 +49,14 @@ impl TcpInfo {
 }
 
 /// Ends a TCP connection both ways and leaves its descriptor open: whoever reads from it sees an end.
-pub fn shut_down(descriptor: std::os::fd::RawFd) {
+pub fn shut_down(descriptor: RawFd) {
     // SAFETY: shutdown(2) reads no memory. The caller knows the descriptor for open, and for a socket: it stands in the
     // list of the worker's connections, which an entry leaves before its descriptor is closed, on the same thread.
     unsafe { libc::shutdown(descriptor, libc::SHUT_RDWR) };
 }
 
 /// Whether the peer of a TCP connection has finished sending, or more.
-pub fn has_finished(descriptor: std::os::fd::RawFd) -> bool {
+pub fn has_finished(descriptor: RawFd) -> bool {
     // SAFETY: the caller knows the descriptor for open: it is its own connection's, which cannot be closed before the caller
     // has ended, on the same thread. The borrow ends with this call.
     tcp_info(unsafe { BorrowedFd::borrow_raw(descriptor) }).is_ok_and(|info| info.finished())
@@ -153,6 +155,36 @@ pub fn bind_address_no_port(socket: BorrowedFd<'_>) -> io::Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `SO_BUF_LOCK` (since Linux 5.14): which buffers of a socket do not follow its traffic.
+const SO_BUF_LOCK: libc::c_int = 72;
+
+/// Lets no buffer of a socket have a fixed size; false where the kernel cannot.
+fn unlock_buffers(descriptor: RawFd) -> bool {
+    let none: libc::c_int = 0;
+    // SAFETY: `none` is valid for reading the given length. The caller knows the descriptor for open, and for its own.
+    let result = unsafe {
+        libc::setsockopt(
+            descriptor,
+            libc::SOL_SOCKET,
+            SO_BUF_LOCK,
+            (&raw const none).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    result == 0
+}
+
+/// Bounds the bytes that the kernel takes for a connection before they are read; says whether it did. It does not where that could
+/// not be undone.
+pub fn bound_receiving(socket: BorrowedFd<'_>, bytes: usize) -> bool {
+    unlock_buffers(socket.as_raw_fd()) && SockRef::from(&socket).set_recv_buffer_size(bytes).is_ok()
+}
+
+/// Takes that bound off: the buffer grows with what is read, as the kernel sees fit.
+pub fn unbound_receiving(descriptor: RawFd) {
+    unlock_buffers(descriptor);
 }
 
 /// Raises the soft limit of open files to the hard one and returns it.

@@ -268,7 +268,7 @@ fn sessions_are_shown_and_kicked() {
     assert!(shown.lines().last().unwrap().starts_with("12 of 12 sessions"), "{shown}");
     let client = held[0].0.local_addr().unwrap().to_string();
     let row = shown.lines().find(|line| line.contains(&client)).unwrap();
-    // The request has 27 bytes, the answer's head and its one letter 63.
+    // The request's bytes.
     let sent = 27;
     assert!(row.contains(&format!("{sent} B")), "{row}");
     assert!(shown.lines().all(|line| line.chars().count() <= 100), "{shown}");

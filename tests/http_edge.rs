@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::http::{Origin, Version, by_hand, pool, proxy, raw, read_request, told};
-use crate::support::eventually;
+use crate::support::backend::{Backend, read_all};
 use crate::support::proxy::Proxy;
+use crate::support::{eventually, settled_queues};
 
 /// Frames of HTTP/2 by hand: type, flags, stream, payload.
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -432,4 +433,18 @@ fn a_backend_whose_calls_end_in_internal_errors_is_left() {
         (proxy.health(&ill.to_string()) != "up").then_some(())
     });
     assert_eq!(proxy.health(&well.to_string()), "up");
+}
+
+#[test]
+fn a_client_that_does_not_read_costs_the_kernel_little_on_either_side() {
+    let backend = Backend::start("x");
+    let proxy = proxy(&pool("p", &[backend.address], "probe: off"), "routes: [ { pool: p } ]", "");
+    let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+    client.write_all(b"GET /big HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+    let (to_client, _) = settled_queues(Some(proxy.address(0).port()), client.local_addr().unwrap().port());
+    let (_, from_backend) = settled_queues(None, backend.address.port());
+    // Each would be megabytes.
+    assert!(to_client < 400_000 && from_backend < 400_000, "{to_client}, {from_backend}");
+    // Whoever goes on reading gets all of it.
+    assert!(read_all(&mut client).unwrap().len() > 4 << 20);
 }

@@ -3,8 +3,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::support::backend::{Backend, Mode, finish, get, read_all};
-use crate::support::eventually;
 use crate::support::proxy::Proxy;
+use crate::support::{eventually, settled_queues};
 
 /// A pool of these backends, each in a cell of its own, behind one loopback listener.
 pub fn yaml(backends: &[SocketAddr], pool: &str, more: &str) -> String {
@@ -102,6 +102,21 @@ fn a_reader_that_stops_for_a_while_loses_nothing() {
     for _ in 0..200 {
         assert!(stream.read(&mut buffer).unwrap() > 0);
     }
+}
+
+#[test]
+fn a_client_that_does_not_read_costs_the_kernel_little() {
+    let backend = Backend::start("p");
+    let proxy = Proxy::start(&yaml(&[backend.address], "", ""));
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    backend.set(Mode::Pour);
+    let client = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    client.set_recv_buffer_size(4_096).unwrap();
+    client.connect(&proxy.address(0).into()).unwrap();
+    let port = client.local_addr().unwrap().as_socket().unwrap().port();
+    let (held, _) = settled_queues(Some(proxy.address(0).port()), port);
+    // The kernel's own bound is megabytes.
+    assert!(held < 400_000, "{held}");
 }
 
 #[test]

@@ -19,6 +19,7 @@ use super::{Exchange, answer, forward, framer, route};
 use crate::backend::Backend;
 use crate::clock;
 use crate::config::Affinity;
+use crate::dial::DialError;
 use crate::host::Host;
 use crate::limits::{self, Permit};
 use crate::pool::{self, Pool};
@@ -253,4 +254,26 @@ pub async fn has_killed(kind: u64, pool: &Pool, lost: &Backend) -> bool {
     }
     pool.shared.poison.convict(kind, now);
     true
+}
+
+/// The end of a request that dialling failed for; counted.
+pub fn ended(pool: &Pool, error: DialError) -> End {
+    match error {
+        DialError::Full => {
+            pool.shared.refused_full.add(1);
+            End::Full
+        }
+        DialError::Unreachable => {
+            pool.shared.refused_unreachable.add(1);
+            End::Unreachable
+        }
+        DialError::ClientGone => End::ClientGone,
+    }
+}
+
+/// In how many seconds the first backend may be back, where a hold says so.
+pub fn soonest_return(pool: &Pool) -> Option<u64> {
+    let now = clock::now();
+    let holds = pool.members.iter().map(|member| member.backend.health().hold().1.since(now));
+    holds.filter(|left| !left.is_zero()).min().map(|left| left.as_secs() + 1)
 }

@@ -6,7 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -42,6 +42,12 @@ pub struct Certificates {
 /// An authority whose key was thrown away. The engine wants one even where it is told to judge nothing.
 const NOBODY: &[u8] = include_bytes!("nobody.pem");
 
+/// Bytes of answers that the kernel takes for us on a connection before a client has shown that it takes them from us; and
+/// the length of the answer that shows it. Left to itself the kernel takes megabytes for each client that does not read, and
+/// a few hundred of those bring all TCP of the machine into memory pressure.
+const RECEIVE: usize = 128 * 1024;
+const PROVEN: u64 = 1024 * 1024;
+
 /// Pools whose certificates one worker keeps at hand.
 const POOLS_KEPT: usize = 256;
 
@@ -72,6 +78,8 @@ struct Line {
     talking: u32,
     /// Of these, those whose time is up.
     late: Vec<u64>,
+    /// The kernel takes no more than [`RECEIVE`] for us.
+    bounded: bool,
 }
 
 /// An exchange on a connection.
@@ -119,6 +127,7 @@ impl Tracing for Watch {
 pub struct InUse {
     place: Place,
     talking: bool,
+    proven: bool,
 }
 
 impl InUse {
@@ -130,12 +139,22 @@ impl InUse {
                 line.serial
             })
         });
-        InUse { place: Place { descriptor, serial, exchange: next() }, talking: false }
+        InUse { place: Place { descriptor, serial, exchange: next() }, talking: false, proven: false }
     }
 
     /// Where it is.
     pub fn place(&self) -> Place {
         self.place
+    }
+
+    /// So many bytes of its answer have gone towards the client. Enough of them, and the kernel may take as much as it likes.
+    pub fn carries(&mut self, bytes: u64) {
+        if bytes >= PROVEN && !std::mem::replace(&mut self.proven, true) {
+            let bounded = with(self.place, |line| std::mem::take(&mut line.bounded));
+            if bounded == Some(true) {
+                sys::unbound_receiving(self.place.descriptor);
+            }
+        }
     }
 
     /// Its answer has begun.
@@ -398,7 +417,8 @@ impl L4Connect for Dialler {
         }
         let descriptor = socket.as_raw_fd();
         let serial = next();
-        let line = Line { serial, active: 0, talking: 0, late: Vec::new() };
+        let bounded = sys::bound_receiving(socket.as_fd(), RECEIVE);
+        let line = Line { serial, active: 0, talking: 0, late: Vec::new(), bounded };
         LINES.with_borrow_mut(|lines| lines.insert(descriptor, line));
         let mut stream = Stream::from(socket);
         stream.tracer = Some(Tracer(Box::new(Watch { descriptor, serial })));
