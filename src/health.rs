@@ -47,6 +47,7 @@ const RESET_SPREAD: Duration = Duration::from_millis(10);
 /// First and longest pause between trials of a backend that no probe can clear.
 const TRIAL_FIRST: Duration = Duration::from_secs(1);
 const TRIAL_LONGEST: Duration = Duration::from_secs(8);
+const TRIAL_LONGEST_OF_ERRORS: Duration = Duration::from_secs(2);
 /// Good answers in a row that a backend owes which was doubted for its errors: one alone proves little of a ratio.
 const PROOF: u32 = 8;
 /// A doubt of traffic's that comes back this soon after a probe denied it is for traffic to settle.
@@ -706,7 +707,9 @@ impl Health {
         if evidence.source == Source::Probe {
             return;
         }
-        self.trial_pause = (self.trial_pause * 2).min(TRIAL_LONGEST);
+        // What was doubted for its errors no probe can clear; whoever tries it may be sent elsewhere, and loses little.
+        let longest = if self.proof > 0 { TRIAL_LONGEST_OF_ERRORS } else { TRIAL_LONGEST };
+        self.trial_pause = (self.trial_pause * 2).min(longest);
         self.trial_at = self.trial_at.max(now + self.trial_pause);
     }
 

@@ -780,6 +780,12 @@ impl ProxyHttp for Gateway {
             exchange.retries += 1;
             exchange.end = None;
             error.set_retry(true);
+        } else if let (Some(lost), Some(pool)) = (exchange.suspected_of.take(), exchange.pool.clone())
+            && pool.shared.poison.alone(exchange.kind, lost.id, now)
+        {
+            // It goes nowhere else; but its client may send it once more.
+            let kind = exchange.kind;
+            tokio::spawn(async move { direct::has_killed(kind, &pool, &lost).await });
         }
         error
     }

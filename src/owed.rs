@@ -16,6 +16,7 @@ use crate::backend::Backend;
 use crate::clock::{self, Time};
 use crate::config::FirstByte;
 use crate::health::{Depth, Evidence, Seen, Source, State};
+use crate::manner::Owes;
 use crate::pool::Policy;
 use crate::session;
 
@@ -119,6 +120,10 @@ fn silent_after(backend: &Backend, policy: &Policy) -> Option<Duration> {
         (Some((_, p99)), FirstByte::Learn) if p99 >= TOO_LONG => None,
         (Some((_, p99)), _) => Some((p99 * FACTOR).max(FLOOR).max(backend.slow_for()).min(longest)),
         (None, FirstByte::Expect) => Some(COLD.min(longest)),
+        // It has answered nobody yet, and the others of its pool have shown that they do.
+        (None, FirstByte::Learn) if backend.shared.manner.owes(FirstByte::Learn) != Owes::Nothing => {
+            Some(COLD.min(longest))
+        }
         (None, FirstByte::Learn) => None,
     }
 }

@@ -62,7 +62,7 @@ const SMALL_GROWTH: f64 = 3.0;
 const FRESH_HANDSHAKES: f64 = 24.0;
 /// Below this share so many in a row are enough for one growth, by this.
 const FEW_BELOW: f64 = 0.2;
-const FEW_HANDSHAKES: f64 = 10.0;
+const FEW_HANDSHAKES: f64 = 12.0;
 const GROWTH_BY_FEW: f64 = 2.4;
 /// Where so little is left in memory of those that were lost at this share.
 const FORGOTTEN_LOST: f64 = 1.0;

@@ -45,6 +45,8 @@ const OVER: f64 = 1.1;
 
 /// Most of a cell's capacity that is saved up.
 const CAPACITY_SAVED: Duration = Duration::from_millis(50);
+/// A suspect that has given nobody a first byte for so long does not keep its clients.
+const ANSWERS_NOBODY: Duration = Duration::from_millis(250);
 /// Backends that await a trial and are asked for one client.
 const TRIALS_LOOKED_AT: usize = 8;
 
@@ -367,7 +369,7 @@ impl Pool {
             if let Some(choice) = want.pin.and_then(|pin| self.pinned(plan, pin, now)) {
                 return choice;
             }
-            if let Some(choice) = want.home.and_then(|home| self.at_home(plan, home, want, rng, &mut full)) {
+            if let Some(choice) = want.home.and_then(|home| self.at_home(plan, home, want, now, rng, &mut full)) {
                 return choice;
             }
         }
@@ -462,13 +464,23 @@ impl Pool {
     }
 
     /// Where a client was before: the same backend, or another of its cell.
-    fn at_home(&self, plan: &Plan, home: usize, want: &Want<'_>, rng: &mut Rng, full: &mut bool) -> Option<Choice> {
+    fn at_home(
+        &self,
+        plan: &Plan,
+        home: usize,
+        want: &Want<'_>,
+        now: Time,
+        rng: &mut Rng,
+        full: &mut bool,
+    ) -> Option<Choice> {
         let member = &self.members[home];
         if !member.backend.is_closed() && self.has_room(home) {
             match member.backend.view().state {
                 State::Up | State::Returning => return Some(Choice::Member(home)),
-                State::Suspect => return Some(Choice::Doubtful(home)),
-                State::Unknown | State::Down => {}
+                State::Suspect if !member.backend.silence.quiet(ANSWERS_NOBODY, now) => {
+                    return Some(Choice::Doubtful(home));
+                }
+                State::Suspect | State::Unknown | State::Down => {}
             }
         }
         self.in_cell(plan, member.cell, want, rng, full).map(Choice::Member)
@@ -797,8 +809,10 @@ impl Pool {
                         return Some(Choice::Member(member));
                     }
                 }
-                // Its own clients stay with a suspect; those who would move to it do not come.
-                State::Suspect if attempt == 0 => return Some(Choice::Doubtful(member)),
+                // Its own clients stay with a suspect, unless it answers nobody; those who would move to it do not come.
+                State::Suspect if attempt == 0 && !backend.silence.quiet(ANSWERS_NOBODY, now) => {
+                    return Some(Choice::Doubtful(member));
+                }
                 _ => {}
             }
         }

@@ -105,8 +105,7 @@ fn a_capacity_is_kept() {
 
 #[test]
 fn silence_counts_when_an_answer_is_owed() {
-    // Nothing was learned, and nothing is owed: a backend that never answers stays as it is.
-    let suspected = |more: &str, learn: usize, wait: Duration| {
+    let suspected = |more: &str, learn: usize, both: bool, wait: Duration| {
         let (a, b) = (Backend::start("a"), Backend::start("b"));
         let proxy = over(
             &[&a, &b],
@@ -114,6 +113,9 @@ fn silence_counts_when_an_answer_is_owed() {
         );
         (0..learn).for_each(|_| drop(get(proxy.address(0)).unwrap()));
         a.set(Mode::Silent);
+        if both {
+            b.set(Mode::Silent);
+        }
         let begin = Instant::now();
         let mut open = Vec::new();
         while begin.elapsed() < wait {
@@ -126,12 +128,14 @@ fn silence_counts_when_an_answer_is_owed() {
         None
     };
     let wait = Duration::from_secs(3);
-    assert_eq!(suspected("first_byte: learn", 0, wait / 2), None, "nothing was learned");
-    assert!(suspected("first_byte: learn", 100, wait).is_some());
-    assert_eq!(suspected("first_byte: ignore", 100, wait / 2), None);
-    let expected = suspected("first_byte: expect", 0, wait).expect("an answer is expected");
-    let sooner =
-        suspected("first_byte: expect\n    timeouts: { first_byte: 50ms }", 0, wait).expect("an answer is expected");
+    // Where nobody of the pool has ever answered, nothing is owed; one that answers shows that something is.
+    assert_eq!(suspected("first_byte: learn", 0, true, wait / 2), None, "nothing was learned");
+    assert!(suspected("first_byte: learn", 0, false, wait).is_some(), "learned from the other one");
+    assert!(suspected("first_byte: learn", 100, false, wait).is_some());
+    assert_eq!(suspected("first_byte: ignore", 100, false, wait / 2), None);
+    let expected = suspected("first_byte: expect", 0, false, wait).expect("an answer is expected");
+    let within = "first_byte: expect\n    timeouts: { first_byte: 50ms }";
+    let sooner = suspected(within, 0, false, wait).expect("an answer is expected");
     assert!(sooner < expected, "{sooner:?} {expected:?}");
 }
 
@@ -412,6 +416,45 @@ fn a_request_that_kills_is_sent_on_once() {
     assert!(died.iter().filter(|times| **times > 0).count() <= 2 && died.iter().sum::<u32>() <= 4, "{died:?}");
     assert!(answers[9].to_ascii_lowercase().contains("retry-after"), "{}", answers[9]);
     (0..20).for_each(|_| assert!(ask("/").starts_with("HTTP/1.1 200")));
+}
+
+/// It goes to nobody else, and its client says it again and again.
+#[test]
+fn a_post_that_kills_is_not_taken_twice() {
+    let backends: Vec<Backend> = ["a", "b", "c", "d"].map(Backend::start).into();
+    let addresses: Vec<SocketAddr> = backends.iter().map(|backend| backend.address).collect();
+    let proxy = proxy(&pool("p", &addresses, "probe: off"), "routes: [ { pool: p } ]", "");
+    let ask = |start: &str| {
+        raw(
+            proxy.address(0),
+            format!("{start} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").as_bytes(),
+        )
+    };
+    (0..20).for_each(|_| assert!(ask("GET /").starts_with("HTTP/1.1 200")));
+    assert!(ask("POST /poison").starts_with("HTTP/1.1 502"));
+    for _ in 0..5 {
+        assert!(ask("GET /").starts_with("HTTP/1.1 200"));
+        assert!(ask("POST /poison").starts_with("HTTP/1.1 503"));
+    }
+    assert_eq!(backends.iter().map(|backend| backend.deaths.lock().unwrap().len()).sum::<usize>(), 1);
+}
+
+#[test]
+fn a_backend_that_is_silent_from_the_start_is_seen_as_such() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    a.set(Mode::Mute);
+    let proxy = over(&[&a, &b], "");
+    let address = proxy.address(0);
+    let mut waiting = Vec::new();
+    eventually("it is in doubt", Duration::from_secs(15), || {
+        let mut stream = asks(address);
+        stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        if stream.read(&mut [0; 1]).is_err() {
+            waiting.push(stream);
+        }
+        (proxy.health(&a.address.to_string()) != "up").then_some(())
+    });
+    assert_eq!(proxy.health(&b.address.to_string()), "up");
 }
 
 /// Sessions by backend, and those that were ended so far.

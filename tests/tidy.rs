@@ -37,7 +37,7 @@ fn the_import_table_holds() {
         ("manner", &["config"]),
         ("poison", &["clock"]),
         ("version", &["clock"]),
-        ("owed", &["backend", "clock", "config", "health", "pool", "session"]),
+        ("owed", &["backend", "clock", "config", "health", "manner", "pool", "session"]),
         ("govern", &["backend", "clock", "dial", "host", "pace", "pool", "table"]),
         ("sniff", &[]),
         ("hello", &["clock", "limits", "sniff", "table", "witness"]),

@@ -276,7 +276,7 @@ async fn connection(
                         let id = lower.lines().find_map(|line| line.strip_prefix("x-id: "));
                         records.posts.lock().unwrap().extend(id.map(str::to_owned));
                     }
-                    if head.starts_with("GET /poison") {
+                    if head.starts_with("GET /poison") || head.starts_with("POST /poison") {
                         records.deaths.lock().unwrap().push(Instant::now());
                         *state.lock().unwrap() = Mode::Dead;
                         records.died.notify_waiters();
