@@ -426,7 +426,7 @@ impl ProxyHttp for Gateway {
         // It has said so since it was chosen, and nothing was sent yet.
         if exchange.backend.as_ref().is_some_and(|backend| backend.version.is_old()) {
             exchange.tried.push(exchange.member);
-            if !exchange.another(session, false, false) {
+            if !exchange.another(session, false, true) {
                 exchange.end = Some(End::Unreachable);
                 return Err(Error::new_in(ErrorType::HTTPStatus(503)));
             }
@@ -487,14 +487,17 @@ impl ProxyHttp for Gateway {
             hops::change(&route.request, request)?;
         }
         let complete = session.as_mut().is_body_done();
-        if head_is_one && request.headers.contains_key(header::EXPECT) {
-            if exchange.shared {
-                // What a backend says before its answer does not come through HTTP/2.
-                request.remove_header(&header::EXPECT);
+        let expects = head_is_one && !complete && !exchange.old_client && request.headers.contains_key(header::EXPECT);
+        // Said anew for each request and each attempt.
+        connection.link.expects.store(expects && !exchange.shared, Relaxed);
+        if exchange.shared {
+            // What a backend says before its answer does not come through HTTP/2.
+            request.remove_header(&header::EXPECT);
+            if expects {
                 session.as_mut().write_continue_response().await?;
-            } else {
-                connection.link.expects.store(!complete, Relaxed);
             }
+            // Its streams have windows of their own, so that the kernel holds little for any of them.
+            exchange.line.iter_mut().for_each(InUse::opens_up);
         }
         // A client of HTTP/2 sends its bodies side by side, and none of them alone can be waited for.
         let body = (head_is_one && !complete).then(|| connection.clone());
@@ -677,10 +680,9 @@ impl ProxyHttp for Gateway {
         _end: bool,
         exchange: &mut Box<Exchange>,
     ) -> Result<Option<Duration>> {
-        exchange.body[1] += body.as_ref().map_or(0, Bytes::len) as u64;
-        if let Some(line) = &mut exchange.line {
-            line.carries(exchange.body[1]);
-        }
+        let bytes = body.as_ref().map_or(0, Bytes::len) as u64;
+        exchange.body[1] += bytes;
+        exchange.line.iter_mut().for_each(|line| line.carries(bytes));
         Ok(None)
     }
 

@@ -415,7 +415,7 @@ async fn shake(
     }
 }
 
-/// One HTTP/2 request, and the beginning of its answer.
+/// One request, and its answer: the head, and where `judges` asks for it the beginning of the body.
 async fn ask_whole(
     stream: Stream,
     two: bool,

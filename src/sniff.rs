@@ -590,4 +590,16 @@ mod tests {
             let _ = proxied(&bytes);
         }
     }
+
+    #[test]
+    fn what_follows_an_unspecified_family_is_skipped() {
+        let mut header = V2_SIGNATURE.to_vec();
+        header.extend([0x21, 0x00, 0, 3, 0xff, 0xff, 0xff]);
+        match version_2(&header) {
+            Verdict::Done(Proxied { length, addresses, tlvs }) => {
+                assert_eq!((length, addresses, tlvs), (header.len(), None, Vec::new()));
+            }
+            _ => panic!("it is a header"),
+        }
+    }
 }

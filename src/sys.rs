@@ -163,7 +163,8 @@ const SO_BUF_LOCK: libc::c_int = 72;
 /// Lets no buffer of a socket have a fixed size; false where the kernel cannot.
 fn unlock_buffers(descriptor: RawFd) -> bool {
     let none: libc::c_int = 0;
-    // SAFETY: `none` is valid for reading the given length. The caller knows the descriptor for open, and for its own.
+    // SAFETY: `none` is valid for reading the given length. The caller knows the descriptor for open: it borrows it, or finds it in
+    // the list of the worker's connections as for `shut_down`.
     let result = unsafe {
         libc::setsockopt(
             descriptor,

@@ -68,13 +68,21 @@ fn a_host_of_http_2_is_judged_as_strictly() {
     let origin = Origin::start(Version::One);
     let proxy = proxy(&pool("p", &[origin.address], ""), "h2c: true, routes: [ { pool: p } ]", "");
     proxy.wait_health(&origin.address.to_string(), "up", Duration::from_secs(5));
-    for (name, value) in [("host", "y\";for=\"6.6.6.6"), (":authority", "x!y"), (":authority", "x:99999999")] {
+    let (path, host) = ((":path", "/bad"), (":authority", "a"));
+    for said in [
+        &[path, ("host", "y\";for=\"6.6.6.6")][..],
+        &[path, (":authority", "x!y")],
+        &[path, (":authority", "x:99999999")],
+        &[(":path", "*"), host],
+        &[path, host, ("x\"y", "1")],
+        &[path, host, ("content-length", "0"), ("content-length", "0")],
+    ] {
         let mut client = TcpStream::connect(proxy.address(0)).unwrap();
         client.set_read_timeout(Some(Duration::from_millis(700))).unwrap();
         let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         bytes.extend(frame(4, 0, 0, &[]));
-        let head =
-            [literal(":method", "GET"), literal(":scheme", "http"), literal(":path", "/bad"), literal(name, value)];
+        let mut head = vec![literal(":method", "GET"), literal(":scheme", "http")];
+        head.extend(said.iter().map(|(name, value)| literal(name, value)));
         bytes.extend(frame(1, 5, 1, &head.concat()));
         client.write_all(&bytes).unwrap();
         let mut answer = Vec::new();
@@ -359,7 +367,6 @@ fn a_client_of_http_1_0_gets_no_chunks_and_no_half_answer_that_looks_whole() {
     let half = by_hand(|mut stream| {
         if read_request(&mut stream).is_some() {
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
-            std::thread::sleep(Duration::from_millis(50));
         }
     });
     let pools = pool("two", &[two.address], "http: { version: 2 }") + &pool("half", &[half], "probe: off");

@@ -372,6 +372,17 @@ fn errors_that_a_probe_sees_too_are_still_cleared_by_trials_and_not_for_ever_fat
 }
 
 #[test]
+fn who_is_doubted_for_errors_is_tried_every_two_seconds_and_for_silence_less_and_less() {
+    let pause = |seen: Seen, depth: Depth| {
+        let mut bench = Bench::new(Policy { probe_depth: None, ..Policy::default() });
+        (0..8).for_each(|_| _ = bench.after(100).see(Source::Traffic, depth, seen));
+        bench.health.trial_at(&bench.policy).expect("a trial will be due").since(bench.now)
+    };
+    assert_eq!(pause(Seen::Errors, Depth::Answer), TRIAL_LONGEST_OF_ERRORS);
+    assert_eq!(pause(Seen::Mute, Depth::FirstByte), TRIAL_LONGEST);
+}
+
+#[test]
 fn one_more_error_takes_back_what_good_answers_proved() {
     let mut bench = Bench::new(Policy::default());
     assert_eq!(bench.see(Source::Traffic, Depth::Answer, Seen::Errors), Some(State::Suspect));

@@ -42,8 +42,8 @@ pub struct Certificates {
 /// An authority whose key was thrown away. The engine wants one even where it is told to judge nothing.
 const NOBODY: &[u8] = include_bytes!("nobody.pem");
 
-/// Bytes of answers that the kernel takes for us on a connection before a client has shown that it takes them from us; and
-/// the length of the answer that shows it. Left to itself the kernel takes megabytes for each client that does not read, and
+/// Bytes of answers that the kernel takes for us on a connection before clients have shown that they take them from us; and how
+/// many of them show it. Left to itself the kernel takes megabytes for each client that does not read, and
 /// a few hundred of those bring all TCP of the machine into memory pressure.
 const RECEIVE: usize = 128 * 1024;
 const PROVEN: u64 = 1024 * 1024;
@@ -78,8 +78,9 @@ struct Line {
     talking: u32,
     /// Of these, those whose time is up.
     late: Vec<u64>,
-    /// The kernel takes no more than [`RECEIVE`] for us.
+    /// The kernel takes no more than [`RECEIVE`] for us; and bytes of answers that came so.
     bounded: bool,
+    carried: u64,
 }
 
 /// An exchange on a connection.
@@ -127,19 +128,20 @@ impl Tracing for Watch {
 pub struct InUse {
     place: Place,
     talking: bool,
-    proven: bool,
+    /// Its line was bounded when it began, and is so yet as far as it knows.
+    bounded: bool,
 }
 
 impl InUse {
     /// Begins it.
     pub fn begin(descriptor: RawFd) -> InUse {
-        let serial = LINES.with_borrow_mut(|lines| {
-            lines.get_mut(&descriptor).map_or(0, |line| {
+        let (serial, bounded) = LINES.with_borrow_mut(|lines| {
+            lines.get_mut(&descriptor).map_or((0, false), |line| {
                 line.active += 1;
-                line.serial
+                (line.serial, line.bounded)
             })
         });
-        InUse { place: Place { descriptor, serial, exchange: next() }, talking: false, proven: false }
+        InUse { place: Place { descriptor, serial, exchange: next() }, talking: false, bounded }
     }
 
     /// Where it is.
@@ -147,13 +149,22 @@ impl InUse {
         self.place
     }
 
-    /// So many bytes of its answer have gone towards the client. Enough of them, and the kernel may take as much as it likes.
+    /// So many bytes more of its answer go towards the client. Enough of them, and the kernel may take as much as it likes.
     pub fn carries(&mut self, bytes: u64) {
-        if bytes >= PROVEN && !std::mem::replace(&mut self.proven, true) {
-            let bounded = with(self.place, |line| std::mem::take(&mut line.bounded));
-            if bounded == Some(true) {
-                sys::unbound_receiving(self.place.descriptor);
-            }
+        let adds = |line: &mut Line| {
+            line.carried += bytes;
+            line.carried >= PROVEN
+        };
+        if self.bounded && with(self.place, adds) == Some(true) {
+            self.opens_up();
+        }
+    }
+
+    /// The kernel may take as much as it likes.
+    pub fn opens_up(&mut self) {
+        if std::mem::take(&mut self.bounded) && with(self.place, |line| std::mem::take(&mut line.bounded)) == Some(true)
+        {
+            sys::unbound_receiving(self.place.descriptor);
         }
     }
 
@@ -418,7 +429,7 @@ impl L4Connect for Dialler {
         let descriptor = socket.as_raw_fd();
         let serial = next();
         let bounded = sys::bound_receiving(socket.as_fd(), RECEIVE);
-        let line = Line { serial, active: 0, talking: 0, late: Vec::new(), bounded };
+        let line = Line { serial, active: 0, talking: 0, late: Vec::new(), bounded, carried: 0 };
         LINES.with_borrow_mut(|lines| lines.insert(descriptor, line));
         let mut stream = Stream::from(socket);
         stream.tracer = Some(Tracer(Box::new(Watch { descriptor, serial })));

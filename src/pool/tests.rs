@@ -234,6 +234,19 @@ fn a_suspect_backend_keeps_its_pinned_clients_with_a_race_beside() {
 }
 
 #[test]
+fn a_suspect_that_answers_nobody_keeps_no_pinned_clients() {
+    let pool = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 1), (0, 1, 1)]);
+    suspect(&pool, 0);
+    pool.members[0].backend.silence.wrote(1, NOW);
+    let doubtful = |now: Time| {
+        let pick = |pin| pool.pick(&Want { pin: Some(pin), ..Want::default() }, now, &mut Rng::with_seed(1));
+        (0..200u64).filter(|i| pick(xxh3_64(&i.to_le_bytes())) == Choice::Doubtful(0)).count()
+    };
+    assert!(doubtful(NOW) > 60);
+    assert_eq!(doubtful(NOW + ANSWERS_NOBODY), 0);
+}
+
+#[test]
 fn a_returning_backend_gets_its_share_of_its_pinned_clients() {
     let pool = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 1), (0, 1, 1)]);
     let before = picks(&pool, true)[&0];
