@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::http::{by_hand, pool, proxy, raw, read_request};
-use crate::support::backend::{Backend, Mode, get, read_all};
+use crate::support::backend::{Backend, Mode, get, may_be_refused, may_be_refused_by, read_all};
 use crate::support::eventually;
 use crate::support::proxy::Proxy;
 use crate::tcp::yaml;
@@ -48,7 +48,7 @@ fn a_cell_has_a_cap_and_the_queue_its_time() {
         proxy
     };
     let session = |proxy: &Proxy| {
-        let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+        let mut stream = may_be_refused(proxy.address(0));
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         // One that is refused may be so before it speaks.
         let _ = stream.write_all(b"x");
@@ -307,7 +307,7 @@ fn clients_have_bounds_of_their_own() {
     let from = |last: u8, proxy: &Proxy| {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         socket.bind(&SocketAddr::from(([127, 0, 1, last], 0)).into()).unwrap();
-        socket.connect(&proxy.address(0).into()).unwrap();
+        may_be_refused_by(&socket, proxy.address(0));
         let mut stream: TcpStream = socket.into();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         let _ = stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n");
@@ -345,7 +345,7 @@ fn clients_have_bounds_of_their_own() {
     eventually("the first is counted", Duration::from_secs(5), || {
         (proxy.metric("sailover_connections", &[]) >= 1.0).then_some(())
     });
-    let mut second = TcpStream::connect(proxy.address(0)).unwrap();
+    let mut second = may_be_refused(proxy.address(0));
     assert!(read_all(&mut second).map_or(true, |bytes| bytes.is_empty()));
 }
 

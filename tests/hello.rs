@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sailover::sniff::{HelloReader, ProxyVersion, Verdict, proxy_header};
 
-use crate::support::backend::{Backend, Mode, get, read_all};
+use crate::support::backend::{Backend, Mode, get, may_be_refused, read_all};
 use crate::support::proxy::Proxy;
 use crate::tcp::yaml;
 
@@ -185,7 +185,7 @@ fn a_slow_beginning_leaves_the_dialling_its_time() {
 fn unfinished_beginnings_leave_room_for_others() {
     let backend = Backend::start("a");
     let proxy = sni(&[("p", backend.address)], "sni: { routes: { shop.example: p } }, limits: { max_connections: 8 }");
-    let held: Vec<TcpStream> = (0..7).map(|_| TcpStream::connect(proxy.address_cached()).unwrap()).collect();
+    let held: Vec<TcpStream> = (0..7).map(|_| may_be_refused(proxy.address_cached())).collect();
     crate::support::eventually("those beyond the half are refused", Duration::from_secs(5), || {
         (proxy.metric("sailover_connections_total", &["end=\"cap\""]) == 3.0).then_some(())
     });
@@ -205,7 +205,7 @@ fn the_beginnings_of_one_network_have_a_bound_on_memory() {
     }
     let held: Vec<TcpStream> = (0..120)
         .map(|_| {
-            let mut stream = TcpStream::connect(proxy.address_cached()).unwrap();
+            let mut stream = may_be_refused(proxy.address_cached());
             // Beyond the bound it is reset, perhaps while it is written.
             let _ = stream.write_all(&begun);
             stream

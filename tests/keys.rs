@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::support::backend::{Backend, Mode, get, read_all};
+use crate::support::backend::{Backend, Mode, get, may_be_refused, read_all};
 use crate::support::eventually;
 use crate::support::proxy::Proxy;
 use crate::tcp::yaml;
@@ -649,7 +649,7 @@ fn caps_of_backend_and_pool_reset_what_is_beyond() {
     {
         let proxy = one_cell(pool, &[format!("{{ address: '{}'{backend} }}", a.address)]);
         up(&proxy, &a);
-        let mut streams: Vec<TcpStream> = (0..9).map(|_| TcpStream::connect(proxy.address_cached()).unwrap()).collect();
+        let mut streams: Vec<TcpStream> = (0..9).map(|_| may_be_refused(proxy.address_cached())).collect();
         let served = streams.iter_mut().filter_map(|stream| echo(stream).ok()).count();
         assert_eq!(served, most, "{pool} {backend}");
         assert_eq!(proxy.metric("sailover_pool_refused_total", &["reason=\"full\""]), 9.0 - most as f64);

@@ -361,6 +361,20 @@ pub fn read_all(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
     Ok(all)
 }
 
+/// A connection that may be refused. The reset may come before the handshake is seen to end; every use of the stream fails then.
+pub fn may_be_refused(address: SocketAddr) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None).unwrap();
+    may_be_refused_by(&socket, address);
+    socket.into()
+}
+
+/// The same from a socket of the caller's.
+pub fn may_be_refused_by(socket: &socket2::Socket, address: SocketAddr) {
+    if let Err(error) = socket.connect(&address.into()) {
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{address}: {error}");
+    }
+}
+
 /// Finishes the sending half.
 pub fn finish(stream: &TcpStream) {
     stream.shutdown(Shutdown::Write).unwrap();
