@@ -51,6 +51,7 @@ use crate::health::{Depth, Evidence, Seen, Source};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::log::{AccessRecord, HttpRecord, Served};
+use crate::poison::KILLS_WITHIN;
 use crate::pool::{CellShared, Member, Policy, Pool, Want};
 use crate::sniff;
 use crate::table::{self, End, Listener};
@@ -62,8 +63,6 @@ pub const PASSES: usize = 32;
 /// unavailable. A backend is compared with its own past in all of them.
 const GRPC: &[u8] = b"application/grpc";
 const GRPC_ERRORS: [u16; 3] = [4, 13, 14];
-/// A backend that dies so long after it was given a request may have died of it.
-pub const KILLS_WITHIN: Duration = Duration::from_millis(250);
 /// A request's body is drained for this long when the answer did not need it.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -296,7 +295,7 @@ impl ProxyHttp for Gateway {
     async fn upstream_peer(&self, _session: &mut Session, exchange: &mut Box<Exchange>) -> Result<Box<HttpPeer>> {
         let Some(pool) = exchange.pool.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
         if let Some(lost) = exchange.suspected_of.take()
-            && direct::has_killed(exchange.kind, &pool, &lost).await
+            && tcp::has_killed(exchange.kind, &lost).await
         {
             exchange.end = Some(End::Poison);
             return Err(Error::new_in(ErrorType::HTTPStatus(502)));
@@ -787,7 +786,7 @@ impl ProxyHttp for Gateway {
         {
             // It goes nowhere else; but its client may send it once more.
             let kind = exchange.kind;
-            tokio::spawn(async move { direct::has_killed(kind, &pool, &lost).await });
+            tokio::spawn(async move { tcp::has_killed(kind, &lost).await });
         }
         error
     }

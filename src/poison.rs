@@ -9,8 +9,12 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::clock::Time;
+
+/// A backend that dies so long after it was given something may have died of it.
+pub const KILLS_WITHIN: Duration = Duration::from_millis(250);
 
 /// Whole seconds for which a death is remembered, at least ten and a part, and an answer.
 const WINDOW: u64 = 11;
@@ -132,11 +136,16 @@ impl Poison {
         !known.iter().any(|(other, one)| *other != fingerprint && lost_there(one))
     }
 
-    /// A backend died of this fingerprint beyond doubt: within the window nothing of it is sent to anybody.
-    pub fn convict(&self, fingerprint: u64, now: Time) {
-        let convicted = Known { died_on: [u64::MAX; KILLS], died: now.seconds(), answered: 0 };
-        self.lock().insert(fingerprint, convicted);
+    /// A backend died of this fingerprint beyond doubt: within the window nothing of it is sent to anybody. `false`: it was
+    /// answered before, and is not to blame.
+    pub fn convict(&self, fingerprint: u64, now: Time) -> bool {
+        let mut known = self.lock();
+        if known.get(&fingerprint).is_some_and(|one| one.is_innocent(now)) {
+            return false;
+        }
+        known.insert(fingerprint, Known { died_on: [u64::MAX; KILLS], died: now.seconds(), answered: 0 });
         self.last.store(now.seconds().max(1), Relaxed);
+        true
     }
 
     /// Something of this fingerprint was answered.
@@ -157,6 +166,13 @@ impl Poison {
         last > 0
             && last + WINDOW > now.seconds()
             && self.lock().get(&fingerprint).is_some_and(|one| one.has_killed(now) >= KILLS && !one.is_innocent(now))
+    }
+
+    /// Whether a backend died of this fingerprint beyond doubt within the window.
+    pub fn is_convicted(&self, fingerprint: u64, now: Time) -> bool {
+        let last = self.last.load(Relaxed);
+        let convicted = |one: &Known| one.has_killed(now) > 0 && one.died_on.contains(&u64::MAX);
+        last > 0 && last + WINDOW > now.seconds() && self.lock().get(&fingerprint).is_some_and(convicted)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
@@ -188,7 +204,10 @@ mod tests {
         assert!(poison.may_go_on(1, 7, false, at(100)) && poison.alone(1, 7, at(100)));
         assert!(poison.may_go_on(2, 8, false, at(100)) && poison.alone(1, 7, at(100)), "that was another backend");
         assert!(poison.may_go_on(3, 7, false, at(100)) && !poison.alone(1, 7, at(100)));
-        poison.convict(1, at(100));
+        assert!(poison.convict(1, at(100)));
+        assert!(
+            poison.is_convicted(1, at(105)) && !poison.is_convicted(3, at(105)) && !poison.is_convicted(1, at(111))
+        );
         assert!(poison.kills(1, at(105)) && !poison.kills(3, at(105)) && !poison.kills(1, at(111)));
     }
 
@@ -198,6 +217,7 @@ mod tests {
         assert!((1..10).all(|i| poison.may_go_on(1, i, true, at(100))), "known from elsewhere");
         poison.answered(2, at(100));
         assert!((1..10).all(|i| poison.may_go_on(2, i, false, at(150))) && !poison.kills(2, at(150)));
+        assert!(!poison.convict(2, at(150)) && !poison.kills(2, at(150)));
     }
 
     #[test]

@@ -12,12 +12,16 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsFd;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::time::{Instant, Sleep};
+use xxhash_rust::xxh3::xxh3_64;
 
+use crate::backend::PoolShared;
+use crate::clock;
 use crate::host::Host;
 use crate::session::{Handle, WAITS_BACKEND, WAITS_CLIENT};
 use crate::splice::Pipe;
@@ -69,12 +73,21 @@ pub struct Carried {
 }
 
 /// A session's beginning, kept to be sent again to another backend.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Kept {
     /// What the client said.
     pub bytes: Vec<u8>,
     /// Most that is kept.
     pub most: usize,
+    /// Whose backends must not get what others of them have died of.
+    pub shared: Arc<PoolShared>,
+}
+
+impl Kept {
+    /// Whether a backend has died of exactly this. One that merely ends such sessions may do so by nature.
+    fn kills(&self) -> bool {
+        self.shared.poison.is_convicted(xxh3_64(&self.bytes), clock::now())
+    }
 }
 
 /// What is worth knowing at the moment it happens.
@@ -110,10 +123,12 @@ struct Direction {
     done: bool,
 }
 
-/// Which of the two sockets of a direction failed; of the sink, how.
+/// Which of the two sockets of a direction failed, of the sink how; or why it may not go on.
 enum Broken {
     Source,
     Sink(io::ErrorKind),
+    /// What it says is not sent on, because others have died of it.
+    Poison,
 }
 
 /// Relays until the session ends, and says how. `begin` is this moment; `first` goes to the backend before anything
@@ -134,6 +149,9 @@ pub async fn relay(
     let (first, ours) = first;
     let ours = ours as u64;
     let kept = carried.kept.take();
+    if kept.as_ref().is_some_and(|kept| !kept.bytes.is_empty() && kept.kills()) {
+        return End::Poison;
+    }
     let mut up = Direction { moved: first.len() as u64, aside: first, kept, ..Direction::default() };
     let mut down = Direction::default();
     let mut waits = 0;
@@ -167,6 +185,7 @@ pub async fn relay(
                     carried.client_left_first = !down.done;
                     return Poll::Ready(End::ClientReset);
                 }
+                Poll::Ready(Err(Broken::Poison)) => return Poll::Ready(End::Poison),
                 // The backend takes no more, but may have answered.
                 Poll::Ready(Err(Broken::Sink(how))) => {
                     // This write has taken the socket's error away: its reads would end as if all were well.
@@ -213,7 +232,7 @@ pub async fn relay(
                     }
                     return Poll::Ready(End::BackendReset);
                 }
-                Poll::Ready(Err(Broken::Sink(_))) => return Poll::Ready(End::ClientReset),
+                Poll::Ready(Err(Broken::Sink(_) | Broken::Poison)) => return Poll::Ready(End::ClientReset),
                 Poll::Pending => {}
             }
         }
@@ -339,6 +358,9 @@ impl Direction {
             if let Some(kept) = &mut self.kept {
                 if kept.bytes.len() + bytes.len() <= kept.most {
                     kept.bytes.extend_from_slice(bytes);
+                    if kept.kills() {
+                        return Poll::Ready(Err(Broken::Poison));
+                    }
                 } else {
                     self.kept = None;
                 }

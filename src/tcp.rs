@@ -21,7 +21,7 @@ use std::time::Duration;
 use fastrand::Rng;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep, timeout_at};
+use tokio::time::{Instant, Sleep, timeout, timeout_at};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -36,6 +36,7 @@ use crate::listen::Admission;
 use crate::log::{AccessRecord, Served};
 use crate::manner::Owes;
 use crate::owed::Owed;
+use crate::poison::KILLS_WITHIN;
 use crate::pool::{self, Policy, Pool, Want};
 use crate::relay::{self, Bounds, Carried, Kept, Notice};
 use crate::session;
@@ -48,6 +49,8 @@ use crate::witness;
 /// A first byte is expected within this many learned 99th percentiles, within the bounds below.
 const FIRST_BYTE_FACTOR: u32 = 4;
 const FIRST_BYTE_FLOOR: Duration = Duration::from_millis(100);
+/// Whether a backend is still there is asked for so long, or for two round trips.
+const DEAD_WITHIN: Duration = Duration::from_millis(50);
 /// The priority of sessions in a queue.
 const NORMAL: usize = 1;
 /// With nothing learned.
@@ -238,6 +241,9 @@ struct Again {
     greeting: Box<Greeting>,
 }
 
+/// A session that goes on, and what its bytes are known by where the backend may have died of them.
+type Onward = Box<(Again, Option<u64>)>;
+
 async fn connect_and_relay(
     client: &mut Stream,
     greeting: Option<Box<Greeting>>,
@@ -250,9 +256,19 @@ async fn connect_and_relay(
     let mut timer = std::pin::pin!(tokio::time::sleep(pool.policy.connect_timeout));
     pool.shared.budget.client(began);
     let (end, again) = with_one(client, greeting, pool, None, idle, host, record, began, timer.as_mut()).await;
-    let Some(Again { pool, member, greeting }) = again else { return end };
+    let Some(onward) = again else { return end };
     // Boxed, because hardly any session comes here, and every session keeps the room.
-    Box::pin(with_one(client, Some(greeting), pool, Some(member), idle, host, record, began, timer)).await.0
+    Box::pin(async move {
+        let (Again { pool, member, greeting }, suspect) = *onward;
+        if let Some(suspect) = suspect
+            && has_killed(suspect, &pool.members[member].backend).await
+        {
+            return End::Poison;
+        }
+        pool.shared.replays.add(1);
+        with_one(client, Some(greeting), pool, Some(member), idle, host, record, began, timer).await.0
+    })
+    .await
 }
 
 /// The session with one backend, from dialling on; not again with the member `before`. What comes back besides its end is a
@@ -268,7 +284,7 @@ async fn with_one(
     record: &mut AccessRecord,
     began: Time,
     mut timer: Pin<&mut Sleep>,
-) -> (End, Option<Again>) {
+) -> (End, Option<Onward>) {
     let under_tls = pool.policy.tls.is_some();
     // Boxed, because it needs room that no session needs afterwards.
     let connecting = connect_to_one(client, greeting.as_deref(), &pool, before, host, record, began, timer.as_mut());
@@ -288,10 +304,13 @@ async fn with_one(
         false => first_bytes(&policy, greeting.as_deref(), client.socket(), false),
     };
     let mut carried = Carried::default();
-    let replay = policy.replay.filter(|_| before.is_none());
-    let mut again = replay.map(|replay| {
+    if let Some(replay) = policy.replay {
         let bytes = first.0[first.1..].to_vec();
-        carried.kept = Some(Box::new(Kept { bytes, most: replay.up_to as usize }));
+        carried.kept = Some(Box::new(Kept { bytes, most: replay.up_to as usize, shared: pool.shared.clone() }));
+    }
+    // Only once.
+    let movable = policy.replay.is_some() && before.is_none();
+    let mut again = movable.then(|| {
         let greeting = greeting.take().unwrap_or_else(|| Box::new(Greeting::unread(record.client)));
         Again { pool: pool.clone(), member: number, greeting }
     });
@@ -311,8 +330,8 @@ async fn with_one(
     let begin = connected.instant();
     let prefix = witness::prefix(record.client.ip());
     let owes = backend.shared.manner.owes(policy.first_byte);
-    let mut owed = (owes == Owes::AGreeting)
-        .then(|| Owed::begin(&backend, &policy, &session, replay.is_some(), prefix, connected));
+    let mut owed =
+        (owes == Owes::AGreeting).then(|| Owed::begin(&backend, &policy, &session, movable, prefix, connected));
     let end = relay::relay(
         client,
         &mut server,
@@ -327,15 +346,16 @@ async fn with_one(
             let asked = carried.spoke.unwrap_or(begin);
             match notice {
                 // A pool with `replay` waits for an answer to everything that it can carry elsewhere.
-                Notice::Spoke if owes == Owes::AnAnswer || owes == Owes::Nothing && replay.is_some() => {
+                Notice::Spoke if owes == Owes::AnAnswer || owes == Owes::Nothing && movable => {
                     let since = clock::of(asked);
-                    owed = Some(Owed::begin(&backend, &policy, &session, replay.is_some(), prefix, since));
+                    owed = Some(Owed::begin(&backend, &policy, &session, movable, prefix, since));
                 }
                 Notice::Spoke => {}
                 Notice::Answered => {
                     again = None;
                     // A hello is different each time, so there is nothing to be learned from it.
-                    if let Some(kept) = carried.kept.as_ref().filter(|_| replay.is_some_and(|replay| !replay.only_tls))
+                    if let Some(kept) =
+                        carried.kept.as_ref().filter(|_| policy.replay.is_some_and(|replay| !replay.only_tls))
                     {
                         backend.shared.poison.answered(xxh3_64(&kept.bytes), clock::now());
                     }
@@ -367,7 +387,7 @@ async fn with_one(
     record.bytes_in = carried.up;
     record.bytes_out = carried.down;
     record.first_byte = carried.answered.map(|at| at.saturating_duration_since(carried.spoke.unwrap_or(begin)));
-    let again = again.zip(replay).and_then(|(again, replay)| go_on(again, replay, end, carried, record));
+    let again = policy.replay.and_then(|replay| go_on(again, replay, end, carried, &backend, record));
     (end, again)
 }
 
@@ -449,8 +469,16 @@ async fn connect_to_one(
     }
 }
 
-/// Whether a session that its backend did not answer may be carried to another one, and what with.
-fn go_on(mut again: Again, replay: Replay, end: End, carried: Carried, record: &mut AccessRecord) -> Option<Again> {
+/// Whether a session that its backend did not answer may be carried to another one, and what with; `again` is `None` where it
+/// has been carried once.
+fn go_on(
+    again: Option<Again>,
+    replay: Replay,
+    end: End,
+    carried: Carried,
+    backend: &Arc<Backend>,
+    record: &mut AccessRecord,
+) -> Option<Onward> {
     let cause = match end {
         End::BackendSilent => "no answer in time",
         End::BackendReset => "reset",
@@ -462,22 +490,47 @@ fn go_on(mut again: Again, replay: Replay, end: End, carried: Carried, record: &
         return None;
     }
     let now = clock::now();
-    let shared = &again.pool.shared;
-    if end != End::BackendSilent {
-        // Its own bytes may have been the reason.
-        let on = again.pool.members[again.member].backend.id;
-        if !shared.poison.may_go_on(xxh3_64(&kept), on, false, now) || !shared.budget.extra(now) {
-            return None;
-        }
-    }
-    if !again.pool.has_untried(&[again.member], true, |_| true) {
+    let shared = &backend.shared;
+    let ended = end != End::BackendSilent;
+    // Its own bytes may have been the reason.
+    let fingerprint = xxh3_64(&kept);
+    if ended && !shared.poison.may_go_on(fingerprint, backend.id, false, now) {
         return None;
     }
-    let backend = again.pool.members[again.member].backend.name.clone();
-    record.failures.push(Failure { backend, cause: cause.into() });
-    shared.replays.add(1);
+    let at_once = ended && carried.spoke.is_some_and(|spoke| spoke.elapsed() < KILLS_WITHIN);
+    let suspect = at_once.then_some(fingerprint);
+    let another = |again: &Again| again.pool.has_untried(&[again.member], true, |_| true);
+    let Some(mut again) = again.filter(|again| another(again) && (!ended || shared.budget.extra(now))) else {
+        if let Some(suspect) = suspect.filter(|_| shared.budget.extra(now)) {
+            // It goes nowhere else; but its client may come once more.
+            let lost = backend.clone();
+            tokio::spawn(async move { has_killed(suspect, &lost).await });
+        }
+        return None;
+    };
+    record.failures.push(Failure { backend: backend.name.clone(), cause: cause.into() });
     again.greeting.bytes = kept;
-    Some(again)
+    Some(Box::new((again, suspect)))
+}
+
+/// Whether what was lost alone with a backend, a moment after it was sent, has ended that backend: it refuses connections
+/// now. Then nothing of this fingerprint is sent to anybody for a while.
+pub async fn has_killed(fingerprint: u64, lost: &Backend) -> bool {
+    let poison = &lost.shared.poison;
+    if !poison.alone(fingerprint, lost.id, clock::now()) {
+        return false;
+    }
+    let round_trip = lost.handshake.learned().map_or(Duration::ZERO, |(_, p99)| p99);
+    let refused = match timeout(DEAD_WITHIN.max(round_trip * 2), TcpStream::connect(lost.address)).await {
+        Ok(Err(error)) => error.kind() == io::ErrorKind::ConnectionRefused,
+        Ok(Ok(stream)) => {
+            reset(&stream);
+            false
+        }
+        Err(_) => false,
+    };
+    let now = clock::now();
+    refused && poison.alone(fingerprint, lost.id, now) && poison.convict(fingerprint, now)
 }
 
 /// How long this backend may take for its first byte before its closing without one is the client's patience.

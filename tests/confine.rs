@@ -439,6 +439,25 @@ fn a_post_that_kills_is_not_taken_twice() {
     assert_eq!(backends.iter().map(|backend| backend.deaths.lock().unwrap().len()).sum::<usize>(), 1);
 }
 
+/// The same as a session, which is carried to another backend when its own ends without an answer.
+#[test]
+fn a_session_that_kills_goes_nowhere_else_and_does_not_come_again() {
+    let backends: Vec<Backend> = ["a", "b", "c", "d"].map(Backend::start).into();
+    let proxy = over(&backends.iter().collect::<Vec<_>>(), "replay: { for: any }");
+    let ask = |path: &str| {
+        let mut stream = may_be_refused(proxy.address(0));
+        let _ = stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes());
+        read_all(&mut stream).is_ok_and(|answer| answer.starts_with(b"HTTP/1.1 200"))
+    };
+    (0..40).for_each(|_| assert!(ask("/")));
+    for _ in 0..6 {
+        assert!(!ask("/poison"));
+        assert!(ask("/"));
+    }
+    assert_eq!(backends.iter().map(|backend| backend.deaths.lock().unwrap().len()).sum::<usize>(), 1);
+    assert!(proxy.metric("sailover_connections_total", &["end=\"poison\""]) >= 5.0);
+}
+
 #[test]
 fn a_backend_that_is_silent_from_the_start_is_seen_as_such() {
     let (a, b) = (Backend::start("a"), Backend::start("b"));

@@ -58,20 +58,20 @@ fn the_import_table_holds() {
         ),
         ("splice", &["host"]),
         ("session", &["backend", "clock", "config", "health", "pool", "sys", "table"]),
-        ("relay", &["host", "session", "splice", "table", "tls"]),
+        ("relay", &["backend", "clock", "host", "session", "splice", "table", "tls"]),
         ("dial", &["backend", "clock", "health", "host", "limits", "pool", "tls"]),
         (
             "tcp",
             &[
                 "backend", "clock", "config", "dial", "hello", "host", "limits", "listen", "log", "manner", "owed",
-                "pool", "relay", "session", "sniff", "sys", "table", "tls", "witness",
+                "poison", "pool", "relay", "session", "sniff", "sys", "table", "tls", "witness",
             ],
         ),
         (
             "http",
             &[
-                "answer", "backend", "clock", "config", "dial", "forward", "health", "host", "limits", "log", "pool",
-                "route", "serve", "sniff", "table", "tcp", "tls", "upstream", "wait", "witness",
+                "answer", "backend", "clock", "config", "dial", "forward", "health", "host", "limits", "log", "poison",
+                "pool", "route", "serve", "sniff", "table", "tcp", "tls", "upstream", "wait", "witness",
             ],
         ),
         ("listen", &["clock", "host", "http", "limits", "table", "tcp"]),

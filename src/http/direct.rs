@@ -6,17 +6,11 @@ use pingora_http::RequestHeader;
 use pingora_proxy::Session;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use std::io::ErrorKind;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
-
-use tokio::net::TcpStream;
-use tokio::time::timeout;
 
 use super::peer::home;
 use super::route::{Action, Found};
 use super::{Exchange, answer, forward, framer, route};
-use crate::backend::Backend;
 use crate::clock;
 use crate::config::Affinity;
 use crate::dial::DialError;
@@ -25,9 +19,6 @@ use crate::limits::{self, Permit};
 use crate::pool::{self, Pool};
 use crate::table::{self, End};
 use crate::tcp;
-
-/// Whether a backend is there is asked for so long.
-const DEAD_WITHIN: Duration = Duration::from_millis(50);
 
 /// Why a request is not served.
 pub struct Refused {
@@ -235,25 +226,6 @@ fn target(head: &RequestHeader) -> (&str, &str) {
 pub fn says(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
     let lists = headers.get_all(name).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
     lists.map(<[u8]>::trim_ascii).any(|found| found.eq_ignore_ascii_case(word.as_bytes()))
-}
-
-/// Whether a request that was lost alone with a backend, a moment after it was sent, has ended that backend: it refuses
-/// connections now.
-pub async fn has_killed(kind: u64, pool: &Pool, lost: &Backend) -> bool {
-    let refused = match timeout(DEAD_WITHIN, TcpStream::connect(lost.address)).await {
-        Ok(Err(error)) => error.kind() == ErrorKind::ConnectionRefused,
-        Ok(Ok(stream)) => {
-            tcp::reset(&stream);
-            false
-        }
-        Err(_) => false,
-    };
-    let now = clock::now();
-    if !refused || !pool.shared.poison.alone(kind, lost.id, now) {
-        return false;
-    }
-    pool.shared.poison.convict(kind, now);
-    true
 }
 
 /// The end of a request that dialling failed for; counted.

@@ -15,12 +15,12 @@ use slab::Slab;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use super::KILLS_WITHIN;
 use super::serve::Connection;
 use super::upstream::{self, Place};
 use crate::backend::Backend;
 use crate::clock::{self, Time};
 use crate::health::{Depth, Evidence, Seen, Source, State};
+use crate::poison::KILLS_WITHIN;
 use crate::pool::{Policy, Pool};
 
 /// Time between two looks at those that wait.
