@@ -38,7 +38,7 @@ const EVERYWHERE: f64 = 0.5;
 /// Clients that were served so lately outweigh a probe that fails, and the contradiction is shown for so long.
 const CONTRADICTION_MS: u64 = 2_000;
 const CONTRADICTION_SHOWN_MS: u64 = 3_000;
-/// Another cell's sign of life counts from so long after a silent attempt began, or from as long as a handshake takes; and
+/// Another backend's sign of life counts from so long after a silent attempt began, or from as long as a handshake takes; and
 /// for a probe from so long before.
 const LIFE_FLOOR: Duration = Duration::from_millis(20);
 const PROBE_SLACK: Duration = Duration::from_secs(1);
@@ -164,12 +164,12 @@ impl PoolShared {
         self.epoch.fetch_add(1, Relaxed);
     }
 
-    /// Whether probes alone may take out a backend of the cell at this place: only one cell in `between`.
-    fn probes_may_remove(&self, place: usize, between: Duration, now: Time) -> bool {
+    /// Whether probes alone may take out a backend of this cell: only one cell in `between`.
+    fn probes_may_remove(&self, cell: usize, between: Duration, now: Time) -> bool {
         let mut last = self.probe_removal.lock().unwrap_or_else(PoisonError::into_inner);
-        let allowed = last.is_none_or(|(cell, at)| cell == place || now.since(at) >= between);
+        let allowed = last.is_none_or(|(removed, at)| removed == cell || now.since(at) >= between);
         if allowed {
-            *last = Some((place, now));
+            *last = Some((cell, now));
         }
         allowed
     }
@@ -248,8 +248,8 @@ pub struct Backend {
     denials: Mutex<Ratio>,
     /// When a burst of them was told of last, in whole seconds since the process began.
     denials_told: AtomicU64,
-    /// The place of its cell among those that vouch for each other.
-    place: AtomicUsize,
+    /// The number of its cell in the process.
+    cell: AtomicUsize,
     /// When a client last got what it came for, and when a probe last said otherwise in vain; in milliseconds since the
     /// process began.
     good_ms: AtomicU64,
@@ -326,7 +326,7 @@ impl Backend {
             undenied: AtomicU64::new(0),
             denials: Mutex::default(),
             denials_told: AtomicU64::new(0),
-            place: AtomicUsize::new(0),
+            cell: AtomicUsize::new(0),
             good_ms: AtomicU64::new(0),
             contradicted_ms: AtomicU64::new(0),
             prober: Mutex::default(),
@@ -464,6 +464,12 @@ impl Backend {
             && self.first_byte.learned().is_some_and(|(_, p99)| self.silence.hangs(HANGS.max(p99 * HANGS_TIMES), now))
     }
 
+    /// From when on who asks it tries it for others: it is in doubt. In whole milliseconds, and no earlier.
+    pub fn doubted_since(&self) -> Option<Time> {
+        let view = self.view();
+        matches!(view.state, State::Suspect | State::Down).then(|| view.since + Duration::from_millis(1))
+    }
+
     /// Whether it is thought to fail, so that whoever comes tries it for others.
     pub fn is_doubted(&self) -> bool {
         matches!(self.view().state, State::Suspect | State::Down) || self.class_fails.load(Relaxed)
@@ -574,6 +580,12 @@ impl Backend {
         }
     }
 
+    /// A whole request was written to it for a client of `prefix`, or what a client says first was.
+    pub fn asked(&self, prefix: u32, now: Time) {
+        self.silence.wrote(prefix, now);
+        self.shared.uplink.asked(self.id, now);
+    }
+
     /// A request was carried elsewhere after it had `waited` for so long, and others of its kind never had: the backend is slow.
     pub fn moved_slow(&self, waited: Duration) {
         self.moved.record(waited);
@@ -601,7 +613,7 @@ impl Backend {
         self.silence.heard(took, now);
         if let Some(took) = took {
             self.first_byte.record(took);
-            self.shared.uplink.answered(self.place.load(Relaxed), now - took);
+            self.shared.uplink.answered(self.id, now - took);
         }
     }
 
@@ -789,14 +801,15 @@ impl Backend {
         self.observe(policy, &Evidence { source, depth, seen: Seen::Success { hits: 0 }, began }, now);
     }
 
-    /// Says in which cell it stands, by the cell's place in the uplink's list.
-    pub fn stands_in(&self, place: usize) {
-        self.place.store(place, Relaxed);
+    /// Says in which cell it stands, by the cell's number.
+    pub fn stands_in(&self, cell: usize) {
+        self.cell.store(cell, Relaxed);
+        self.shared.uplink.stands_in(self.id, cell);
     }
 
     /// A handshake with it was finished.
     fn shows_life(&self, now: Time) {
-        self.shared.uplink.connected(self.place.load(Relaxed), now);
+        self.shared.uplink.connected(self.id, now);
     }
 
     /// Whether probes failed within the last seconds while clients were served: then the clients are believed.
@@ -805,10 +818,9 @@ impl Backend {
         at > 0 && now.0 / 1_000 < at + CONTRADICTION_SHOWN_MS
     }
 
-    /// Whether a failure counts: silence only while another cell answers, and what probes say only where no client says
+    /// Whether a failure counts: silence only while somebody else answers, and what probes say only where no client says
     /// otherwise, and not of all cells at once.
     fn counts(&self, health: &Health, policy: &Policy, evidence: &Evidence, now: Time) -> bool {
-        let place = self.place.load(Relaxed);
         let probe = evidence.source == Source::Probe;
         let silent = match evidence.seen {
             Seen::Silent => evidence.depth == Depth::Connect,
@@ -821,7 +833,7 @@ impl Backend {
             let race = usual.map_or(LIFE_FLOOR, |(_, p99)| p99.max(LIFE_FLOOR));
             // What was under way when everything stopped must not look like life. A probe is one of two at least.
             let since = if probe { evidence.began - PROBE_SLACK } else { evidence.began + race };
-            if !self.shared.uplink.vouches(place, answers, since, now) {
+            if !self.shared.uplink.vouches(self.id, answers, since, now) {
                 return false;
             }
             // When all have become slower alike, one of them has to be the first to answer again.
@@ -838,7 +850,8 @@ impl Backend {
             self.contradicted_ms.store((now.0 / 1_000).max(1), Relaxed);
             return false;
         }
-        !health.would_fall(policy) || self.shared.probes_may_remove(place, policy.between_probe_removals, now)
+        !health.would_fall(policy)
+            || self.shared.probes_may_remove(self.cell.load(Relaxed), policy.between_probe_removals, now)
     }
 
     /// Takes one fact; logs and publishes the transition it makes.

@@ -384,6 +384,8 @@ pub struct Health {
     returned: Option<Time>,
     trial_at: Time,
     trial_pause: Duration,
+    /// When a failure last made the next trial wait longer. Whoever had come before then tells nothing more.
+    postponed: Time,
     /// Whether it was added to a pool that others carry.
     newcomer: bool,
 }
@@ -419,6 +421,7 @@ impl Health {
             returned: None,
             trial_at: now,
             trial_pause: TRIAL_FIRST,
+            postponed: Time(0),
             newcomer: false,
         }
     }
@@ -704,9 +707,10 @@ impl Health {
 
     /// A trial that failed makes the next one wait longer; what probes see does not.
     fn postpone_trial(&mut self, evidence: &Evidence, now: Time) {
-        if evidence.source == Source::Probe {
+        if evidence.source == Source::Probe || evidence.began < self.postponed {
             return;
         }
+        self.postponed = now;
         // What was doubted for its errors no probe can clear; whoever tries it may be sent elsewhere, and loses little.
         let longest = if self.proof > 0 { TRIAL_LONGEST_OF_ERRORS } else { TRIAL_LONGEST };
         self.trial_pause = (self.trial_pause * 2).min(longest);

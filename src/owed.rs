@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::backend::Backend;
 use crate::clock::{self, Time};
 use crate::config::FirstByte;
-use crate::health::{Depth, Evidence, Seen, Source, State};
+use crate::health::{Depth, Evidence, Seen, Source};
 use crate::manner::Owes;
 use crate::pool::Policy;
 use crate::session;
@@ -35,6 +35,8 @@ struct Watched {
     backend: Arc<Backend>,
     policy: Arc<Policy>,
     waiting: u32,
+    /// The first that tries it since it is in doubt, while he waits. Those that were there before tell nothing new.
+    tried: Option<Time>,
 }
 
 /// A session that can be carried to another backend.
@@ -78,13 +80,18 @@ impl Owed {
             if here.backends.is_empty() {
                 BEGUN.with(|begun| begun.notify_one());
             }
-            let new = || Watched { backend: backend.clone(), policy: policy.clone(), waiting: 0 };
-            here.backends.entry(backend.id).or_insert_with(new).waiting += 1;
+            let new = || Watched { backend: backend.clone(), policy: policy.clone(), waiting: 0, tried: None };
+            let watched = here.backends.entry(backend.id).or_insert_with(new);
+            watched.waiting += 1;
+            let doubted = backend.doubted_since();
+            if doubted.is_some_and(|since| now >= since && watched.tried.is_none_or(|tried| tried < since)) {
+                watched.tried = Some(now);
+            }
             if movable {
                 here.movable.entry(backend.id).or_default().push(Movable { session, since: now });
             }
         });
-        backend.silence.wrote(prefix, now);
+        backend.asked(prefix, now);
         Owed { backend: backend.id, session, movable, since: now }
     }
 }
@@ -96,6 +103,7 @@ impl Drop for Owed {
             let mut here = here.borrow_mut();
             let Some(watched) = here.backends.get_mut(&self.backend) else { return };
             watched.waiting -= 1;
+            watched.tried = watched.tried.filter(|tried| *tried != self.since);
             watched.backend.waits_no_more(self.since);
             if watched.waiting == 0 {
                 here.backends.remove(&self.backend);
@@ -152,17 +160,19 @@ fn look(now: Time) {
             let (backend, policy) = (&watched.backend, &watched.policy);
             let Some(limit) = silent_after(backend, policy) else { continue };
             let found = backend.silence.mute(limit, now);
-            let doubted = matches!(backend.view().state, State::Suspect | State::Down);
-            let quiet = doubted && backend.silence.quiet(limit, now);
-            let given_up = doubted && backend.silence.quiet(limit.max(COLD), now);
-            if let Some(found) = found {
+            let doubted = backend.doubted_since();
+            let quiet = doubted.is_some() && backend.silence.quiet(limit, now);
+            // Whoever tries a doubted backend has his answer. One that has become slow may give it late.
+            let unanswered = |tried: Time| now.since(tried) >= limit.max(COLD) && backend.silence.heard_at() < tried;
+            let tried =
+                watched.tried.filter(|tried| doubted.is_some_and(|since| *tried >= since) && unanswered(*tried));
+            if let Some(tried) = tried {
+                accuse(backend, policy, tried, now);
+            } else if let Some(found) = found {
                 // One client prefix makes no transition where there are others.
                 if found.only.is_none_or(|prefix| !backend.others_than(prefix, now)) {
                     accuse(backend, policy, found.since, now);
                 }
-            } else if given_up {
-                // Whoever tries a doubted backend has his answer. One that has become slow may give it late.
-                accuse(backend, policy, backend.silence.first(), now);
             }
             if found.is_none() && !quiet && !backend.silence.stays_mute(limit, now) && !backend.vanished() {
                 continue;

@@ -646,7 +646,7 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, upli
                     Arc::new(new)
                 }
             };
-            backend_now.stands_in(uplink.place(&cell.name));
+            backend_now.stands_in(uplink.cell(&cell.name));
             members.push(Member {
                 backend: backend_now,
                 cell: cells.len() - 1,

@@ -1,8 +1,11 @@
-//! "Is it me?": when every cell falls silent in one moment, it is our own way out that is broken, and no backend.
+//! "Is it me?": when everything falls silent in one moment, it is our own way out that is broken, and no backend.
 //!
-//! Silence speaks against a backend only while something else answers: a backend of another cell, of whatever pool, that has
-//! shown life since the silence began. Otherwise its state stays as it is, clients are sent as before, and the first sign of
-//! life from anywhere lets everything count again.
+//! A handshake that gets no answer speaks against a backend only while something else shows life: any other backend, of
+//! whatever pool, that has answered one since. Otherwise its state stays as it is, clients are sent as before, and the first
+//! sign of life from anywhere lets everything count again.
+//!
+//! Clients that get no answers speak against it while another backend answers, or while there is another cell that owes nobody
+//! an answer: one that stands by has nothing to show before it is asked. Where all that are asked are late alike, nobody is blamed.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,21 +13,40 @@ use std::time::Duration;
 
 use crate::clock::Time;
 
-/// Cells told apart; more share places, and then vouch less often for each other.
+/// Backends told apart; more share places, and then vouch less often for each other.
 const PLACES: usize = 64;
 
 /// Looks at one stall are no further apart than this.
 const APART: Duration = Duration::from_secs(1);
-/// A stall of all cells for so long is followed by as much time, at most this, in which nobody's lack of answers counts.
+/// A stall of all for so long is followed by as much time, at most this, in which nobody's lack of answers counts.
 const STALLED: Duration = Duration::from_millis(500);
 const GRACE: Duration = Duration::from_secs(5);
+/// What was asked this long ago is owed no more: its client may have left.
+const OWED_FOR: Duration = Duration::from_secs(10);
 
-/// When each cell showed life last, over all pools.
+/// When one backend showed life last.
+#[derive(Debug)]
+struct Signs {
+    /// The number of its cell.
+    cell: AtomicUsize,
+    /// Its last handshake.
+    connected: AtomicU64,
+    /// When it was last asked something; and when that was asked, of what it has answered, that was asked last.
+    asked: AtomicU64,
+    answered: AtomicU64,
+}
+
+impl Signs {
+    fn owes(&self, now: Time) -> bool {
+        let asked = self.asked.load(Relaxed);
+        asked > self.answered.load(Relaxed) && now.since(Time(asked)) < OWED_FOR
+    }
+}
+
+/// When each backend showed life last, over all pools.
 #[derive(Debug)]
 pub struct Uplink {
-    /// By handshakes, and by answers (when that was written that was answered).
-    connected: [AtomicU64; PLACES],
-    answered: [AtomicU64; PLACES],
+    backends: [Signs; PLACES],
     names: Mutex<Vec<Arc<str>>>,
     cells: AtomicUsize,
     /// When silence was last put down to ourselves, and since when.
@@ -37,9 +59,14 @@ pub struct Uplink {
 
 impl Default for Uplink {
     fn default() -> Self {
+        let signs = || Signs {
+            cell: AtomicUsize::new(usize::MAX),
+            connected: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+        };
         Uplink {
-            connected: [const { AtomicU64::new(0) }; PLACES],
-            answered: [const { AtomicU64::new(0) }; PLACES],
+            backends: std::array::from_fn(|_| signs()),
             names: Mutex::default(),
             cells: AtomicUsize::new(0),
             dark: AtomicU64::new(0),
@@ -51,15 +78,13 @@ impl Default for Uplink {
 }
 
 impl Uplink {
-    /// The place of a cell, by its name.
-    pub fn place(&self, cell: &str) -> usize {
+    /// The number of a cell, by its name.
+    pub fn cell(&self, name: &str) -> usize {
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = names.iter().position(|name| **name == *cell);
-        let place = found.unwrap_or_else(|| {
-            names.push(cell.into());
+        names.iter().position(|known| **known == *name).unwrap_or_else(|| {
+            names.push(name.into());
             names.len() - 1
-        });
-        place % PLACES
+        })
     }
 
     /// How many cells the table in use has.
@@ -67,50 +92,76 @@ impl Uplink {
         self.cells.store(cells, Relaxed);
     }
 
-    /// A handshake with a backend of the cell.
-    pub fn connected(&self, place: usize, now: Time) {
-        self.connected[place].store(now.0, Relaxed);
+    /// A backend stands in this cell. Backends are known by the number that is theirs in the process.
+    pub fn stands_in(&self, backend: u64, cell: usize) {
+        self.signs(backend).cell.store(cell, Relaxed);
     }
 
-    /// An answer of a backend of the cell to what was written at `written`. Not when it came: where all take longer alike, one is the
-    /// first to answer again, and speaks for itself alone.
-    pub fn answered(&self, place: usize, written: Time) {
-        self.answered[place].fetch_max(written.0, Relaxed);
+    /// A handshake with the backend.
+    pub fn connected(&self, backend: u64, now: Time) {
+        self.signs(backend).connected.store(now.0, Relaxed);
     }
 
-    /// Whether the silence of a backend of this cell says something about the backend: another cell has shown as much life
-    /// since, or there is no other. `answers` asks for answers, not for handshakes alone.
-    pub fn vouches(&self, place: usize, answers: bool, since: Time, now: Time) -> bool {
+    /// Something was asked of it.
+    pub fn asked(&self, backend: u64, now: Time) {
+        self.signs(backend).asked.fetch_max(now.0, Relaxed);
+    }
+
+    /// Its answer to what was written at `written`. Not when it came: where all take longer alike, one is the first to answer
+    /// again, and speaks for itself alone.
+    pub fn answered(&self, backend: u64, written: Time) {
+        self.signs(backend).answered.fetch_max(written.0, Relaxed);
+    }
+
+    /// Whether the silence of this backend says something about it: another one has shown as much life since, or there is no
+    /// other cell. `answers` asks for answers, not for handshakes alone.
+    pub fn vouches(&self, backend: u64, answers: bool, since: Time, now: Time) -> bool {
         if self.cells.load(Relaxed) < 2 {
             return true;
         }
-        let signs = if answers { &self.answered } else { &self.connected };
-        let alive = signs.iter().enumerate().any(|(at, sign)| at != place && sign.load(Relaxed) >= since.0.max(1));
-        if !alive && !answers {
-            if !self.is_dark() {
-                self.dark_since.store(now.0, Relaxed);
-            }
-            self.dark.store(now.0, Relaxed);
-        }
+        let itself = self.place(backend);
+        let others = || self.backends.iter().enumerate().filter(|(place, _)| *place != itself).map(|(_, signs)| signs);
+        let since = since.0.max(1);
         if !answers {
+            let alive = others().any(|signs| signs.connected.load(Relaxed) >= since);
+            if !alive {
+                if !self.is_dark() {
+                    self.dark_since.store(now.0, Relaxed);
+                }
+                self.dark.store(now.0, Relaxed);
+            }
             return alive;
         }
-        let last = Time(self.stalled.load(Relaxed));
-        if !alive {
-            if now.since(last) > APART {
+        if !others().any(|signs| signs.answered.load(Relaxed) >= since) {
+            // Whoever still gets a handshake from anywhere has no broken way out.
+            let reached = self.backends.iter().any(|signs| signs.connected.load(Relaxed) >= since);
+            let cell = self.backends[itself].cell.load(Relaxed);
+            if reached && !others().any(|signs| signs.cell.load(Relaxed) != cell && signs.owes(now)) {
+                return true;
+            }
+            if now.since(Time(self.stalled.load(Relaxed))) > APART {
                 self.stalled_since.store(now.0, Relaxed);
             }
             self.stalled.store(now.0, Relaxed);
             return false;
         }
         // Whoever comes out of a common stall works off what has gathered, and nobody waits for that any more.
+        let last = Time(self.stalled.load(Relaxed));
         let stalled = last.since(Time(self.stalled_since.load(Relaxed)));
         stalled < STALLED || now.since(last) >= stalled.min(GRACE)
     }
 
+    fn place(&self, backend: u64) -> usize {
+        (backend % PLACES as u64) as usize
+    }
+
+    fn signs(&self, backend: u64) -> &Signs {
+        &self.backends[self.place(backend)]
+    }
+
     fn is_dark(&self) -> bool {
         let dark = self.dark.load(Relaxed);
-        dark > 0 && self.connected.iter().all(|sign| sign.load(Relaxed) < dark)
+        dark > 0 && self.backends.iter().all(|signs| signs.connected.load(Relaxed) < dark)
     }
 
     /// Since when nothing answers from anywhere; `None` when something does.
@@ -123,42 +174,81 @@ impl Uplink {
 mod tests {
     use super::*;
 
-    #[test]
-    fn silence_counts_while_another_cell_answers() {
+    /// Two backends of one cell, and one of another.
+    const A: u64 = 1;
+    const BESIDE_A: u64 = 2;
+    const B: u64 = 3;
+
+    fn two_cells() -> Uplink {
         let uplink = Uplink::default();
-        let (a, b) = (uplink.place("a"), uplink.place("b"));
-        assert_eq!((a, b, uplink.place("a")), (0, 1, 0));
-        assert!(uplink.vouches(a, false, Time(100), Time(200)), "one cell has nobody to be compared with");
+        assert_eq!((uplink.cell("a"), uplink.cell("b"), uplink.cell("a")), (0, 1, 0));
         uplink.set_cells(2);
-        uplink.connected(a, Time(150));
-        assert!(!uplink.vouches(a, false, Time(100), Time(200)), "its own life says nothing");
+        [(A, 0), (BESIDE_A, 0), (B, 1)].into_iter().for_each(|(backend, cell)| uplink.stands_in(backend, cell));
+        uplink
+    }
+
+    #[test]
+    fn silence_counts_while_another_backend_answers() {
+        let uplink = two_cells();
+        uplink.set_cells(1);
+        assert!(uplink.vouches(A, false, Time(100), Time(200)), "one cell has nobody to be compared with");
+        uplink.set_cells(2);
+        uplink.connected(A, Time(150));
+        assert!(!uplink.vouches(A, false, Time(100), Time(200)), "its own life says nothing");
         assert_eq!(uplink.dark(), Some(Time(200)));
-        assert!(!uplink.vouches(b, false, Time(160), Time(210)), "life before the silence says nothing");
+        assert!(!uplink.vouches(B, false, Time(160), Time(210)), "life before the silence says nothing");
         assert_eq!(uplink.dark(), Some(Time(200)));
-        uplink.connected(b, Time(220));
+        uplink.connected(B, Time(220));
         assert_eq!(uplink.dark(), None);
-        assert!(uplink.vouches(a, false, Time(210), Time(230)));
-        assert!(!uplink.vouches(a, true, Time(210), Time(230)), "a handshake is no answer");
-        uplink.answered(b, Time(231));
-        assert!(uplink.vouches(a, true, Time(210), Time(232)));
+        assert!(uplink.vouches(A, false, Time(210), Time(230)));
+        uplink.asked(B, Time(225));
+        assert!(!uplink.vouches(A, true, Time(210), Time(230)), "a handshake is no answer");
+        uplink.answered(B, Time(231));
+        assert!(uplink.vouches(A, true, Time(210), Time(232)));
+    }
+
+    #[test]
+    fn a_backend_of_the_same_cell_is_as_good_a_witness() {
+        let uplink = two_cells();
+        assert!(!uplink.vouches(A, false, Time(100), Time(200)));
+        uplink.connected(BESIDE_A, Time(150));
+        assert!(uplink.vouches(A, false, Time(100), Time(200)));
+        uplink.asked(B, Time(120));
+        assert!(!uplink.vouches(A, true, Time(100), Time(200)));
+        uplink.answered(BESIDE_A, Time(150));
+        assert!(uplink.vouches(A, true, Time(100), Time(200)));
+    }
+
+    #[test]
+    fn a_cell_that_stands_by_has_nothing_to_show() {
+        let uplink = two_cells();
+        uplink.asked(BESIDE_A, Time(120));
+        assert!(!uplink.vouches(A, true, Time(100), Time(200)), "not even a handshake comes back");
+        uplink.connected(A, Time(150));
+        assert!(uplink.vouches(A, true, Time(100), Time(200)), "who is asked is silent, and there is another cell");
+        uplink.asked(B, Time(160));
+        assert!(!uplink.vouches(A, true, Time(100), Time(200)), "that is late too");
+        let later = Time(160) + OWED_FOR;
+        uplink.connected(A, later);
+        assert!(uplink.vouches(A, true, Time(200), later), "its client may have left");
     }
 
     #[test]
     fn after_a_common_stall_there_is_time_to_work_off_what_has_gathered() {
-        let uplink = Uplink::default();
-        let (a, b) = (uplink.place("a"), uplink.place("b"));
-        uplink.set_cells(2);
+        let uplink = two_cells();
         let at = |ms: u64| Time(1_000_000 + ms * 1_000);
-        uplink.answered(b, at(0));
+        uplink.answered(B, at(0));
+        uplink.asked(B, at(1));
         // Three seconds in which nobody answers.
-        assert!((1..=300).all(|i| !uplink.vouches(a, true, at(5), at(i * 10))));
-        uplink.answered(b, at(3_010));
-        assert!(!uplink.vouches(a, true, at(5), at(3_020)), "the other one may still work off its own");
-        uplink.answered(b, at(6_000));
-        assert!(uplink.vouches(a, true, at(5), at(6_010)), "but not for ever");
+        assert!((1..=300).all(|i| !uplink.vouches(A, true, at(5), at(i * 10))));
+        uplink.answered(B, at(3_010));
+        assert!(!uplink.vouches(A, true, at(5), at(3_020)), "the other one may still work off its own");
+        uplink.answered(B, at(6_000));
+        assert!(uplink.vouches(A, true, at(5), at(6_010)), "but not for ever");
         // A moment without an answer is no stall.
-        assert!(!uplink.vouches(a, true, at(9_000), at(9_010)));
-        uplink.answered(b, at(9_020));
-        assert!(uplink.vouches(a, true, at(9_000), at(9_030)));
+        uplink.asked(B, at(8_999));
+        assert!(!uplink.vouches(A, true, at(9_000), at(9_010)));
+        uplink.answered(B, at(9_020));
+        assert!(uplink.vouches(A, true, at(9_000), at(9_030)));
     }
 }

@@ -139,6 +139,37 @@ fn silence_counts_when_an_answer_is_owed() {
     assert!(sooner < expected, "{sooner:?} {expected:?}");
 }
 
+/// The one that answers may stand in the same cell, or nobody may have asked the other cell anything yet.
+#[test]
+fn silence_counts_beside_a_cell_that_stands_by() {
+    let http = "http: { routes: [ { pool: p } ] }";
+    for (face, fellow) in [("tcp: p", true), ("tcp: p", false), (http, true), (http, false)] {
+        let (a, b, idle) = (Backend::start("a"), Backend::start("b"), Backend::start("idle"));
+        let beside = if fellow { format!(", '{}'", b.address) } else { String::new() };
+        let proxy = Proxy::start(&format!(
+            "pools: {{ p: {{ probe: {{ interval: 1h, timeout: 1s }}, cells: {{ c: [ '{}'{beside} ], \
+             standby: {{ tier: 1, backends: [ '{}' ] }} }} }} }}\n\
+             listeners: [ {{ bind: '127.0.0.1:0', {face} }} ]",
+            a.address, idle.address
+        ));
+        up(&proxy, &if fellow { vec![&a, &b, &idle] } else { vec![&a, &idle] });
+        (0..100).for_each(|_| assert_ne!(get(proxy.address(0)).unwrap(), "idle"));
+        a.set(Mode::Silent);
+        let mut open = Vec::new();
+        // Those that came first go on waiting, and one after another tries it for all; but no POST is spent on that.
+        let states: &[&str] = if face == http { &["suspect", "down"] } else { &["down"] };
+        eventually("it is out", Duration::from_secs(8), || {
+            let mut post = TcpStream::connect(proxy.address(0)).unwrap();
+            post.write_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").unwrap();
+            open.push(post);
+            states.contains(&&*proxy.health(&a.address.to_string())).then_some(())
+        });
+        let names: Vec<String> = (0..20).map(|_| get(proxy.address(0)).unwrap()).collect();
+        assert_eq!(names.contains(&"b".into()), fellow);
+        assert!(names.contains(&"idle".into()) || fellow);
+    }
+}
+
 #[test]
 fn what_a_client_said_is_said_again() {
     // How many of the clients of a backend that falls silent, or ends, are answered by the other one.

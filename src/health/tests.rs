@@ -175,6 +175,22 @@ fn trials_wait_longer_after_each_failure_and_at_most_eight_seconds() {
 }
 
 #[test]
+fn one_trial_that_goes_on_being_silent_postpones_the_next_once() {
+    let mut bench = Bench::new(Policy::default());
+    assert_eq!(bench.see(Source::Traffic, Depth::FirstByte, Seen::Mute), Some(State::Suspect));
+    assert_eq!(bench.after(1).see(Source::Traffic, Depth::FirstByte, Seen::Mute), Some(State::Down));
+    let at = bench.health.trial_at(&bench.policy).expect("a trial will be due");
+    bench.now = at;
+    bench.health.trial_begins(at);
+    for _ in 0..500 {
+        bench.after(10);
+        let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Mute, began: at };
+        bench.health.step(&bench.policy, &evidence, bench.now);
+    }
+    assert!(bench.health.trial_at(&bench.policy).expect("a trial will be due") < at + Duration::from_secs(5));
+}
+
+#[test]
 fn failed_probes_alone_take_it_down_after_fall_and_blame_no_traffic() {
     let mut bench = Bench::new(Policy { fall: 3, probe_depth: Some(Depth::Answer), ..Policy::default() });
     assert_eq!(bench.see(Source::Probe, Depth::Answer, Seen::Wrong), None);

@@ -19,7 +19,7 @@ use super::serve::Connection;
 use super::upstream::{self, Place};
 use crate::backend::Backend;
 use crate::clock::{self, Time};
-use crate::health::{Depth, Evidence, Seen, Source, State};
+use crate::health::{Depth, Evidence, Seen, Source};
 use crate::poison::KILLS_WITHIN;
 use crate::pool::{Policy, Pool};
 
@@ -142,7 +142,7 @@ impl Wait {
             // Only once: whoever is unusual everywhere is unusual by nature.
             let first = entry.request.movable && entry.request.tried.is_empty();
             entry.unusual_at = first.then(|| record(entry.request.kind)).flatten().map(|unusual| now + unusual);
-            entry.request.backend.silence.wrote(entry.request.prefix, now);
+            entry.request.backend.asked(entry.request.prefix, now);
         });
     }
 
@@ -248,9 +248,12 @@ fn look(now: Time, late: bool) {
                 entry.harmless = true;
                 request.pool.shared.poison.acquit(request.kind);
             }
+            let in_doubt = backend.doubted_since();
             let (limit, found, stays_mute, vanished) = *judged.entry(backend.id).or_insert_with(|| {
                 let limit = silent_after(backend);
-                let found = backend.silence.mute(limit, now);
+                // Those that were there before it was doubted tell nothing new.
+                let found =
+                    backend.silence.mute(limit, now).filter(|found| in_doubt.is_none_or(|since| found.since >= since));
                 if let Some(found) = found {
                     // One client prefix makes no transition where there are others; its requests are moved all the same.
                     let alone = found.only.is_some_and(|prefix| backend.others_than(prefix, now));
@@ -259,10 +262,8 @@ fn look(now: Time, late: bool) {
                 // Whoever waited before it fell silent waits for ever, and has nobody beside him any more.
                 (limit, found.is_some(), backend.silence.stays_mute(limit, now), backend.vanished())
             });
-            let view = backend.view();
-            let in_doubt = matches!(view.state, State::Suspect | State::Down);
-            let tries = in_doubt && entry.since >= view.since;
-            let doubted = in_doubt && backend.silence.quiet(limit, now);
+            let tries = in_doubt.is_some_and(|since| entry.since >= since);
+            let doubted = in_doubt.is_some() && backend.silence.quiet(limit, now);
             let silent = found || stays_mute && !tries;
             let patience = SILENT_COLD.min(request.timeout / 2);
             let limit = if tries && !silent { limit.max(patience) } else { limit };
