@@ -320,7 +320,8 @@ impl Admin {
                 }
                 let most = order.limit.clamp(1, MOST_SESSIONS);
                 let (reply, mut answers) = mpsc::unbounded_channel();
-                let order = Order::Sessions { filter: Arc::new(order.filter), kick, most, by, reply };
+                let filter = Arc::new(order.filter);
+                let order = Order::Sessions { filter: filter.clone(), kick, most, by, reply };
                 self.orders.send(order).await.map_err(|_| stopping())?;
                 let mut found = Sessions::default();
                 // The channel ends when the last worker has answered; a part is no answer.
@@ -336,11 +337,17 @@ impl Admin {
                     found.rows.extend(part.rows);
                     found.count += part.count;
                 }
+                if found.count == 0
+                    && let Some(unknown) = report::names_nothing(&self.host.live.load(), &filter)
+                {
+                    return Err(plain(StatusCode::CONFLICT, &format!("{unknown}\n")));
+                }
                 let body = self.render(move |host, _| {
                     found.rows.sort_by_key(|row| std::cmp::Reverse(row.age_ms));
                     found.rows.truncate(most);
                     let rows = report::sessions(&host.live.load_full(), &found.rows);
-                    let body = serde_json::json!({ "count": found.count, "sessions": rows });
+                    let note = report::of_http(&host.live.load(), &filter);
+                    let body = serde_json::json!({ "count": found.count, "sessions": rows, "note": note });
                     serde_json::to_vec_pretty(&body).unwrap_or_default()
                 });
                 Ok(respond(StatusCode::OK, "application/json", body.await))

@@ -23,6 +23,7 @@ use crate::pace::{self, Pace};
 use crate::poison::Poison;
 use crate::ratio::Ratio;
 use crate::silence::Silence;
+use crate::tell;
 use crate::uplink::Uplink;
 use crate::version::Version;
 use crate::witness::{Answered, Failing};
@@ -224,6 +225,8 @@ pub struct Backend {
     pub in_flight: Arc<Gauge>,
     /// Learned handshake times.
     pub handshake: Estimate,
+    /// Learned times of TLS handshakes, those of TCP included, where we wait for them.
+    pub tls_handshake: Estimate,
     /// Learned times from the client's bytes to the first byte of an answer.
     pub first_byte: Estimate,
     /// The same of what was carried elsewhere; and how many were, since its last answer, for its silence.
@@ -311,6 +314,7 @@ impl Backend {
             counters,
             in_flight,
             handshake: Estimate::default(),
+            tls_handshake: Estimate::default(),
             first_byte: Estimate::default(),
             moved: Estimate::default(),
             moved_silent: AtomicU32::new(0),
@@ -559,14 +563,23 @@ impl Backend {
         self.lock().health.clone()
     }
 
-    /// A handshake of a client's attempt that ended well.
-    pub fn connected(&self, policy: &Policy, handshake: Duration, began: Time, now: Time) {
+    /// A handshake of a client's attempt that ended well, and how long it took with TLS, where that was waited for.
+    pub fn connected(&self, policy: &Policy, handshake: Duration, tls: Option<Duration>, began: Time, now: Time) {
         self.handshake.record(handshake);
+        tls.into_iter().for_each(|took| self.shook_hands(took));
         self.counters.attempts[Outcome::Ok as usize].add(1);
         self.shows_life(now);
         let view = self.view();
         if view.state != State::Up || view.open_run.is_some() {
             self.success(policy, Source::Traffic, Depth::Connect, began, now);
+        }
+    }
+
+    /// A TLS handshake that ended well.
+    pub fn shook_hands(&self, took: Duration) {
+        self.tls_handshake.record(took);
+        if self.view().open_run == Some(Depth::FirstByte) {
+            self.lock().health.shook_hands();
         }
     }
 
@@ -759,6 +772,12 @@ impl Backend {
         view.state == State::Down
             && self.silence.heard_at() < view.since
             && self.health().cause().is_some_and(|cause| matches!(cause.kind, "silent" | "refused"))
+    }
+
+    /// Whether it is doubted for nothing but its errors: it answers, and whoever asks it for want of a better one loses little.
+    pub fn errs(&self) -> bool {
+        let doubted = matches!(self.view().state, State::Suspect | State::Down);
+        doubted && self.health().cause().is_some_and(|cause| cause.kind == "errors")
     }
 
     /// Whether clients of other prefixes than this were answered lately.
@@ -956,18 +975,8 @@ impl Backend {
         if self.told_too_often(cause.at) {
             return;
         }
-        tracing::info!(
-            pool = &*self.shared.name,
-            backend = &*self.name,
-            from = transition.from.word(),
-            to = transition.to.word(),
-            cause = cause.kind,
-            depth = cause.depth.word(),
-            times = cause.times,
-            seen_by = if cause.source == Source::Probe { "probe" } else { "traffic" },
-            detected_ms = transition.detected.map(|d| d.as_millis() as u64),
-            "transition"
-        );
+        let cell = self.shared.uplink.cell_name(self.cell.load(Relaxed)).unwrap_or_default();
+        tell::transition(&self.shared.name, &cell, &self.name, transition);
     }
 
     /// Lets its prober ask at once, when it has one.

@@ -375,7 +375,10 @@ pub fn ask(command: Command) -> ExitCode {
             Command::Kick(flags) => {
                 let order = SessionsOrder { filter: flags.which.filter(flags.ids), limit: 1 };
                 send(&flags.socket, "/kick", &order, |body| {
-                    shown(body, false, |found, _| format!("{} sessions are being ended\n", found["count"]))
+                    shown(body, false, |found, _| {
+                        let note = found["note"].as_str().map_or(String::new(), |note| format!("{note}\n"));
+                        format!("{} sessions are being ended\n{note}", found["count"])
+                    })
                 })
                 .await
             }
@@ -441,6 +444,9 @@ fn explained(body: &[u8], flags: &ExplainFlags) -> ExitCode {
     if found["ways"].as_array().is_none_or(Vec::is_empty) {
         let names: Vec<&str> = found["listeners"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         let wanted = flags.listener.as_deref().unwrap_or_default();
+        if names.contains(&wanted) {
+            return complain(&format!("listener {wanted:?} answers by itself; none of its routes leads to a pool"));
+        }
         return complain(&format!("there is no listener {wanted:?}; expected {}", names.join(" | ")));
     }
     shown(body, flags.json, show::explain)

@@ -21,7 +21,7 @@ use tokio::time::Sleep;
 
 use crate::backend::{Backend, Outcome};
 use crate::clock::{self, Time};
-use crate::health::{Depth, Evidence, Seen, Source};
+use crate::health::{Depth, Evidence, Seen, Source, State};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::pool::{Choice, Policy, Pool, Want};
@@ -57,6 +57,10 @@ pub trait Network {
     /// # Errors
     /// What the system call itself says.
     fn open(&self, backend: &Backend, policy: &Policy, rng: &mut Rng) -> io::Result<Self::Opening>;
+    /// Whether its connections are ready only after a TLS handshake.
+    fn shakes_hands(&self, _policy: &Policy) -> bool {
+        false
+    }
 }
 
 /// A connection on its way.
@@ -79,6 +83,10 @@ pub trait Opening: Send + Unpin + 'static {
 pub trait Client {
     /// Whether it went away. Asked only when dialling takes longer than usual.
     fn gone(&self) -> bool;
+    /// Its prefix, hashed, where backends are told of it before a TLS handshake: how that ends may be about it.
+    fn told_of(&self) -> Option<u32> {
+        None
+    }
 }
 
 /// One attempt that failed, for the access log.
@@ -199,6 +207,7 @@ pub async fn dial<N: Network>(
     let deadline = begin + policy.connect_timeout;
     let mut open: [Option<Attempt<N::Opening>>; OPEN] = [const { None }; OPEN];
     let mut pause = AGAIN;
+    let told_of = client.told_of();
     // When the next attempt begins, and whether as a race: now, at a race time, or (`None`) not yet known.
     let mut next = Some((begin, false));
 
@@ -227,7 +236,10 @@ pub async fn dial<N: Network>(
                     story.raced |= running > 0;
                     match network.open(backend, policy, rng) {
                         Ok(opening) => {
-                            let (race, judge) = delays(backend, policy);
+                            let (race, judge) = match backend.tls_handshake.learned() {
+                                Some(learned) if network.shakes_hands(policy) => delays_after(learned),
+                                _ => delays(backend, policy),
+                            };
                             next = policy.race.then(|| (if doubtful { now } else { now + race }, true));
                             let attempt = Attempt {
                                 member,
@@ -243,7 +255,7 @@ pub async fn dial<N: Network>(
                             }
                         }
                         Err(error) => {
-                            failed(host, policy, backend, &error, true, now, now, story);
+                            failed(host, policy, backend, &error, true, None, now, now, story);
                             next = Some((now, false));
                         }
                     }
@@ -287,7 +299,8 @@ pub async fn dial<N: Network>(
             Event::Ended(place, Ok((connection, handshake))) => {
                 let Some(mut attempt) = open[place].take() else { continue };
                 let member = &pool.members[attempt.member];
-                member.backend.connected(&policy.health, handshake, attempt.began, now);
+                let shaken = network.shakes_hands(policy).then(|| now.since(attempt.began));
+                member.backend.connected(&policy.health, handshake, shaken, attempt.began, now);
                 pool.cells[member.cell].shared.handshake.record(handshake);
                 if story.raced {
                     let later = open.iter().flatten().any(|other| other.began < attempt.began);
@@ -297,7 +310,7 @@ pub async fn dial<N: Network>(
                 if let Some(loser) = open.iter_mut().flatten().find(|loser| loser.extra.is_none()) {
                     loser.extra = attempt.extra.take();
                 }
-                watch_losers(pool, &mut open);
+                watch_losers(pool, &mut open, told_of, network.shakes_hands(policy));
                 return Ok(Dialled {
                     connection,
                     member: attempt.member,
@@ -310,7 +323,7 @@ pub async fn dial<N: Network>(
             Event::Ended(place, Err(error)) => {
                 let Some(attempt) = open[place].take() else { continue };
                 let backend = &pool.members[attempt.member].backend;
-                failed(host, policy, backend, &error, false, attempt.began, now, story);
+                failed(host, policy, backend, &error, false, told_of, attempt.began, now, story);
                 // Nothing was sent, and nothing is waited for: the next attempt costs no budget.
                 next = Some((now, false));
             }
@@ -329,7 +342,7 @@ pub async fn dial<N: Network>(
                         let backend = pool.members[attempt.member].backend.name.clone();
                         story.failures.push(Failure { backend, cause: "silent".into() });
                     }
-                    watch_losers(pool, &mut open);
+                    watch_losers(pool, &mut open, told_of, network.shakes_hands(policy));
                     return Err(DialError::Unreachable);
                 }
             }
@@ -347,7 +360,7 @@ enum Chosen {
 /// A member with room, and what an attempt beside another one needs besides: a descriptor, and a token for a race.
 fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng: &mut Rng) -> Chosen {
     let mut passed = want.tried.to_vec();
-    let mut full = false;
+    let (mut full, mut spared) = (false, false);
     loop {
         let want = Want { tried: &passed, ..*want };
         let (member, doubtful) = match pool.pick(&want, now, rng) {
@@ -357,7 +370,13 @@ fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng:
             Choice::Nothing if full => return Chosen::Full,
             Choice::Nothing => return Chosen::Nothing,
         };
+        let down = pool.members[member].backend.view().state == State::Down;
+        if down && spared {
+            // What is too much for those that are well is nothing for those that are not.
+            return Chosen::Full;
+        }
         let Some(permit) = pool.take_place(member, now) else {
+            spared |= !down;
             // Another connection took the last place since the choice, or the cell as a whole has enough.
             full = true;
             let cell = &pool.cells[pool.members[member].cell];
@@ -390,13 +409,13 @@ pub fn delays(backend: &Backend, policy: &Policy) -> (Duration, Duration) {
 
 fn delays_of_tcp(backend: &Backend) -> (Duration, Duration) {
     // A first byte takes a round trip at least: where connections are kept there is more to learn from first bytes.
-    match backend.handshake.learned().or_else(|| backend.first_byte.learned()) {
-        Some((median, p99)) => {
-            let race = RACE_FLOOR.max(p99).max(median + RACE_ABOVE_MEDIAN);
-            (race, JUDGE_FLOOR.max(p99 * JUDGE_FACTOR))
-        }
-        None => (RACE_COLD, JUDGE_COLD),
-    }
+    let learned = backend.handshake.learned().or_else(|| backend.first_byte.learned());
+    learned.map_or((RACE_COLD, JUDGE_COLD), delays_after)
+}
+
+fn delays_after((median, p99): (Duration, Duration)) -> (Duration, Duration) {
+    let race = RACE_FLOOR.max(p99).max(median + RACE_ABOVE_MEDIAN);
+    (race, JUDGE_FLOOR.max(p99 * JUDGE_FACTOR))
 }
 
 /// Counts a failed attempt, and takes it as evidence unless the error is our own.
@@ -407,6 +426,7 @@ fn failed(
     backend: &Backend,
     error: &io::Error,
     at_once: bool,
+    told_of: Option<u32>,
     began: Time,
     now: Time,
     story: &mut Story,
@@ -416,27 +436,42 @@ fn failed(
     let routers = [libc::ENETUNREACH, libc::EACCES, libc::EPERM];
     let routers_word = !at_once && error.raw_os_error().is_some_and(|errno| routers.contains(&errno));
     let ours = !routers_word && host.local_errors.count(error);
-    if ours || at_once && !is_refusal(error) {
-        backend.counters.attempts[Outcome::Local as usize].add(1);
-        return;
-    }
-    if let Some(kind) = tls::failure(error) {
-        backend.counters.attempts[Outcome::Refused as usize].add(1);
-        let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Tls(kind), began };
-        backend.observe(&policy.health, &evidence, now);
-        return;
-    }
-    if is_reset(error) {
-        // Linux says "refused" to a reset in answer to a SYN. This one came after the handshake, and before
-        // any byte of the client.
-        backend.counters.attempts[Outcome::Refused as usize].add(1);
-        backend.unanswered(&policy.health, 0, false, began, now);
-        return;
-    }
-    let silent = error.kind() == io::ErrorKind::TimedOut;
-    let (outcome, seen) = if silent { (Outcome::Silent, Seen::Silent) } else { (Outcome::Refused, Seen::Refused) };
+    let outcome = if ours || at_once && !is_refusal(error) {
+        Outcome::Local
+    } else {
+        accuse(policy, backend, error, told_of, began, now)
+    };
     backend.counters.attempts[outcome as usize].add(1);
-    backend.observe(&policy.health, &Evidence { source: Source::Traffic, depth: Depth::Connect, seen, began }, now);
+}
+
+/// Takes an error of an attempt as evidence.
+fn accuse(
+    policy: &Policy,
+    backend: &Backend,
+    error: &io::Error,
+    told_of: Option<u32>,
+    began: Time,
+    now: Time,
+) -> Outcome {
+    let handshake =
+        tls::failure(error).or((error.kind() == io::ErrorKind::UnexpectedEof).then_some("handshake failed"));
+    // Linux says "refused" to a reset in answer to a SYN. This one came after the handshake, and before any byte of the client.
+    let ended = is_reset(error);
+    if let Some(prefix) = told_of.filter(|_| ended || handshake.is_some_and(tls::may_be_the_clients)) {
+        backend.unanswered(&policy.health, prefix, true, began, now);
+        return Outcome::Refused;
+    }
+    if ended {
+        backend.unanswered(&policy.health, 0, false, began, now);
+        return Outcome::Refused;
+    }
+    let (outcome, depth, seen) = match handshake {
+        Some(kind) => (Outcome::Refused, Depth::FirstByte, Seen::Tls(kind)),
+        None if error.kind() == io::ErrorKind::TimedOut => (Outcome::Silent, Depth::Connect, Seen::Silent),
+        None => (Outcome::Refused, Depth::Connect, Seen::Refused),
+    };
+    backend.observe(&policy.health, &Evidence { source: Source::Traffic, depth, seen, began }, now);
+    outcome
 }
 
 /// Takes the silence of an attempt as evidence, unless we were late ourselves or the answer is there after all.
@@ -477,20 +512,26 @@ async fn wait<O: Opening>(open: &mut [Option<Attempt<O>>], mut timer: Pin<&mut S
 }
 
 /// Hands the attempts that lost to a task of their own.
-fn watch_losers<O: Opening>(pool: &Pool, open: &mut [Option<Attempt<O>>]) {
+fn watch_losers<O: Opening>(pool: &Pool, open: &mut [Option<Attempt<O>>], told_of: Option<u32>, shakes_hands: bool) {
     for attempt in open.iter_mut().filter_map(Option::take) {
         let backend = pool.members[attempt.member].backend.clone();
         if attempt.judged {
             backend.counters.attempts[attempt.abandoned() as usize].add(1);
         } else {
-            tokio::spawn(watch(attempt, backend, pool.policy.clone()));
+            tokio::spawn(watch(attempt, backend, pool.policy.clone(), told_of, shakes_hands));
         }
     }
 }
 
 /// Keeps an attempt that lost until its own judgement time: connected by then is a sample, refused or still
 /// silent is evidence. Dropping the connection resets it.
-async fn watch<O: Opening>(mut attempt: Attempt<O>, backend: Arc<Backend>, policy: Arc<Policy>) {
+async fn watch<O: Opening>(
+    mut attempt: Attempt<O>,
+    backend: Arc<Backend>,
+    policy: Arc<Policy>,
+    told_of: Option<u32>,
+    shakes_hands: bool,
+) {
     let mut timer = std::pin::pin!(tokio::time::sleep_until(attempt.judge_at.instant()));
     let ended = poll_fn(|context| {
         if let Poll::Ready(result) = attempt.opening.poll(context) {
@@ -506,22 +547,13 @@ async fn watch<O: Opening>(mut attempt: Attempt<O>, backend: Arc<Backend>, polic
         Some(Ok((connection, handshake))) => {
             O::discard(connection);
             backend.handshake.record(handshake);
+            if shakes_hands {
+                backend.shook_hands(now.since(began));
+            }
             backend.success(&policy.health, Source::Traffic, Depth::Connect, began, now);
         }
-        Some(Err(error)) if tls::failure(&error).is_some() => {
-            outcome = Outcome::Refused;
-            let kind = tls::failure(&error).unwrap_or_default();
-            let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Tls(kind), began };
-            backend.observe(&policy.health, &evidence, now);
-        }
-        Some(Err(error)) if is_reset(&error) => {
-            outcome = Outcome::Refused;
-            backend.unanswered(&policy.health, 0, false, began, now);
-        }
-        Some(Err(error)) if is_refusal(&error) => {
-            outcome = Outcome::Refused;
-            let evidence = Evidence { source: Source::Traffic, depth: Depth::Connect, seen: Seen::Refused, began };
-            backend.observe(&policy.health, &evidence, now);
+        Some(Err(error)) if tls::failure(&error).is_some() || ended_by_peer(&error) => {
+            outcome = accuse(&policy, &backend, &error, told_of, began, now);
         }
         Some(Err(_)) => {}
         None => {
@@ -530,6 +562,10 @@ async fn watch<O: Opening>(mut attempt: Attempt<O>, backend: Arc<Backend>, polic
         }
     }
     backend.counters.attempts[outcome as usize].add(1);
+}
+
+fn ended_by_peer(error: &io::Error) -> bool {
+    is_reset(error) || is_refusal(error) || error.kind() == io::ErrorKind::UnexpectedEof
 }
 
 /// Whether the peer ended a connection whose handshake it had finished.

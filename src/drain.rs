@@ -223,6 +223,12 @@ impl Drains {
     /// # Errors
     /// A sentence when it names nothing in `table`, or is beyond 100.
     pub fn weigh(&mut self, weight: Weight, table: &Table) -> Result<(), String> {
+        let of_it = |old: &Weight| (&old.pool, &old.cell) == (&weight.pool, &weight.cell);
+        if weight.percent == 100 && self.weights.iter().any(of_it) {
+            // Whether or not the file still has the cell.
+            self.weights.retain(|old| !of_it(old));
+            return Ok(());
+        }
         let Some(pool) = table.pools.iter().find(|pool| *pool.name == *weight.pool) else {
             let names: Vec<&str> = table.pools.iter().map(|pool| &*pool.name).take(NAMES).collect();
             return Err(format!("there is no pool {:?}; expected {}", weight.pool, names.join(" | ")));
@@ -235,7 +241,7 @@ impl Drains {
             return Err(format!("{} % is more than the cell's configured weight; expected 0 to 100", weight.percent));
         }
         bounded(weight.reason.as_deref(), self.weights.len())?;
-        self.weights.retain(|old| (&old.pool, &old.cell) != (&weight.pool, &weight.cell));
+        self.weights.retain(|old| !of_it(old));
         if weight.percent < 100 {
             self.weights.push(weight);
         }

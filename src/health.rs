@@ -526,6 +526,11 @@ impl Health {
         }
     }
 
+    /// A TLS handshake ended well: those that failed before were not all.
+    pub fn shook_hands(&mut self) {
+        self.tls_failures = 0;
+    }
+
     /// Notes that a trial is under way, so that the next waits for its pause.
     pub fn trial_begins(&mut self, now: Time) {
         self.trial_at = now + self.trial_pause;

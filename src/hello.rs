@@ -74,11 +74,16 @@ pub async fn read(
                 Verdict::More => {}
                 Verdict::Wrong(why) => return Err(refuse(listener, peer, why)),
                 Verdict::Done(header) => {
+                    let for_itself = header.addresses.is_none();
                     take_header(&mut greeting, header);
                     *client = greeting.client;
                     expects_header = false;
                     // From here on the client counts, and not the balancer before us.
                     held = Held { prefix: witness::prefix(greeting.client.ip()), bytes: 0 };
+                    // One that speaks for itself is among those who may.
+                    if for_itself {
+                        continue;
+                    }
                     match listener.count_client(greeting.client.ip(), clock::now()) {
                         Some(of_client) => greeting.of_client = of_client,
                         None => return Err(End::Limited),

@@ -271,11 +271,14 @@ impl ProxyHttp for Gateway {
                         let head = session.req_header();
                         let own = head.uri.path_and_query().map_or("/", |path| path.as_str());
                         let own_scheme = if tls { "https" } else { "http" };
+                        // Another path takes the query along, unless it has one.
+                        let query = own.find('?').filter(|_| path.as_ref().is_some_and(|path| !path.contains('?')));
                         let location = format!(
-                            "{}://{}{}",
+                            "{}://{}{}{}",
                             scheme.as_deref().unwrap_or(own_scheme),
                             host.as_deref().unwrap_or(&exchange.host),
                             path.as_deref().unwrap_or(own),
+                            query.map_or("", |at| &own[at..]),
                         );
                         exchange.status = *status;
                         answer::redirect(session, *status, &location, &route.response).await?;
@@ -378,7 +381,10 @@ impl ProxyHttp for Gateway {
         // It connected, and then TLS or the beginning of HTTP/2 failed.
         let (Some(backend), Some(policy)) = (&exchange.backend, &exchange.policy) else { return error };
         let cause = handshake_cause(&error);
-        if outcome.connected.is_some() && policy.tls.is_some() {
+        let for_client = policy.send_proxy.is_some() && tls::may_be_the_clients(cause);
+        if outcome.connected.is_some() && policy.tls.is_some() && for_client {
+            backend.unanswered(&policy.health, exchange.prefix, true, exchange.attempt_began, clock::now());
+        } else if outcome.connected.is_some() && policy.tls.is_some() {
             let seen = Seen::Tls(cause);
             let evidence =
                 Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen, began: exchange.attempt_began };
@@ -870,7 +876,7 @@ impl ProxyHttp for Gateway {
         record.first_byte = exchange.took;
         record.bytes_in = exchange.body[0];
         record.bytes_out = exchange.body[1];
-        if self.host.access.wants(&record, end) {
+        if self.host.access.wants(&record, end, exchange.status) {
             let head = session.req_header();
             record.http = Some(Box::new(HttpRecord {
                 method: head.method.to_string(),

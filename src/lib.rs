@@ -34,6 +34,7 @@ pub mod pace;
 pub mod crowd;
 pub mod class;
 pub mod witness;
+pub mod tell;
 pub mod uplink;
 pub mod version;
 pub mod owed;

@@ -40,7 +40,7 @@ const CAP_LOOK: Duration = Duration::from_millis(20);
 /// A socket that is to be closed is empty when nothing came for this long.
 const QUIET: Duration = Duration::from_millis(50);
 /// But it is closed after this long at the latest.
-const FAREWELL: Duration = Duration::from_secs(2);
+pub const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Binds `address` once for each worker. `shared` says that another of our own sockets covers it.
 ///

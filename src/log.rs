@@ -61,7 +61,14 @@ struct Lines {
 
 enum Sink {
     Stdout,
-    File(String, Option<std::fs::File>),
+    File(LogFile),
+}
+
+struct LogFile {
+    path: String,
+    file: Option<std::fs::File>,
+    /// Whether it was said that it cannot be written.
+    told: bool,
 }
 
 impl Queue {
@@ -120,7 +127,42 @@ impl Waiting {
     }
 }
 
+impl LogFile {
+    fn new(path: String) -> LogFile {
+        LogFile { path, file: None, told: false }
+    }
+
+    /// Writes, into the file of that name as it is now when it is to be opened anew; says whether it could. What fails is told of
+    /// once, until it works again.
+    fn write(&mut self, batch: &[u8], anew: bool) -> bool {
+        if anew {
+            self.file = None;
+        }
+        let written = self.try_write(batch);
+        if let Err(error) = &written {
+            self.file = None;
+            if !self.told {
+                tracing::warn!(path = self.path, %error, "the access log cannot be written; its lines are lost and counted until it can");
+            }
+        }
+        self.told = written.is_err();
+        written.is_ok()
+    }
+
+    fn try_write(&mut self, batch: &[u8]) -> io::Result<()> {
+        let file = match &mut self.file {
+            Some(file) => file,
+            none => none.insert(OpenOptions::new().append(true).create(true).open(&self.path)?),
+        };
+        file.write_all(batch)
+    }
+}
+
 fn write_lines(mut sink: Sink, waiting: &Waiting) {
+    if let Sink::File(file) = &mut sink {
+        // A path that cannot be written is told of before the first line is lost.
+        file.write(&[], false);
+    }
     let mut batch = Vec::new();
     loop {
         let idle = |lines: &mut Lines| lines.bytes.is_empty() && !lines.ended;
@@ -153,16 +195,7 @@ fn write_batch(sink: &mut Sink, batch: &[u8], reopen: &AtomicBool) -> bool {
             let mut out = io::stdout().lock();
             out.write_all(batch).and_then(|()| out.flush()).is_ok()
         }
-        Sink::File(path, file) => {
-            if reopen.swap(false, Relaxed) || file.is_none() {
-                *file = OpenOptions::new().append(true).create(true).open(&*path).ok();
-            }
-            let written = file.as_mut().is_some_and(|file| file.write_all(batch).is_ok());
-            if !written {
-                *file = None;
-            }
-            written
-        }
+        Sink::File(file) => file.write(batch, reopen.swap(false, Relaxed)),
     }
 }
 
@@ -290,16 +323,16 @@ struct AccessSink {
 impl AccessSink {
     fn new(config: &Log, stdout: &Queue) -> AccessSink {
         let queue = match &config.access {
-            Access::File(path) => Queue::start(Sink::File(path.clone(), None)),
+            Access::File(path) => Queue::start(Sink::File(LogFile::new(path.clone()))),
             _ => stdout.clone(),
         };
         AccessSink { access: config.access.clone(), format: config.format, queue }
     }
 
-    fn wants(&self, record: &AccessRecord, end: End) -> bool {
+    fn wants(&self, record: &AccessRecord, end: End, status: u16) -> bool {
         match self.access {
             Access::Off => false,
-            Access::Errors => end.failed() || record.attempts > 1,
+            Access::Errors => end.failed() || record.attempts > 1 || status >= 500,
             Access::Stdout | Access::File(_) => true,
         }
     }
@@ -378,16 +411,17 @@ impl AccessLog {
         AccessLog(Arc::new(RwLock::new(AccessSink::new(&config, &Queue::new()))))
     }
 
-    /// Whether what the record tells of gets a line.
-    pub fn wants(&self, record: &AccessRecord, end: End) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).wants(record, end)
+    /// Whether what the record tells of gets a line; a request has a `status`, a connection 0.
+    pub fn wants(&self, record: &AccessRecord, end: End, status: u16) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).wants(record, end, status)
     }
 
     /// Writes the line of a connection that ended, when it is one that gets a line.
     pub fn write(&self, record: AccessRecord, end: End, duration: Duration) {
         // Read locks do not exclude each other; the write lock is held for a moment at a reload.
         let sink = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        if sink.wants(&record, end) {
+        let status = record.http.as_ref().map_or(0, |http| http.status);
+        if sink.wants(&record, end, status) {
             LINE.with_borrow_mut(|text| {
                 text.clear();
                 line(text, sink.format, &record, end, duration);

@@ -5,8 +5,10 @@
 //! backend's own state before it is taken.
 //!
 //! A client's order of candidates: a due trial; the fit backends by share, tier by tier, each tier's suspects
-//! after its fit ones; backends nothing is known about; and, when the pool has nothing else, those that are
+//! after its fit ones; backends nothing is known about; and, when there is nothing else for this client, those that are
 //! down, the least recently failed first. Untried always comes before tried.
+
+mod draw;
 
 use std::net::IpAddr;
 use std::ops::Range;
@@ -17,6 +19,8 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use fastrand::Rng;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+
+use draw::{Alias, Maglev, turns};
 
 use crate::backend::{Backend, PoolShared};
 use crate::clock::Time;
@@ -297,7 +301,8 @@ impl Pool {
             .map(|NewCell { name, tier, weight, count, max_connections, capacity, shared }| {
                 let range = first..first + count;
                 first += count;
-                let maglev = (policy.affinity != Affinity::None).then(|| Maglev::new(&members[range.clone()]));
+                let maglev = (policy.affinity != Affinity::None)
+                    .then(|| Maglev::new(members[range.clone()].iter().map(|m| (m.backend.address, m.weight))));
                 let hash = xxh3_64(name.as_bytes());
                 let turn = AtomicUsize::new(0);
                 Cell { name, tier, weight, members: range, max_connections, capacity, shared, hash, maglev, turn }
@@ -413,7 +418,7 @@ impl Pool {
             return Choice::Member(member);
         }
         let others = plan.cells.iter().any(|cell| !cell.fit.is_empty() || !cell.suspect.is_empty());
-        if self.policy.when_all_down == WhenAllDown::TryAll && !others && plan.unknown.is_empty() {
+        if !full && self.tries_down(others || !plan.unknown.is_empty()) {
             if let Some(member) = self.of_cells_by_weight(&plan.down, want, State::Down, rng, &mut full) {
                 return Choice::Member(member);
             }
@@ -429,18 +434,25 @@ impl Pool {
         }
     }
 
-    /// Whether there is a member that was not tried: one beyond doubt that could take one more now or, for whom nothing is left to
-    /// lose, `any` that is not down. In the order of the number of backends: for the rare request that failed.
+    /// Whether there is a member that was not tried: one that could take one more now and is beyond doubt, or doubted for errors alone;
+    /// or, for whom nothing is left to lose, `any`. In the order of the number of backends: for the rare request that failed.
     pub fn has_untried(&self, tried: &[usize], any: bool, fit: impl Fn(&Backend) -> bool) -> bool {
         (0..self.members.len()).any(|member| {
             let backend = &self.members[member].backend;
             let able = match backend.view().state {
                 State::Up | State::Returning => any || self.has_room(member),
-                State::Suspect | State::Unknown => any,
-                State::Down => false,
+                State::Unknown => any,
+                State::Suspect => any || backend.errs(),
+                State::Down => self.tries_down(true) && (any || backend.errs()),
             };
             able && !tried.contains(&member) && !backend.is_closed() && fit(backend)
         })
+    }
+
+    /// Whether a client for whom nothing else is left goes to those that are down: one that is out for its hold may well serve him.
+    /// Where an operator decides about a return and there are `others`, he does not.
+    fn tries_down(&self, others: bool) -> bool {
+        self.policy.when_all_down == WhenAllDown::TryAll && !(others && self.policy.health.asks_operator)
     }
 
     /// The member, or another one when it has owed its clients their first bytes for some moments. A cell with a smaller share
@@ -491,15 +503,21 @@ impl Pool {
         self.members.iter().any(|member| member.backend.id != id && member.backend.fit())
     }
 
-    /// Shares of all cells as configured and as they are now, each 0 to 1.
+    /// Shares of all cells as configured and as they are now, each 0 to 1; all 0 where nobody gets a client.
     pub fn shares(&self, now: Time) -> Vec<(f64, f64)> {
         let plan = self.plan(now);
+        let last = if plan.cells.iter().all(|part| part.share == 0.0) { self.last_resort(&plan) } else { Vec::new() };
+        let of_last = |i: usize| {
+            let there = last.iter().filter(|&&m| self.members[m].cell == i).count();
+            there as f64 / last.len().max(1) as f64
+        };
         let lowest = self.cells.iter().map(|cell| cell.tier).min().unwrap_or(0);
         let of_tier =
             |tier| self.cells.iter().filter(|cell| cell.tier == tier).map(|cell| f64::from(cell.weight)).sum::<f64>();
         let total = of_tier(lowest);
         let configured = |cell: &Cell| if cell.tier == lowest { f64::from(cell.weight) / total } else { 0.0 };
-        self.cells.iter().zip(&plan.cells).map(|(cell, plan)| (configured(cell), plan.share)).collect()
+        let shares = self.cells.iter().zip(&plan.cells).enumerate();
+        shares.map(|(i, (cell, part))| (configured(cell), part.share + of_last(i))).collect()
     }
 
     /// How many of `used` sessions each cell has beyond its share, where it has clearly more and others have clearly fewer than
@@ -879,111 +897,6 @@ impl Pool {
 /// A number from 0 (excluded) to 1 that depends on both.
 fn unit(pin: u64, of: u64) -> f64 {
     ((xxh3_64_with_seed(&pin.to_le_bytes(), of) >> 11) as f64 + 0.5) / (1u64 << 53) as f64
-}
-
-/// Smooth weighted turns: each member stands at even distances, as often as its weight says.
-fn turns(members: &[usize], weights: &[f64]) -> Vec<usize> {
-    let least = weights.iter().copied().filter(|w| *w > 0.0).fold(f64::INFINITY, f64::min);
-    if members.is_empty() || !least.is_finite() {
-        return Vec::new();
-    }
-    // The lightest stands once in a full round, unless the round would become too long.
-    let longest = (4 * members.len()).max(4_096) as f64;
-    let sum: f64 = weights.iter().sum();
-    let scale = (1.0 / least).min(longest / sum);
-    let mut places: Vec<(f64, usize)> = Vec::new();
-    for (&member, weight) in members.iter().zip(weights) {
-        let times = ((weight * scale).round() as usize).max(1);
-        places.extend((0..times).map(|k| ((k as f64 + 0.5) / times as f64, member)));
-    }
-    places.sort_by(|a, b| a.0.total_cmp(&b.0));
-    places.into_iter().map(|(_, member)| member).collect()
-}
-
-/// Draws an index by weight in constant time (Walker 1977, built as by Vose 1991).
-#[derive(Debug, Default)]
-struct Alias {
-    chance: Vec<f64>,
-    other: Vec<u32>,
-}
-
-impl Alias {
-    fn new(weights: &[f64]) -> Alias {
-        let n = weights.len();
-        let sum: f64 = weights.iter().sum();
-        if n == 0 || sum <= 0.0 {
-            return Alias { chance: vec![1.0; n], other: (0..n as u32).collect() };
-        }
-        let mut chance: Vec<f64> = weights.iter().map(|weight| weight * n as f64 / sum).collect();
-        let mut other: Vec<u32> = (0..n as u32).collect();
-        let (mut small, mut large): (Vec<usize>, Vec<usize>) = (0..n).partition(|&i| chance[i] < 1.0);
-        while let (Some(s), Some(&l)) = (small.pop(), large.last()) {
-            other[s] = l as u32;
-            chance[l] -= 1.0 - chance[s];
-            if chance[l] < 1.0 {
-                large.pop();
-                small.push(l);
-            }
-        }
-        // What is left is 1 but for rounding.
-        small.into_iter().chain(large).for_each(|i| chance[i] = 1.0);
-        Alias { chance, other }
-    }
-
-    fn draw(&self, rng: &mut Rng) -> usize {
-        let i = rng.usize(..self.chance.len());
-        if rng.f64() < self.chance[i] { i } else { self.other[i] as usize }
-    }
-}
-
-/// Lookup table of Maglev hashing (Eisenbud et al. 2016), weighted by turns.
-#[derive(Debug)]
-struct Maglev(Vec<u32>);
-
-/// Table sizes: primes, at least a hundred times the members where that is affordable.
-const MAGLEV_SIZES: [usize; 7] = [251, 1_021, 4_093, 16_381, 65_537, 131_071, 524_287];
-
-impl Maglev {
-    fn new(members: &[Member]) -> Maglev {
-        let n = members.len();
-        let size = MAGLEV_SIZES.into_iter().find(|size| *size >= 100 * n).unwrap_or(MAGLEV_SIZES[6]);
-        // The place of a member follows from its address alone, so that others may come and go.
-        let seeds = members.iter().map(|member| {
-            let name = member.backend.address.to_string();
-            let offset = xxh3_64_with_seed(name.as_bytes(), 1) as usize % size;
-            let skip = xxh3_64_with_seed(name.as_bytes(), 2) as usize % (size - 1) + 1;
-            (offset, skip)
-        });
-        let seeds: Vec<_> = seeds.collect();
-        let heaviest = members.iter().map(|member| member.weight).max().unwrap_or(1);
-        let mut table = vec![u32::MAX; size];
-        let mut next: Vec<usize> = seeds.iter().map(|(offset, _)| *offset).collect();
-        let mut due = vec![0u64; n];
-        let mut filled = 0;
-        while filled < size && n > 0 {
-            for i in 0..n {
-                // A member of half the weight takes every other turn.
-                due[i] += u64::from(members[i].weight);
-                if due[i] < u64::from(heaviest) {
-                    continue;
-                }
-                due[i] -= u64::from(heaviest);
-                while table[next[i]] != u32::MAX {
-                    next[i] = (next[i] + seeds[i].1) % size;
-                }
-                table[next[i]] = i as u32;
-                filled += 1;
-                if filled == size {
-                    break;
-                }
-            }
-        }
-        Maglev(table)
-    }
-
-    fn lookup(&self, hash: u64) -> usize {
-        self.0[(hash % self.0.len() as u64) as usize] as usize
-    }
 }
 
 #[cfg(test)]

@@ -175,10 +175,10 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
         let report_to = snapshot();
         let began = clock::now();
         let source = report_to.first().and_then(|target| tcp::any_source(&target.policy, key.address));
-        let mut seen = Progress { reached: Depth::Connect, handshake: None, expiry: None, head: None };
+        let mut seen = Progress { reached: Depth::Connect, shaking: false, handshake: None, expiry: None, head: None };
         let deadline = due + key.probe.timeout;
         let result = timeout_at(deadline, ask(&key, &tls, source, &mut seen)).await;
-        let Progress { mut reached, handshake, expiry, head } = seen;
+        let Progress { mut reached, shaking, handshake, expiry, head } = seen;
         let now = clock::now();
         let verdict = match result {
             Ok(Ok(())) => Some(None),
@@ -203,6 +203,7 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
                 Some(Some(Seen::Corrupt))
             }
             Err(_) if deadline.elapsed() > LATE => None,
+            Err(_) if shaking => Some(Some(Seen::Tls("handshake silent"))),
             Err(_) => Some(Some(Seen::Silent)),
         };
         if matches!(verdict, Some(Some(Seen::Reset(_)))) {
@@ -268,6 +269,8 @@ impl From<io::Error> for Failed {
 /// How far a probe came, whatever its end.
 struct Progress {
     reached: Depth,
+    /// Whether a TLS handshake is under way.
+    shaking: bool,
     handshake: Option<Duration>,
     /// When the certificate ends that was shown.
     expiry: Option<i64>,
@@ -306,7 +309,7 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
         Some(tls) => {
             let http = matches!(key.probe.kind, ProbeKind::Http { .. } | ProbeKind::Grpc { .. });
             let config = match (http, two || key.probe.version == HttpVersion::Auto) {
-                (false, _) => &tls.client,
+                (false, _) => &tls.probe,
                 (true, two) => &tls.http[usize::from(two)],
             };
             Stream::Tls(Box::new(shake(config, tls.server_name.clone(), socket, seen).await?.into()))
@@ -321,7 +324,7 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
         ProbeKind::Tcp | ProbeKind::Tls { .. } => Ok(()),
         ProbeKind::Grpc { service } => ask_grpc(stream, key, service).await,
         ProbeKind::Http { method, path, host, status, body, digest }
-            if two || *digest || key.probe.data_header.is_some() =>
+            if two || *digest || body.is_some() || key.probe.data_header.is_some() =>
         {
             let host = host.clone().unwrap_or_else(|| key.address.to_string());
             let scheme = if key.probe.tls.is_some() { "https" } else { "http" };
@@ -336,7 +339,8 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
                 let good = status.iter().any(|(low, high)| (*low..=*high).contains(&found));
                 good.then_some(*digest || body.is_some()).ok_or(Failed::Wrong)
             };
-            let (head, bytes) = ask_whole(stream, two, request, Bytes::new(), judges).await?;
+            let until = body.as_deref().filter(|_| !*digest).map(str::as_bytes);
+            let (head, bytes) = ask_whole(stream, two, request, Bytes::new(), judges, until).await?;
             if body.as_ref().is_some_and(|body| !contains(&bytes, body.as_bytes())) {
                 return Err(Failed::Wrong);
             }
@@ -346,7 +350,7 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
             seen.head = Some(head.headers);
             Ok(())
         }
-        ProbeKind::Http { method, path, host, status, body, .. } => {
+        ProbeKind::Http { method, path, host, status, .. } => {
             let host = host.clone().unwrap_or_else(|| key.address.to_string());
             let request = format!(
                 "{method} {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: sailover/{}\r\nAccept: */*\r\nConnection: close\r\n\r\n",
@@ -355,7 +359,7 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
             stream.write_all(request.as_bytes()).await?;
             let mut answer = Vec::new();
             loop {
-                match judge_http(&answer, status, body.as_deref()) {
+                match judge_http(&answer, status) {
                     Some(true) => return Ok(()),
                     Some(false) => return Err(Failed::Wrong),
                     None => {}
@@ -396,9 +400,11 @@ async fn shake(
     socket: TcpStream,
     seen: &mut Progress,
 ) -> Result<TlsStream<TcpStream>, Failed> {
-    seen.reached = Depth::FirstByte;
+    (seen.reached, seen.shaking) = (Depth::FirstByte, true);
     let address = socket.peer_addr();
-    match TlsConnector::from(config.clone()).connect(name, socket).await {
+    let shaken = TlsConnector::from(config.clone()).connect(name, socket).await;
+    seen.shaking = false;
+    match shaken {
         Ok(stream) => {
             let shown = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
             seen.expiry = shown.and_then(tls::expiry);
@@ -415,13 +421,15 @@ async fn shake(
     }
 }
 
-/// One request, and its answer: the head, and where `judges` asks for it the beginning of the body.
+/// One request, and its answer: the head, and where `judges` asks for it the beginning of the body, to its end or `until` it holds
+/// these bytes.
 async fn ask_whole(
     stream: Stream,
     two: bool,
     request: http::request::Builder,
     body: Bytes,
     judges: impl Fn(&http::response::Parts) -> Result<bool, Failed>,
+    until: Option<&[u8]>,
 ) -> Result<(http::response::Parts, Vec<u8>), Failed> {
     let gone = |error: hyper::Error| match error.source().and_then(|source| source.downcast_ref::<io::Error>()) {
         Some(error) => Failed::Error(error.kind().into()),
@@ -458,7 +466,7 @@ async fn ask_whole(
         } else if let Ok(trailers) = frame.into_trailers() {
             head.headers.extend(trailers);
         }
-        if bytes.len() > ANSWER {
+        if bytes.len() > ANSWER || until.is_some_and(|part| contains(&bytes, part)) {
             break;
         }
     }
@@ -495,7 +503,7 @@ async fn ask_grpc(stream: Stream, key: &Key, service: &str) -> Result<(), Failed
     let request = http::Request::post(format!("{scheme}://{host}/grpc.health.v1.Health/Check"))
         .header("content-type", "application/grpc")
         .header("te", "trailers");
-    let (head, bytes) = ask_whole(stream, true, request, Bytes::from(body), |_| Ok(true)).await?;
+    let (head, bytes) = ask_whole(stream, true, request, Bytes::from(body), |_| Ok(true), None).await?;
     let status = head.headers.get("grpc-status").map(http::HeaderValue::as_bytes);
     // SERVING is 1, in field 1 as a number.
     let serving = bytes.get(5..).is_some_and(|message| message.starts_with(&[0x08, 0x01]));
@@ -513,8 +521,8 @@ async fn read_more(stream: &mut Stream, answer: &mut Vec<u8>) -> io::Result<bool
     Ok(n > 0)
 }
 
-/// Whether an HTTP answer is the wanted one; `None` while it is too short to tell. Interim answers are skipped.
-fn judge_http(answer: &[u8], wanted: &[(u16, u16)], body: Option<&str>) -> Option<bool> {
+/// Whether an HTTP answer has a wanted status; `None` while it is too short to tell. Interim answers are skipped.
+fn judge_http(answer: &[u8], wanted: &[(u16, u16)]) -> Option<bool> {
     let mut rest = answer;
     loop {
         let line_end = rest.windows(2).position(|pair| pair == b"\r\n");
@@ -528,16 +536,10 @@ fn judge_http(answer: &[u8], wanted: &[(u16, u16)], body: Option<&str>) -> Optio
             .and_then(|rest| std::str::from_utf8(&rest[2..5]).ok())
             .and_then(|digits| digits.parse::<u16>().ok());
         let Some(status) = status else { return Some(false) };
-        let head_end = rest.windows(4).position(|four| four == b"\r\n\r\n").map(|at| at + 4);
-        if (100..200).contains(&status) && status != 101 {
-            rest = &rest[head_end?..];
-            continue;
+        if !(100..200).contains(&status) || status == 101 {
+            return Some(wanted.iter().any(|(low, high)| (*low..=*high).contains(&status)));
         }
-        if !wanted.iter().any(|(low, high)| (*low..=*high).contains(&status)) {
-            return Some(false);
-        }
-        let Some(body) = body else { return Some(true) };
-        return contains(&rest[head_end?..], body.as_bytes()).then_some(true);
+        rest = &rest[rest.windows(4).position(|four| four == b"\r\n\r\n")? + 4..];
     }
 }
 
@@ -552,13 +554,11 @@ mod tests {
     #[test]
     fn http_answers_are_judged_as_soon_as_they_can_be() {
         let ok = &[(200, 299)][..];
-        assert_eq!(judge_http(b"HTTP/1.1 20", ok, None), None);
-        assert_eq!(judge_http(b"HTTP/1.1 204 No Content\r\n", ok, None), Some(true));
-        assert_eq!(judge_http(b"HTTP/1.0 503 Busy\r\n", ok, None), Some(false));
-        assert_eq!(judge_http(b"SSH-2.0-OpenSSH\r\n", ok, None), Some(false));
-        assert_eq!(judge_http(&[b'a'; 70], ok, None), Some(false));
-        assert_eq!(judge_http(b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\n", ok, None), Some(true));
-        assert_eq!(judge_http(b"HTTP/1.1 200 OK\r\nA: ready\r\n\r\nnot", ok, Some("ready")), None);
-        assert_eq!(judge_http(b"HTTP/1.1 200 OK\r\n\r\nall ready", ok, Some("ready")), Some(true));
+        assert_eq!(judge_http(b"HTTP/1.1 20", ok), None);
+        assert_eq!(judge_http(b"HTTP/1.1 204 No Content\r\n", ok), Some(true));
+        assert_eq!(judge_http(b"HTTP/1.0 503 Busy\r\n", ok), Some(false));
+        assert_eq!(judge_http(b"SSH-2.0-OpenSSH\r\n", ok), Some(false));
+        assert_eq!(judge_http(&[b'a'; 70], ok), Some(false));
+        assert_eq!(judge_http(b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\n", ok), Some(true));
     }
 }

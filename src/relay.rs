@@ -5,17 +5,21 @@
 //! 2. After a write that the peer did not take whole, the next read asks for little: the peer is slow.
 //! 3. After a few full reads the direction moves to `splice(2)`, and back when the reads become small.
 //! 4. The end of one direction is passed on as a half-close; the other goes on under the half-close timer.
-//! 5. A direction whose peer refuses further bytes does not end the other: an answer may still be on its way.
+//! 5. TLS that ends without `close_notify` ends as the connection under it does: all of it is passed on, then the end; but
+//!    to a peer under TLS by a close alone.
+//! 6. A direction whose peer refuses further bytes does not end the other: an answer may still be on its way.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::time::{Instant, Sleep};
 use xxhash_rust::xxh3::xxh3_64;
@@ -117,10 +121,20 @@ struct Direction {
     unflushed: bool,
     /// No pipe was to be had; ask no more.
     no_pipe: bool,
-    finished: bool,
+    ended: Ended,
     /// Waits for the peer to take bytes.
     waits: bool,
     done: bool,
+}
+
+/// Whether the source has finished.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Ended {
+    #[default]
+    Not,
+    Yes,
+    /// By a close under TLS, without the word for it.
+    Unsaid,
 }
 
 /// Which of the two sockets of a direction failed, of the sink how; or why it may not go on.
@@ -203,7 +217,7 @@ pub async fn relay(
                 }
             }
             carried.up = up.moved - ours;
-            carried.client_left_first |= up.finished && !down.finished;
+            carried.client_left_first |= up.finished() && !down.finished();
         }
         if !down.done {
             // After a reset of the backend's no FIN may tell the client that this was all.
@@ -246,7 +260,7 @@ pub async fn relay(
             session.set_waits(waits);
         }
         // Who has something to write waits for its peer, not for the other side's last words.
-        let half = (up.done || down.done || up.finished || down.finished) && waits == 0;
+        let half = (up.done || down.done || up.finished() || down.finished()) && waits == 0;
         let bound = if half { bounds.half_close.min(bounds.idle) } else { bounds.idle };
         let piped = up.pipe.is_some() || down.pipe.is_some();
         let wanted = if piped { tick(bound).min(Duration::from_secs(1)) } else { tick(bound) };
@@ -306,13 +320,19 @@ impl Direction {
                 self.unflushed = false;
             }
             self.waits = false;
-            if self.finished {
+            if self.finished() {
                 self.release_pipe();
                 if last {
                     return Poll::Ready(Ok(()));
                 }
                 // An error here means that the sink is gone; whoever reads from it will see that.
                 self.waits = true;
+                if self.ended == Ended::Unsaid && sink.plain().is_none() {
+                    // Nobody said that this was all, and so we do not say it either.
+                    let _ = SockRef::from(sink.socket()).shutdown(Shutdown::Write);
+                    self.waits = false;
+                    return Poll::Ready(Ok(()));
+                }
                 let _ = ready!(Pin::new(&mut *sink).poll_shutdown(context));
                 self.waits = false;
                 return Poll::Ready(Ok(()));
@@ -348,10 +368,15 @@ impl Direction {
             let mut shared = shared.borrow_mut();
             let most = if self.cautious { CAUTIOUS } else { BUFFER };
             let mut buffer = ReadBuf::new(&mut shared[..most]);
-            ready!(Pin::new(source).poll_read(context, &mut buffer)).map_err(|_| Broken::Source)?;
+            let read = ready!(Pin::new(source).poll_read(context, &mut buffer));
+            // Many peers end TLS by closing the connection under it. What came before is passed on as without TLS.
+            let unsaid = matches!(&read, Err(error) if error.kind() == io::ErrorKind::UnexpectedEof);
+            if !unsaid {
+                read.map_err(|_| Broken::Source)?;
+            }
             let bytes = buffer.filled();
             if bytes.is_empty() {
-                self.finished = true;
+                self.ended = if unsaid { Ended::Unsaid } else { Ended::Yes };
                 return Poll::Ready(Ok(()));
             }
             self.moved += bytes.len() as u64;
@@ -417,7 +442,7 @@ impl Direction {
         loop {
             match source.try_io(Interest::READABLE, || pipe.fill(source.as_fd())) {
                 Ok(0) => {
-                    self.finished = true;
+                    self.ended = Ended::Yes;
                     return Poll::Ready(Ok(()));
                 }
                 Ok(n) => {
@@ -439,6 +464,10 @@ impl Direction {
                 Err(_) => return Poll::Ready(Err(Broken::Source)),
             }
         }
+    }
+
+    fn finished(&self) -> bool {
+        self.ended != Ended::Not
     }
 
     /// Bytes taken from the source and not yet by the sink.

@@ -20,7 +20,7 @@ use crate::log;
 use crate::metrics::Histogram;
 use crate::pool::{self, Choice, Member, Pool};
 use crate::reload::Report;
-use crate::session::Row;
+use crate::session::{self, Row};
 use crate::table::{End, Face, Listener, Table};
 use crate::tls;
 
@@ -254,6 +254,39 @@ pub fn sessions(table: &Table, rows: &[Row]) -> Vec<Value> {
             shown
         })
         .collect()
+}
+
+/// Why a filter that no session fits names nothing of the table; `None`: it may.
+pub fn names_nothing(table: &Table, filter: &session::Filter) -> Option<String> {
+    let listed = |names: Vec<&str>| names.into_iter().take(12).collect::<Vec<_>>().join(" | ");
+    if let Some(pool) = filter.pool.as_ref().filter(|pool| !table.pools.iter().any(|known| *known.name == ***pool)) {
+        return Some(format!(
+            "there is no pool {pool:?}; expected {}",
+            listed(table.pools.iter().map(|p| &*p.name).collect())
+        ));
+    }
+    let pools = || table.pools.iter().filter(|known| filter.pool.as_ref().is_none_or(|pool| *known.name == **pool));
+    let members = || pools().flat_map(|pool| &pool.members).map(|member| &member.backend);
+    let known = |wanted: &String| members().any(|known| session::is_called(known, wanted));
+    if let Some(backend) = filter.backend.as_ref().filter(|backend| !known(backend)) {
+        return Some(format!(
+            "there is no backend {backend:?}; expected {}",
+            listed(members().map(|b| &*b.name).collect())
+        ));
+    }
+    let malformed = filter.ids.iter().find(|id| {
+        id.split_once('-')
+            .is_none_or(|(worker, number)| worker.parse::<usize>().is_err() || number.parse::<u64>().is_err())
+    });
+    malformed.map(|id| format!("{id:?} is no session; `sailover sessions` shows their identities, such as 0-17"))
+}
+
+/// A word about pools of HTTP, whose connections are no sessions, where the filter names one.
+pub fn of_http(table: &Table, filter: &session::Filter) -> Option<String> {
+    let pool = filter.pool.as_ref()?;
+    let http = table.listeners.values().filter(|listener| matches!(listener.face, Face::Http(_)));
+    let serves = http.flat_map(|listener| listener.face.pools()).any(|known| *known.name == **pool);
+    serves.then(|| format!("pool {pool} is served by http too: its requests are no sessions, and not among these"))
 }
 
 /// `sailover explain`: where this client would go now, at each listener or at one, and why.

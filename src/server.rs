@@ -36,6 +36,8 @@ use crate::worker::{Command, Worker};
 const HELPERS: usize = 4;
 /// How often the process looks after itself.
 const TICK: Duration = Duration::from_secs(1);
+/// Sessions that are left when the program stops have so long to be told of.
+const ENDING: Duration = Duration::from_millis(300);
 /// Addresses are asked whether they are local once in so many ticks.
 const LOCAL_TICKS: u64 = 5;
 
@@ -89,6 +91,8 @@ struct Control {
     logger: Logger,
     workers: Vec<Worker>,
     bound: HashMap<SocketAddr, Bound>,
+    /// Addresses that were given up, and when: for some moments they still serve those who had come.
+    closing: HashMap<SocketAddr, Instant>,
     probers: Probers,
     info: Arc<Mutex<Info>>,
     reloading: Reloading,
@@ -169,6 +173,7 @@ async fn serve(
         logger,
         workers,
         bound: HashMap::new(),
+        closing: HashMap::new(),
         probers: Probers::default(),
         info,
         reloading: Reloading::default(),
@@ -292,9 +297,9 @@ impl Control {
                 tracing::info!(
                     generation = self.host.live.load().generation,
                     hash = self.host.live.load().hash,
-                    backends = ?difference.backends,
-                    pools = ?difference.pools,
-                    listeners = ?difference.listeners,
+                    backends = %difference.backends,
+                    pools = %difference.pools,
+                    listeners = %difference.listeners,
                     probers_started = report.probers.0,
                     probers_stopped = report.probers.1,
                     "reloaded"
@@ -338,13 +343,15 @@ impl Control {
         let dangers = &report.difference.dangers;
         if !dangers.is_empty() && !self.reloading.force {
             let mut errors: Vec<String> = dangers.iter().map(|danger| format!("the file removes {danger}")).collect();
-            errors.push("refused; `sailover reload --force` goes on all the same (SIGHUP never does)".into());
+            errors.push("`sailover reload --force` goes on all the same (SIGHUP never does)".into());
             return Err(errors);
         }
         let table = prepared.table;
         let mut sockets: Vec<(SocketAddr, Vec<std::net::TcpListener>)> = Vec::new();
         for bind in table.listeners.keys().filter(|bind| !self.bound.contains_key(bind)) {
-            let ours = self.bound.keys().chain(sockets.iter().map(|(bind, _)| bind));
+            // One that was given up a moment ago may still serve its last clients.
+            self.closing.retain(|_, since| since.elapsed() < listen::FAREWELL * 2);
+            let ours = self.bound.keys().chain(self.closing.keys()).chain(sockets.iter().map(|(bind, _)| bind));
             let shared = shares_port(*bind, ours);
             sockets.push((*bind, bind_for(*bind, self.workers.len(), shared).map_err(|error| vec![error])?));
         }
@@ -368,10 +375,12 @@ impl Control {
             tracing::info!(%bind, "listening");
             self.listen(bind, sockets);
         }
+        let closing = &mut self.closing;
         self.bound.retain(|bind, bound| {
             let keep = table.listeners.contains_key(bind);
             if !keep {
-                tracing::info!(%bind, "no longer listening");
+                tracing::info!(%bind, "no longer listening, as soon as those who are connecting now are served");
+                closing.insert(*bind, Instant::now());
                 let _ = bound.stop.send(true);
             }
             keep
@@ -652,6 +661,14 @@ impl Control {
             quiet = if self.host.connections.used() == 0 { quiet + 1 } else { 0 };
         }
         let left = self.host.connections.used();
+        if left > 0 {
+            // Each session gets its line in the access log before it is cut.
+            self.workers.iter().for_each(|worker| worker.tell(Command::EndAll));
+            let patience = Instant::now() + ENDING;
+            while Instant::now() < patience && self.host.connections.used() > 0 {
+                sleep_until(Instant::now() + Duration::from_millis(5)).await;
+            }
+        }
         if let Some(path) = &self.socket {
             let _ = std::fs::remove_file(path);
         }

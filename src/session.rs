@@ -266,7 +266,7 @@ pub fn rebalance(table: &Table, now: Time) {
 pub struct Filter {
     /// Of this pool.
     pub pool: Option<String>,
-    /// At the backend of this name.
+    /// At the backend of this name or address.
     pub backend: Option<String>,
     /// Of this client.
     pub client: Option<IpAddr>,
@@ -291,10 +291,15 @@ impl Filter {
 
     fn covers(&self, entry: &Entry, numbers: Option<&HashSet<u64>>) -> bool {
         self.pool.as_ref().is_none_or(|pool| *entry.backend.shared.name == **pool)
-            && self.backend.as_ref().is_none_or(|backend| *entry.backend.name == **backend)
+            && self.backend.as_ref().is_none_or(|backend| is_called(&entry.backend, backend))
             && numbers.is_none_or(|numbers| numbers.contains(&entry.id))
             && self.client.is_none_or(|client| entry.peer.ip().to_canonical() == client.to_canonical())
     }
+}
+
+/// Whether an operator who says `wanted` means this backend: its name or its address.
+pub fn is_called(backend: &Backend, wanted: &str) -> bool {
+    *backend.name == *wanted || wanted.parse() == Ok(backend.address)
 }
 
 /// One session, as an operator sees it.
@@ -377,6 +382,15 @@ pub fn kick(filter: &Filter, worker: usize) -> usize {
         }
         marked
     })
+}
+
+/// Ends all that are left, because the program stops.
+pub fn end_all() {
+    SESSIONS.with(|sessions| {
+        for (_, entry) in sessions.borrow_mut().iter_mut().filter(|(_, entry)| entry.ended.is_none()) {
+            end(entry, End::Stopped);
+        }
+    });
 }
 
 /// Ends what a session has with its backend, which says nothing.

@@ -286,6 +286,9 @@ fn version_2(stream: &[u8]) -> Verdict<Proxied> {
     let Some(addresses) = version_2_addresses(family, &mut body) else {
         return Verdict::Wrong("a PROXY header with addresses that are none");
     };
+    if family != 0 && !has_its_checksum(&stream[..whole], whole - body.0.len()) {
+        return Verdict::Wrong("a PROXY header that does not have its checksum");
+    }
     match tlvs(body) {
         // What follows an unspecified family is for nobody to read.
         None if family == 0 => Verdict::Done(Proxied { length: whole, addresses, tlvs: Vec::new() }),
@@ -308,6 +311,28 @@ fn version_2_addresses(family: u8, body: &mut Bytes<'_>) -> Option<Option<(Socke
     let source = SocketAddr::new(source, body.number(2)? as u16);
     let destination = SocketAddr::new(destination, body.number(2)? as u16);
     Some(Some((source, destination)))
+}
+
+/// Whether a header that carries a CRC-32C has that, computed with zeros in its place; `values` is where the values begin.
+fn has_its_checksum(header: &[u8], values: usize) -> bool {
+    let mut at = values;
+    while let Some(&[kind, high, low]) = header.get(at..at + 3) {
+        let length = usize::from(u16::from_be_bytes([high, low]));
+        if kind == TLV_CRC32C {
+            let Some(&[a, b, c, d]) = header.get(at + 3..at + 3 + length) else { return false };
+            let mut zeroed = header.to_vec();
+            zeroed[at + 3..at + 7].fill(0);
+            return u32::from_be_bytes([a, b, c, d]) == crc32c(&zeroed);
+        }
+        at += 3 + length;
+    }
+    true
+}
+
+/// CRC-32C (Castagnoli), bit by bit: headers are short, and few carry one.
+fn crc32c(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, _: u8| if crc & 1 == 1 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
+    !bytes.iter().fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
 }
 
 /// The values behind the addresses, without the checksum of a header that will not be the same.
@@ -564,12 +589,9 @@ mod tests {
         assert!(matches!(with(13, 0x31), Verdict::Wrong(_)), "unix sockets");
         assert!(matches!(with(13, 0x21), Verdict::Wrong(_)), "too short for IPv6");
         assert!(matches!(with(14, 0xff), Verdict::Wrong(_)), "too long");
-        // A value that is longer than what is left; a checksum is not passed on.
+        // A value that is longer than what is left.
         let cut = proxy_header(ProxyVersion::V2, addresses("192.0.2.1:1", "192.0.2.2:2"), &[2, 0, 9, 1]);
         assert!(matches!(proxied(&cut), Verdict::Wrong(_)));
-        let sum =
-            proxy_header(ProxyVersion::V2, addresses("192.0.2.1:1", "192.0.2.2:2"), &[3, 0, 4, 1, 2, 3, 4, 5, 0, 1, 9]);
-        assert!(matches!(proxied(&sum), Verdict::Done(Proxied { tlvs, .. }) if tlvs == [5, 0, 1, 9]));
     }
 
     #[test]
@@ -601,5 +623,21 @@ mod tests {
             }
             _ => panic!("it is a header"),
         }
+    }
+
+    #[test]
+    fn a_checksum_is_checked_where_there_is_one() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283, "the value that RFC 3720 and its like agree on");
+        let addresses = ("192.0.2.1:1000".parse().unwrap(), "192.0.2.2:443".parse().unwrap());
+        let values = [&[TLV_CRC32C, 0, 4, 0, 0, 0, 0][..], &[2, 0, 3], b"abc"].concat();
+        let mut header = proxy_header(ProxyVersion::V2, Some(addresses), &values);
+        let sum = crc32c(&header);
+        assert!(matches!(proxied(&header), Verdict::Wrong(_)), "zeros are not it");
+        let at = header.len() - values.len() + 3;
+        header[at..at + 4].copy_from_slice(&sum.to_be_bytes());
+        let Verdict::Done(found) = proxied(&header) else { panic!("it has its checksum") };
+        assert_eq!((found.addresses, &found.tlvs[..]), (Some(addresses), &[2, 0, 3, b'a', b'b', b'c'][..]));
+        header[at - 4] ^= 1;
+        assert!(matches!(proxied(&header), Verdict::Wrong(_)));
     }
 }

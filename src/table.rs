@@ -202,6 +202,8 @@ pub enum End {
     ClientGone,
     /// An operator ended it.
     Kicked,
+    /// The program was told to stop, and its time to end by itself was over.
+    Stopped,
     /// Its cell has more than its share since another one came back.
     Rebalanced,
     /// Its PROXY header or ClientHello did not come in time.
@@ -222,7 +224,7 @@ pub enum End {
 
 impl End {
     /// All, in the order of the counters.
-    pub const ALL: [End; 26] = [
+    pub const ALL: [End; 27] = [
         End::ClientClosed,
         End::BackendClosed,
         End::ClientReset,
@@ -241,6 +243,7 @@ impl End {
         End::Poison,
         End::ClientGone,
         End::Kicked,
+        End::Stopped,
         End::Rebalanced,
         End::Handshake,
         End::Malformed,
@@ -272,6 +275,7 @@ impl End {
             End::Denied => "denied",
             End::ClientGone => "client_gone",
             End::Kicked => "kicked",
+            End::Stopped => "stopped",
             End::Rebalanced => "rebalanced",
             End::Handshake => "handshake_timeout",
             End::Malformed => "malformed",
@@ -383,6 +387,12 @@ pub struct Counts {
     pub added: usize,
     pub removed: usize,
     pub changed: usize,
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "+{} -{} ~{}", self.added, self.removed, self.changed)
+    }
 }
 
 /// Builds a table. `process_limit` is the most connections that the process may hold.

@@ -119,7 +119,7 @@ async fn place(pool: &Pool, client: &Stream) -> Option<Permit> {
     {
         return Some(place);
     }
-    let (queue, gone) = (pool.policy.queue, || Waiting(client.socket()).gone());
+    let (queue, gone) = (pool.policy.queue, || Waiting(client.socket(), None).gone());
     Box::pin(pool.shared.queue.take(NORMAL, queue.length, queue.timeout, gone, ask)).await
 }
 
@@ -147,9 +147,25 @@ pub async fn begin(
         return Ok((Stream::Plain(client), greeting));
     }
     // Those who have not begun yet, and may never, leave room for the others, of this listener and of all.
-    let half = (host.max_connections.load(Relaxed).min(listener.max_connections) / 2).max(1);
-    let Some(_beginning) = listener.shared.beginnings.take(half) else { return Err((End::Cap, Some(client))) };
+    let most = host.max_connections.load(Relaxed).min(listener.max_connections);
+    let Some(_beginning) = beginning(listener, most).await else { return Err((End::Cap, Some(client))) };
     greet(client, listener, record).await
+}
+
+/// One of the places of those who have not begun yet, half of all. Whoever finds none waits for one as at any bound, unless three
+/// quarters of all places are taken.
+async fn beginning(listener: &Listener, most: u32) -> Option<Permit> {
+    let (places, half) = (&listener.shared.beginnings, (most / 2).max(1));
+    let deadline = Instant::now() + listener.wait;
+    loop {
+        let freed = std::pin::pin!(places.freed());
+        if let Some(place) = places.take(half) {
+            return Some(place);
+        }
+        if listener.shared.connections.used() > most / 4 * 3 || timeout_at(deadline, freed).await.is_err() {
+            return None;
+        }
+    }
 }
 
 /// The pool of a connection, after what the client says first where the listener has to know it, and after the handshake
@@ -202,7 +218,12 @@ async fn greet(
                 }
             })?;
             greeting.name = stream.get_ref().1.server_name().map(str::to_ascii_lowercase);
-            Stream::Tls(Box::new(stream.into()))
+            let stream = Stream::Tls(Box::new(stream.into()));
+            // A ticket stands for a certificate no longer than the certificate itself is good.
+            if stream.has_outlived_its_certificate() {
+                return Err((End::Tls, None));
+            }
+            stream
         }
     };
     Ok((client, greeting))
@@ -367,7 +388,9 @@ async fn with_one(
                     owed = None;
                 }
                 Notice::Unanswered if asked.elapsed() <= first_byte_time(&backend) => {
-                    backend.unanswered(&policy.health, prefix, carried.spoke.is_some(), attempt_began, clock::now());
+                    // A PROXY header is said for the client.
+                    let spoke = carried.spoke.is_some() || policy.send_proxy.is_some();
+                    backend.unanswered(&policy.health, prefix, spoke, attempt_began, clock::now());
                 }
                 Notice::Unanswered => {}
             }
@@ -422,7 +445,8 @@ async fn connect_to_one(
     let header = if under_tls { first_bytes(&pool.policy, greeting, peer_socket, true) } else { (Vec::new(), 0) };
     let network = Kernel { tls: true, header: header.0 };
     let tried: Vec<usize> = before.into_iter().collect();
-    let waiting = Waiting(client.socket());
+    let told_of = pool.policy.send_proxy.map(|_| witness::prefix(peer.ip()));
+    let waiting = Waiting(client.socket(), told_of);
     let first = None;
     let mut dialled = dial::dial(
         &network,
@@ -547,12 +571,16 @@ pub fn reset(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
-/// The accepted connection while a backend is dialled.
-struct Waiting<'a>(&'a TcpStream);
+/// The accepted connection while a backend is dialled, and the client's prefix where backends are told of it first.
+struct Waiting<'a>(&'a TcpStream, Option<u32>);
 
 impl Client for Waiting<'_> {
     fn gone(&self) -> bool {
         sys::tcp_info(self.0.as_fd()).is_ok_and(|info| info.gone())
+    }
+
+    fn told_of(&self) -> Option<u32> {
+        self.1
     }
 }
 
@@ -589,6 +617,10 @@ impl Network for Kernel {
             rtt: Duration::ZERO,
             under: tls.map(|tls| Box::new((tls.clone(), self.header.clone()))),
         })
+    }
+
+    fn shakes_hands(&self, policy: &Policy) -> bool {
+        self.tls && policy.tls.is_some()
     }
 }
 

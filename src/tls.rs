@@ -3,21 +3,28 @@
 use std::collections::HashMap;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{
+    ClientSessionMemoryCache, ClientSessionStore, Resumption, Tls12ClientSessionValue, Tls13ClientSessionValue,
+};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{ClientHello, ProducesTickets, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{
-    ClientConfig, DigitallySignedStruct, Error, RootCertStore, ServerConfig, SignatureScheme, SupportedProtocolVersion,
+    ClientConfig, DigitallySignedStruct, Error, HandshakeKind, NamedGroup, RootCertStore, ServerConfig,
+    SignatureScheme, SupportedProtocolVersion,
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsStream;
+use x509_parser::asn1_rs::ToDer;
+use x509_parser::x509::{AttributeTypeAndValue, RelativeDistinguishedName};
 
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
@@ -49,7 +56,7 @@ pub fn client(authorities: Option<&[u8]>) -> Result<Arc<ClientConfig>, String> {
         }
     };
     // Each probe is to be a whole handshake.
-    config.resumption = rustls::client::Resumption::disabled();
+    config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }
 
@@ -121,7 +128,10 @@ pub struct Upstream {
     pub identity: Option<PemPair>,
     /// What its handshakes are made by, for plain bytes.
     pub client: Arc<ClientConfig>,
-    /// The same for HTTP, with what it offers by ALPN.
+    /// The same for probes, each a whole handshake in which the certificate is judged: of plain bytes, and of HTTP with what it
+    /// offers by ALPN.
+    pub probe: Arc<ClientConfig>,
+    /// See `probe`.
     pub http: [Arc<ClientConfig>; 2],
     /// Stands for all of it.
     pub digest: u64,
@@ -153,8 +163,6 @@ impl Upstream {
     ) -> Result<Upstream, String> {
         let server_name = ServerName::try_from(name.to_owned()).map_err(|_| format!("{name} is no server name"))?;
         let mut config = ClientConfig::clone(&*client(verify.then_some(&*authorities))?);
-        // Unlike a probe's, these handshakes may be short.
-        config.resumption = rustls::client::Resumption::default();
         if let Some((chain, key)) = &identity {
             let shown = self::identity(chain, key).map_err(|(_, error)| format!("TLS to backends: {error}"))?;
             config.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(shown.key.clone()));
@@ -165,6 +173,9 @@ impl Upstream {
             Arc::new(config)
         };
         let http = [offering(&[b"http/1.1"]), offering(&[b"h2", b"http/1.1"])];
+        let probe = Arc::new(config.clone());
+        // Unlike a probe's, these handshakes may be short.
+        config.resumption = Resumption::store(Arc::new(Tickets::default()));
         Ok(Upstream {
             name: name.to_owned(),
             server_name,
@@ -173,8 +184,64 @@ impl Upstream {
             identity,
             http,
             digest,
+            probe,
             client: Arc::new(config),
         })
+    }
+}
+
+/// What shortens further handshakes with a backend, for a minute: then its certificate is judged again.
+#[derive(Debug)]
+struct Tickets(Mutex<(Instant, Arc<ClientSessionMemoryCache>)>);
+
+/// For so long.
+const RESUMED_FOR: Duration = Duration::from_secs(60);
+/// Sessions remembered for one pool.
+const RESUMED: usize = 256;
+
+impl Default for Tickets {
+    fn default() -> Tickets {
+        Tickets(Mutex::new((Instant::now(), Arc::new(ClientSessionMemoryCache::new(RESUMED)))))
+    }
+}
+
+impl Tickets {
+    fn now(&self) -> Arc<ClientSessionMemoryCache> {
+        let mut since = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if since.0.elapsed() >= RESUMED_FOR {
+            *since = (Instant::now(), Arc::new(ClientSessionMemoryCache::new(RESUMED)));
+        }
+        since.1.clone()
+    }
+}
+
+impl ClientSessionStore for Tickets {
+    fn set_kx_hint(&self, server_name: ServerName<'static>, group: NamedGroup) {
+        self.now().set_kx_hint(server_name, group);
+    }
+
+    fn kx_hint(&self, server_name: &ServerName<'_>) -> Option<NamedGroup> {
+        self.now().kx_hint(server_name)
+    }
+
+    fn set_tls12_session(&self, server_name: ServerName<'static>, value: Tls12ClientSessionValue) {
+        self.now().set_tls12_session(server_name, value);
+    }
+
+    fn tls12_session(&self, server_name: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
+        self.now().tls12_session(server_name)
+    }
+
+    fn remove_tls12_session(&self, server_name: &ServerName<'static>) {
+        self.now().remove_tls12_session(server_name);
+    }
+
+    fn insert_tls13_ticket(&self, server_name: ServerName<'static>, value: Tls13ClientSessionValue) {
+        self.now().insert_tls13_ticket(server_name, value);
+    }
+
+    fn take_tls13_ticket(&self, server_name: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
+        self.now().take_tls13_ticket(server_name)
     }
 }
 
@@ -198,7 +265,13 @@ fn cause(error: &Error) -> &'static str {
     }
 }
 
-/// The same from the text of an error; the HTTP engine keeps no more of it.
+/// Whether a handshake that failed so may have failed for the client that the backend was told of before; what is wrong with a
+/// certificate is the backend's own.
+pub fn may_be_the_clients(cause: &str) -> bool {
+    matches!(cause, "handshake refused" | "handshake failed")
+}
+
+/// How a handshake failed, from the text of an error; the HTTP engine keeps no more of it.
 pub fn cause_of_text(text: &str) -> &'static str {
     let words = [
         ("Expired", "expired"),
@@ -256,11 +329,51 @@ pub fn identity(chain: &[u8], key: &[u8]) -> Result<Identity, (Part, String)> {
     }
 }
 
-/// Subject of a certificate, as RFC 4514 writes it.
+/// Subject of a certificate, as RFC 4514 writes it: the last part first, and no value that could be read as a further part.
 fn subject(certificate: &CertificateDer<'_>) -> Option<String> {
     let (_, read) = x509_parser::parse_x509_certificate(certificate).ok()?;
-    Some(read.subject().to_string())
+    let parts: Vec<_> = read.subject().iter_rdn().collect();
+    let of_part = |part: &&RelativeDistinguishedName<'_>| part.iter().map(attribute).collect::<Vec<_>>().join("+");
+    Some(parts.iter().rev().map(of_part).collect::<Vec<_>>().join(","))
 }
+
+/// One attribute of a name (RFC 4514, section 2.3 and 2.4). What is not ASCII is written in hexadecimal digits, since the text
+/// goes into a header.
+fn attribute(attribute: &AttributeTypeAndValue<'_>) -> String {
+    let id = attribute.attr_type().to_id_string();
+    let known = ATTRIBUTES.iter().find(|(known, _)| *known == id).map(|(_, name)| *name);
+    let (Some(name), Ok(value)) = (known, attribute.as_str()) else {
+        let encoded = attribute.attr_value().to_der_vec().unwrap_or_default();
+        let digits: String = encoded.iter().map(|byte| format!("{byte:02x}")).collect();
+        return format!("{}=#{digits}", known.unwrap_or(&id));
+    };
+    let mut text = format!("{name}=");
+    let last = value.len().saturating_sub(1);
+    for (at, byte) in value.bytes().enumerate() {
+        let at_an_end = byte == b' ' && (at == 0 || at == last) || byte == b'#' && at == 0;
+        match byte {
+            b'"' | b'+' | b',' | b';' | b'<' | b'>' | b'\\' => text.extend(['\\', char::from(byte)]),
+            _ if at_an_end => text.extend(['\\', char::from(byte)]),
+            b' '..=b'~' => text.push(char::from(byte)),
+            _ => text.push_str(&format!("\\{byte:02X}")),
+        }
+    }
+    text
+}
+
+/// Attributes that have a name (RFC 4514, section 3; the last as OpenSSL writes it).
+const ATTRIBUTES: [(&str, &str); 10] = [
+    ("2.5.4.3", "CN"),
+    ("2.5.4.7", "L"),
+    ("2.5.4.8", "ST"),
+    ("2.5.4.10", "O"),
+    ("2.5.4.11", "OU"),
+    ("2.5.4.6", "C"),
+    ("2.5.4.9", "STREET"),
+    ("0.9.2342.19200300.100.1.25", "DC"),
+    ("0.9.2342.19200300.100.1.1", "UID"),
+    ("1.2.840.113549.1.9.1", "emailAddress"),
+];
 
 /// The file that an error is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -401,6 +514,15 @@ impl Stream {
         }
     }
 
+    /// Whether the peer showed a certificate in an earlier handshake, which this one goes on from, and it has ended since.
+    pub fn has_outlived_its_certificate(&self) -> bool {
+        let Stream::Tls(stream) = self else { return false };
+        let connection = stream.get_ref().1;
+        let resumed = connection.handshake_kind() == Some(HandshakeKind::Resumed);
+        let shown = connection.peer_certificates().filter(|_| resumed).and_then(<[_]>::first);
+        shown.and_then(expiry).is_some_and(|end| end <= UnixTime::now().as_secs() as i64)
+    }
+
     /// Subject of the peer's certificate, as RFC 4514 writes it.
     pub fn subject(&self) -> Option<String> {
         match self {
@@ -447,5 +569,33 @@ impl AsyncWrite for Stream {
             Stream::Plain(socket) => Pin::new(socket).poll_shutdown(context),
             Stream::Tls(stream) => Pin::new(stream).poll_shutdown(context),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, DnType, DnValue, KeyPair};
+
+    #[test]
+    fn a_subject_holds_no_part_that_its_certificate_has_not() {
+        let told = |parts: &[(DnType, DnValue)]| {
+            let mut parameters = CertificateParams::new(Vec::new()).expect("made here");
+            parameters.distinguished_name = rcgen::DistinguishedName::new();
+            for (kind, value) in parts {
+                parameters.distinguished_name.push(kind.clone(), value.clone());
+            }
+            subject(parameters.self_signed(&KeyPair::generate().expect("made here")).expect("made here").der())
+                .expect("made here")
+        };
+        let text = |text: &str| DnValue::Utf8String(text.into());
+        let two = [(DnType::OrganizationName, text("Corp")), (DnType::CommonName, text("ann"))];
+        assert_eq!(told(&two), "CN=ann,O=Corp", "the last part first");
+        assert_eq!(told(&[(DnType::CommonName, text("ann,O=Corp+OU=\"x\""))]), "CN=ann\\,O=Corp\\+OU=\\\"x\\\"");
+        assert_eq!(told(&[(DnType::CommonName, text(" #a \\ "))]), "CN=\\ #a \\\\\\ ");
+        assert_eq!(told(&[(DnType::CommonName, text("#a\r\nX-Admin: 1"))]), "CN=\\#a\\0D\\0AX-Admin: 1");
+        assert_eq!(told(&[(DnType::CommonName, text("Jürg"))]), "CN=J\\C3\\BCrg");
+        assert_eq!(told(&[(DnType::CustomDnType(vec![1, 2, 3, 4]), text("a,b"))]), "1.2.3.4=#0c03612c62");
+        assert_eq!(told(&[]), "");
     }
 }

@@ -87,6 +87,11 @@ impl Uplink {
         })
     }
 
+    /// The name of a cell, by its number.
+    pub fn cell_name(&self, cell: usize) -> Option<Arc<str>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).get(cell).cloned()
+    }
+
     /// How many cells the table in use has.
     pub fn set_cells(&self, cells: usize) {
         self.cells.store(cells, Relaxed);

@@ -47,6 +47,8 @@ pub enum Command {
         /// Takes the answer of each worker.
         reply: UnboundedSender<Sessions>,
     },
+    /// End all sessions: the program stops.
+    EndAll,
 }
 
 /// A worker's answer about its sessions.
@@ -113,6 +115,7 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
                 Some(Command::Sessions { filter, kick, most, reply }) => {
                     let _ = reply.send(sessions(number, &filter, kick, most));
                 }
+                Some(Command::EndAll) => session::end_all(),
                 Some(Command::Listen { bind, socket, stop }) => match TcpListener::from_std(socket) {
                     Ok(socket) => drop(accepting.spawn(listen::accept(socket, bind, host.clone(), stop))),
                     Err(error) => tracing::error!(%bind, %error, "cannot accept on this address"),

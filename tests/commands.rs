@@ -360,3 +360,55 @@ fn the_demo_loses_nobody_with_failover_and_some_without() {
     assert_eq!(code, Some(0), "{shown}");
     assert!(failed * 20 > requests, "{shown}");
 }
+
+#[test]
+fn sessions_of_nobody_are_not_mistaken_for_none() {
+    let (backends, proxy) = two("");
+    let (_stream, _) = held(&proxy);
+    assert!(refused(&proxy, &["sessions", "--pool", "nope"], 1).contains("there is no pool \"nope\"; expected p"));
+    assert!(refused(&proxy, &["kick", "--backend", "127.0.0.1:1"], 1).contains("there is no backend \"127.0.0.1:1\""));
+    assert!(refused(&proxy, &["kick", "abc"], 1).contains("\"abc\" is no session"));
+    assert!(done(&proxy, &["kick", "0-999999"]).contains("0 sessions are being ended"));
+    // Where a backend has a name, its address means it too.
+    let yaml = format!(
+        "pools: {{ p: {{ cells: {{ c0: [ {{ name: one, address: '{}' }} ] }} }}, \
+         q: {{ cells: {{ c1: [ '{}' ] }} }} }}\n\
+         listeners: [ {{ bind: '127.0.0.1:0', tcp: p }}, {{ name: web, bind: '127.0.0.2:0', http: {{ routes: [ {{ pool: q }} ] }} }}, \
+         {{ name: moved, bind: '127.0.0.3:0', http: {{ routes: [ {{ redirect: {{ scheme: https }} }} ] }} }} ]",
+        backends[0].address, backends[1].address
+    );
+    let proxy = Proxy::start(&yaml);
+    proxy.wait_health("one", "up", Duration::from_secs(5));
+    let (_stream, _) = held(&proxy);
+    assert!(done(&proxy, &["sessions", "--backend", &backends[0].address.to_string()]).contains("1 of 1 sessions"));
+    assert!(done(&proxy, &["sessions", "--pool", "q"]).contains("pool q is served by http too"));
+    let told = refused(&proxy, &["explain", "10.0.0.1", "--listener", "moved"], 1);
+    assert!(told.contains("answers by itself"), "{told}");
+}
+
+#[test]
+fn a_weight_of_a_cell_that_is_gone_can_be_taken_back() {
+    let (backends, proxy) = two("");
+    done(&proxy, &["weight", "p/c1", "40"]);
+    proxy.write(&yaml(&[backends[0].address], "", ""));
+    done(&proxy, &["reload", "--force"]);
+    assert!(done(&proxy, &["status"]).contains("p/c1"));
+    done(&proxy, &["weight", "p/c1", "100"]);
+    assert!(!done(&proxy, &["status"]).contains("p/c1"));
+    refused(&proxy, &["weight", "p/c1", "100"], 1);
+}
+
+/// Who gets the clients when nobody has a share of his own.
+#[test]
+fn shares_are_true_when_all_are_down_or_nothing_is_known() {
+    let (backends, proxy) = two("");
+    backends.iter().for_each(|backend| backend.set(Mode::Refuse));
+    for backend in &backends {
+        eventually("it is down", Duration::from_secs(15), || {
+            let _ = get(proxy.address_cached());
+            (proxy.health(&backend.address.to_string()) == "down").then_some(())
+        });
+    }
+    let shares = ["c0", "c1"].map(|cell| proxy.metric("sailover_cell_share_ratio", &[&format!("cell=\"{cell}\"")]));
+    assert_eq!(shares, [0.5, 0.5]);
+}

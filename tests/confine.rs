@@ -489,6 +489,42 @@ fn a_session_that_kills_goes_nowhere_else_and_does_not_come_again() {
     assert!(proxy.metric("sailover_connections_total", &["end=\"poison\""]) >= 5.0);
 }
 
+/// It has healed, and its hold lasts for a minute. Whom the other one fails is served all the same.
+#[test]
+fn who_has_nobody_else_is_served_by_one_that_is_out() {
+    let hold = "hold: { first: 1m, longest: 1m }";
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let tcp = over(&[&a, &b], hold);
+    a.set(Mode::Refuse);
+    eventually("it is out", Duration::from_secs(5), || {
+        let _ = get(tcp.address(0));
+        (tcp.health(&a.address.to_string()) == "down").then_some(())
+    });
+    a.set(Mode::Serve);
+    b.set(Mode::Refuse);
+    let begin = Instant::now();
+    assert_eq!(get(tcp.address(0)).unwrap(), "a");
+    // Without a second look at the one that refuses, which would have to wait.
+    assert!(begin.elapsed() < Duration::from_millis(80), "{:?}", begin.elapsed());
+
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy =
+        proxy(&pool("p", &[a.address, b.address], &format!("probe: off, {hold}")), "routes: [ { pool: p } ]", "");
+    let ask = || raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    (0..40).for_each(|_| assert!(ask().starts_with("HTTP/1.1 200")));
+    a.set(Mode::Fail(100));
+    eventually("it is out", Duration::from_secs(10), || {
+        ask();
+        (proxy.health(&a.address.to_string()) == "down").then_some(())
+    });
+    a.set(Mode::Serve);
+    b.set(Mode::Fail(100));
+    for _ in 0..5 {
+        let answer = ask();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}\n{}", proxy.log());
+    }
+}
+
 #[test]
 fn a_backend_that_is_silent_from_the_start_is_seen_as_such() {
     let (a, b) = (Backend::start("a"), Backend::start("b"));

@@ -342,7 +342,7 @@ fn what_could_be_misread_is_refused() {
         (format!("{good}# \u{2028}log: {{}}\n"), "control character U+2028"),
         ("[".repeat(40), "nested deeper"),
         (format!("[{}]", "1,".repeat(210_000)), "more than 200000"),
-        (format!("{good}# {}", "x".repeat(1 << 20)), "at most 1048576 are read"),
+        (format!("{good}# {}", "x".repeat(1 << 20)), "at most 1048576 bytes are read"),
         (String::new(), "the file is empty"),
         ("pools: {}\nlisteners: []\n".into(), "the map is empty"),
     ] {
@@ -421,4 +421,26 @@ fn check_tells_good_from_bad_by_its_exit_code() {
     assert_eq!(run(&[&directory.0.join("missing")]).status.code(), Some(78));
     assert_eq!(run(&[&directory.0]).status.code(), Some(78));
     assert_eq!(run(&[]).status.code(), Some(64));
+}
+
+#[test]
+fn what_could_never_serve_is_refused() {
+    let pools = "pools: { p: { cells: { c: [ 127.0.0.1:1 ] } } }\n";
+    let found = |rest: &str| errors(&format!("{pools}{rest}")).join("\n");
+    let http =
+        |routes: &str| found(&format!("listeners: [ {{ bind: 127.0.0.1:80, http: {{ routes: [ {routes} ] }} }} ]"));
+    let twice = found("listeners: [ { bind: 127.0.0.1:80, tcp: p } ]\nadmin: { http: 127.0.0.1:80 }");
+    assert!(twice.contains("127.0.0.1:80 is already bound by listeners[0]"), "{twice}");
+    assert!(found("listeners: [ { bind: 127.0.0.1:80, sni: { routes: {} } } ]").contains("refuse every client"));
+    assert!(http("{ path: /p, pool: p }, { path: /p/, pool: p }").contains("takes the same requests as"));
+    assert!(http("{ path: /z, redirect: { path: /z } }").contains("leads back to this route"));
+    assert!(http("{ host: a.example, redirect: { host: a.example } }").contains("leads back to this route"));
+    for good in [
+        "{ path: /p, pool: p }, { path: /p, method: GET, pool: p }",
+        "{ host: a.example, redirect: { scheme: https } }",
+        "{ host: a.example, redirect: { host: b.example } }, { pool: p }",
+        "{ path: /z, redirect: { path: /y } }",
+    ] {
+        assert_eq!(http(good), "", "{good}");
+    }
 }

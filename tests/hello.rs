@@ -332,3 +332,24 @@ fn a_server_name_may_pin() {
     assert_eq!(run("sni"), 1);
     assert!(run("none") > 2);
 }
+
+/// A balancer that asks for itself is among those who may, and is counted as no client.
+#[test]
+fn a_balancers_own_connection_is_judged_as_the_balancers() {
+    let backend = Backend::start("a");
+    let proxy = Proxy::start(&yaml(&[backend.address], "", "").replace(
+        "tcp: p",
+        "tcp: p, proxy_protocol: { accept_from: [ 127.0.0.1 ] }, allow: [ 10.0.0.0/8 ], limits: { per_client: { rate: 1/m } }",
+    ));
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    let ask = |header: &[u8]| {
+        let mut stream = TcpStream::connect(proxy.address_cached()).unwrap();
+        stream.write_all(&[header, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"].concat()).unwrap();
+        read_all(&mut stream).is_ok_and(|answer| answer.ends_with(b"a"))
+    };
+    for _ in 0..10 {
+        assert!(ask(&proxy_header(ProxyVersion::V2, None, &[])) && ask(b"PROXY UNKNOWN\r\n"));
+    }
+    assert!(!ask(b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 443\r\n"), "whom it speaks for is judged");
+    assert!(ask(b"PROXY TCP4 10.0.0.1 192.0.2.2 1000 443\r\n"));
+}

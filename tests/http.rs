@@ -332,6 +332,8 @@ fn routes_and_headers_do_what_their_keys_say() {
         { host: api.example, path: /v1, method: [ DELETE, PUT ], respond: { status: 403, body: "no", type: text/html } },
         { host: api.example, headers: { x-beta: "1" }, pool: a },
         { host: "*.old.example", redirect: { scheme: https, host: new.example, status: 301 } },
+        { host: moved.example, path: /q, redirect: { path: /new } },
+        { host: moved.example, path: /r, redirect: { path: "/new?c" } },
         { path: /robots.txt, respond: { body: "User-agent: *" } },
         { host: shop.example, pool: a },
     ], errors: { 404: { body: "<h1>gone</h1>", type: text/html } }"#;
@@ -369,6 +371,10 @@ fn routes_and_headers_do_what_their_keys_say() {
     assert!(get("unknown.example", "/robots.txt", "").ends_with("User-agent: *"));
     let moved = get("x.old.example", "/a?b", "");
     assert!(moved.starts_with("HTTP/1.1 301") && moved.contains("https://new.example/a?b"), "{moved}");
+    for (target, wanted) in [("/q?a=b", "/new?a=b"), ("/q/x", "/new"), ("/r?a=b", "/new?c")] {
+        let moved = get("moved.example", target, "");
+        assert!(moved.contains(&format!("http://moved.example{wanted}\r\n")), "{target}: {moved}");
+    }
     let denied = raw(
         proxy.address(0),
         b"PUT /v1/x HTTP/1.1\r\nHost: api.example\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",

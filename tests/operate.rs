@@ -335,3 +335,64 @@ fn wrong_usage_and_missing_processes_have_their_exit_codes() {
     assert_eq!(run(&["status", "--socket", "/nonexistent/x.sock"]).status.code(), Some(1));
     assert_eq!(run(&["--version"]).status.code(), Some(0));
 }
+
+#[test]
+fn an_access_log_that_cannot_be_written_is_told_of_at_once() {
+    let backend = Backend::start("a");
+    let yaml = yaml(&[backend.address], "", "") + "\nlog: { access: /nowhere/at/all/access.log }\n";
+    let proxy = Proxy::start(&yaml);
+    proxy.wait_log("the access log cannot be written");
+    proxy.wait_log("\"path\":\"/nowhere/at/all/access.log\"");
+    proxy.wait_log("No such file or directory");
+}
+
+#[test]
+fn sessions_that_the_end_cuts_have_their_lines() {
+    let backend = Backend::start("e");
+    backend.set(Mode::Echo);
+    let mut proxy = Proxy::start(&(yaml(&[backend.address], "", "") + "\nshutdown: { announce: 0s, drain: 100ms }\n"));
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+    stream.write_all(b"x").unwrap();
+    stream.read_exact(&mut [0; 1]).unwrap();
+    proxy.signal(Signal::TERM);
+    assert!(read_all(&mut stream).is_err(), "it is cut");
+    let code = eventually("it ends", Duration::from_secs(5), || proxy.child.try_wait().unwrap());
+    assert!(code.success());
+    assert!(proxy.log().contains("\"end\":\"stopped\""), "{}", proxy.log());
+}
+
+#[test]
+fn an_error_that_is_passed_on_has_its_line() {
+    let backend = Backend::start("a");
+    let yaml = yaml(&[backend.address], "", "").replace("tcp: p", "http: { routes: [ { pool: p } ] }");
+    let proxy = Proxy::start(&yaml);
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    backend.set(Mode::Fail(100));
+    let ask = b"POST /told HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    assert!(crate::http::raw(proxy.address(0), ask).starts_with("HTTP/1.1 503"));
+    proxy.wait_log("\"path\":\"/told\",\"status\":503");
+}
+
+/// A rollback must not wait for the last clients of what it brings back.
+#[test]
+fn a_listener_that_was_given_up_can_be_taken_back_at_once() {
+    let backend = Backend::start("a");
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let both = yaml(&[backend.address], "", "")
+        .replace("listeners: [", &format!("listeners: [ {{ name: other, bind: '{free}', tcp: p }}, "));
+    let proxy = Proxy::start(&both);
+    proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
+    for _ in 0..3 {
+        assert_eq!(get(free).unwrap(), "a");
+        proxy.write(&yaml(&[backend.address], "", ""));
+        assert!(proxy.command(&["reload", "--force"]).status.success());
+        proxy.write(&both);
+        let back = proxy.command(&["reload"]);
+        assert!(back.status.success(), "{}", text(&back));
+    }
+    eventually("the last of those before is gone", Duration::from_secs(10), || {
+        std::thread::park_timeout(Duration::from_millis(100));
+        (0..20).all(|_| get(free).is_ok()).then_some(())
+    });
+}

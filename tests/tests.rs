@@ -32,5 +32,7 @@ mod tcp;
 mod backend_tls;
 /// TLS that ends here.
 mod tls;
+/// TLS at its edges: ends without a word, certificates that end, handshakes that fail for a client.
+mod tls_edge;
 /// Rules of the tree that no compiler checks.
 mod tidy;

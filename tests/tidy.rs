@@ -34,6 +34,7 @@ fn the_import_table_holds() {
         ("crowd", &[]),
         ("class", &["clock"]),
         ("uplink", &["clock"]),
+        ("tell", &["health"]),
         ("manner", &["config"]),
         ("poison", &["clock"]),
         ("version", &["clock"]),
@@ -48,7 +49,7 @@ fn the_import_table_holds() {
             "backend",
             &[
                 "class", "clock", "crowd", "estimate", "health", "limits", "manner", "metrics", "pace", "poison",
-                "ratio", "silence", "uplink", "version", "witness",
+                "ratio", "silence", "tell", "uplink", "version", "witness",
             ],
         ),
         ("pool", &["backend", "clock", "config", "health", "limits", "metrics", "sniff", "tls", "version"]),

@@ -411,7 +411,8 @@ pub fn sessions(found: &Value, screen: &Screen) -> String {
         ]);
     }
     let shown = list(&found["sessions"]).count();
-    table.render(screen) + &screen.line(&format!("{shown} of {} sessions", found["count"]))
+    let note = found["note"].as_str().map_or(String::new(), |note| screen.line(note));
+    table.render(screen) + &screen.line(&format!("{shown} of {} sessions", found["count"])) + &note
 }
 
 /// The words of `explain`.

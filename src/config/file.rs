@@ -237,10 +237,8 @@ pub struct FileShutdown {
 pub fn parse(bytes: &[u8], max_bytes: usize, part: Part) -> (File, Index, Vec<Problem>) {
     let whole = |message: String| Problem { line: 1, column: 1, path: String::new(), message, file: None };
     if bytes.len() > max_bytes {
-        let message = format!(
-            "the file has {} bytes; at most {max_bytes} are read (raise the bound with --max-config-bytes)",
-            bytes.len()
-        );
+        let message =
+            format!("the file is too long; at most {max_bytes} bytes are read (--max-config-bytes raises that)");
         return (File::default(), Index::default(), vec![whole(message)]);
     }
     let text = match std::str::from_utf8(bytes) {

@@ -95,6 +95,13 @@ pub(super) fn resolve(
         }
         listeners.push(listener);
     }
+    if let Some(http) = file.admin.http
+        && let Some((of, first)) = binds.get(&http).filter(|_| http.port() != 0)
+    {
+        let place = sources.place(*of, first, 0);
+        let message = format!("{http} is already bound by {place}; each address belongs to one listener");
+        problems.push(sources.problem(0, "admin.http", message));
+    }
 
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Config {
@@ -429,11 +436,24 @@ fn resolve_listener(
             for (path, route) in http.paths.iter().zip(&http.http.routes) {
                 route.action.pool().iter().for_each(|pool| known(&format!("{path}.pool"), pool));
             }
+            let mut seen = HashMap::new();
+            for (path, route) in http.paths.iter().zip(&http.http.routes) {
+                let asks = (&route.host, &route.path, &route.methods, &route.headers);
+                if let Some(first) = seen.insert(asks, path) {
+                    say(path, format!("takes the same requests as {first}; one of them would get none"));
+                }
+            }
             Face::Http(http.http)
         }
         (Some(sni), None) => {
             sni.routes.iter().for_each(|(path, _, pool)| known(path, pool));
             sni.default.iter().for_each(|pool| known(&format!("{path}.sni.default"), pool));
+            if sni.routes.is_empty() && sni.default.is_none() {
+                say(
+                    &format!("{path}.sni"),
+                    "has neither routes nor a default; it would refuse every client".to_owned(),
+                );
+            }
             let routes = sni.routes.into_iter().map(|(_, name, pool)| (name, pool)).collect();
             Face::Sni { routes, default: sni.default }
         }

@@ -180,6 +180,29 @@ fn when_all_are_down_all_are_tried_or_none() {
 }
 
 #[test]
+fn who_has_tried_all_others_tries_those_that_are_down() {
+    let operator = health::Policy { asks_operator: true, ..health::Policy::default() };
+    let kinds = [
+        (Policy::default(), Choice::Member(0)),
+        (Policy { when_all_down: WhenAllDown::Refuse, ..Policy::default() }, Choice::Nothing),
+        (Policy { health: operator, ..Policy::default() }, Choice::Nothing),
+    ];
+    for (policy, wanted) in kinds {
+        let mut pool = pool(policy, &[(0, 1, 1), (0, 1, 1), (0, 1, 1)]);
+        down(&pool, 0);
+        suspect(&pool, 1);
+        let pick =
+            |pool: &Pool, tried: &[usize]| pool.pick(&Want { tried, ..Want::default() }, NOW, &mut Rng::with_seed(1));
+        assert_eq!([pick(&pool, &[2]), pick(&pool, &[1, 2])], [Choice::Doubtful(1), wanted]);
+        assert_eq!(pool.has_untried(&[1, 2], true, |_| true), wanted != Choice::Nothing);
+        assert!(!pool.has_untried(&[1, 2], false, |_| true), "it does not err, it refuses");
+        // What is too much for the others is not for them.
+        pool.members[2].max_connections = 0;
+        assert_eq!(pick(&pool, &[1]), Choice::Full);
+    }
+}
+
+#[test]
 fn a_full_backend_is_skipped_and_all_full_is_said() {
     let mut pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1)]);
     pool.members[0].max_connections = 0;
@@ -276,7 +299,7 @@ fn a_returning_backend_gets_its_share_of_its_pinned_clients() {
 fn maglev_moves_few_clients_when_a_member_comes() {
     let nine = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 9)]);
     let ten = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 10)]);
-    let tables = [&nine, &ten].map(|pool| Maglev::new(&pool.members));
+    let tables = [&nine, &ten].map(|pool| Maglev::new(pool.members.iter().map(|m| (m.backend.address, m.weight))));
     let moved = (0..10_000u64)
         .filter(|i| tables[0].lookup(xxh3_64(&i.to_le_bytes())) != tables[1].lookup(xxh3_64(&i.to_le_bytes())));
     let moved = moved.count() as f64 / 10_000.0;

@@ -113,6 +113,13 @@ impl Reader<'_> {
                 _ => self.refuse(&node, "a path such as /v1"),
             }
         });
+        if let Some(Action::Redirect { scheme: None, host: to_host, path: to_path, .. }) = &action {
+            let same_host = to_host.is_none() || *to_host == host;
+            let below = |to: &String| to.trim_end_matches('/') == path.as_deref().unwrap_or_default();
+            if same_host && to_path.as_ref().is_none_or(below) {
+                self.error(&join(&fields.path, "redirect"), "leads back to this route, without end");
+            }
+        }
         let methods = fields.get("method").map(|node| self.one_or_more(&node)).unwrap_or_default();
         let mut read = Vec::new();
         for method in methods {
