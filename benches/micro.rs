@@ -9,7 +9,7 @@ use fastrand::Rng;
 use sailover::clock::Time;
 use sailover::config;
 use sailover::health::{Depth, Evidence, Health, Policy, Seen, Source};
-use sailover::pool::{self, Want};
+use sailover::pool::{self, Trial, Want};
 use sailover::table::{self, Table};
 
 /// A pool of two cells with `backends` in all.
@@ -61,11 +61,7 @@ fn choose(c: &mut Criterion) {
                 b.iter(|| {
                     client = client.wrapping_add(1);
                     let pin = (name == "client_ip").then(|| pool::pin(std::net::Ipv4Addr::from(client).into()));
-                    black_box(pool.pick(
-                        &Want { pin, tried: &[], racing: None, home: None, trial: true },
-                        now,
-                        &mut rng,
-                    ))
+                    black_box(pool.pick(&Want { pin, trial: Trial::Yes, ..Want::default() }, now, &mut rng))
                 });
             });
         }

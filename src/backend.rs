@@ -4,6 +4,8 @@
 //! Every mutable fact about a failure lives here. A success in state `up` takes no lock; all other evidence
 //! takes the backend's own short mutex and runs `health::step` on the thread that saw it.
 
+mod shared;
+
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,22 +13,22 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use crate::class::{Classes, Says};
-use crate::clock::Time;
+use crate::class::{Avoids, Classes, Says};
+use crate::clock::{self, Time};
 use crate::crowd::{self, Crowd};
 use crate::estimate::Estimate;
 use crate::health::{Blame, Depth, Evidence, Health, Policy, Seen, Source, State, Transition, View};
-use crate::limits::{Bucket, Budget, Gauge, Queue, Window};
-use crate::manner::Manner;
-use crate::metrics::{Counter, DETECT_BOUNDS, Histogram};
+use crate::limits::{Gauge, Window};
+use crate::metrics::Counter;
 use crate::pace::{self, Pace};
-use crate::poison::Poison;
 use crate::ratio::Ratio;
 use crate::silence::Silence;
 use crate::tell;
-use crate::uplink::Uplink;
 use crate::version::Version;
-use crate::witness::{Answered, Failing};
+use crate::witness::Answered;
+
+pub use shared::PoolShared;
+use shared::{Mark, Tally};
 
 /// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
 const TOLD: u64 = 20;
@@ -66,6 +68,9 @@ const OUT_LATELY: Duration = Duration::from_secs(60);
 
 /// Classes of requests are told apart for so long after an error.
 const CLASSES_WATCHED_MS: u64 = 10_000;
+
+/// Clients that lose something by a trial are sent on one when nobody else has been for so long.
+const LATE_TRIAL_MS: u64 = 4_000;
 
 /// How an attempt at a backend ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,87 +125,6 @@ pub struct Counters {
     pub denial_bursts: Counter,
 }
 
-/// What the backends of one pool share, kept over reloads by the pool's name.
-#[derive(Debug)]
-pub struct PoolShared {
-    /// The pool's name.
-    pub name: Arc<str>,
-    /// Connections of the pool, those being dialled included.
-    pub connections: Arc<Gauge>,
-    /// Tokens for races.
-    pub budget: Budget,
-    /// Rises with every transition: whoever chooses next computes the shares anew.
-    pub epoch: AtomicU64,
-    /// Clients whose connections end unanswered.
-    pub failing: Failing,
-    /// How its sessions begin.
-    pub manner: Manner,
-    /// Backends at which a class of requests fails.
-    pub classes_failing: AtomicU32,
-    /// When the next session may be ended for the balance.
-    pub rebalancing: Bucket,
-    /// Clients that wait for a place.
-    pub queue: Arc<Queue>,
-    /// What was sent on after a backend had died with it.
-    pub poison: Poison,
-    /// Which cells of the process show life.
-    pub uplink: Arc<Uplink>,
-    /// The cell that probes alone took out last, and when.
-    probe_removal: Mutex<Option<(usize, Time)>>,
-    /// Races begun, and races won by the later attempt.
-    pub races: [Counter; 2],
-    /// Sessions carried to another backend because the first did not answer.
-    pub replays: Counter,
-    /// Clients refused because the pool was at its cap, or all backends were full.
-    pub refused_full: Counter,
-    /// Clients refused because no backend connected in time.
-    pub refused_unreachable: Counter,
-    /// From the first failed evidence to leaving `up`, in seconds.
-    pub detect: Histogram,
-}
-
-impl PoolShared {
-    /// What shares follow from has changed.
-    pub fn changed(&self) {
-        self.epoch.fetch_add(1, Relaxed);
-    }
-
-    /// Whether probes alone may take out a backend of this cell: only one cell in `between`.
-    fn probes_may_remove(&self, cell: usize, between: Duration, now: Time) -> bool {
-        let mut last = self.probe_removal.lock().unwrap_or_else(PoisonError::into_inner);
-        let allowed = last.is_none_or(|(removed, at)| removed == cell || now.since(at) >= between);
-        if allowed {
-            *last = Some((cell, now));
-        }
-        allowed
-    }
-
-    /// The state of a pool that is new.
-    pub fn new(name: &str, uplink: Arc<Uplink>) -> PoolShared {
-        let (queue, connections): (Arc<Queue>, Arc<Gauge>) = Default::default();
-        connections.tells(&queue);
-        PoolShared {
-            name: name.into(),
-            connections,
-            classes_failing: AtomicU32::new(0),
-            rebalancing: Bucket::default(),
-            queue,
-            budget: Budget::default(),
-            epoch: AtomicU64::new(1),
-            failing: Failing::default(),
-            manner: Manner::default(),
-            poison: Poison::default(),
-            uplink,
-            probe_removal: Mutex::default(),
-            races: Default::default(),
-            replays: Counter::default(),
-            refused_full: Counter::default(),
-            refused_unreachable: Counter::default(),
-            detect: Histogram::new(&DETECT_BOUNDS),
-        }
-    }
-}
-
 #[derive(Debug)]
 struct Locked {
     health: Health,
@@ -242,6 +166,9 @@ pub struct Backend {
     good: AtomicU64,
     watched: AtomicBool,
     ratio: Mutex<Ratio>,
+    /// The same in plain numbers, and what they were when the errors began that are being looked at.
+    answers: Tally,
+    errors_since: Mutex<Mark>,
     /// Its classes of requests, looked at until this moment (in milliseconds since the process began), and whether any fails.
     classes: Mutex<Classes>,
     classes_until: AtomicU64,
@@ -324,6 +251,8 @@ impl Backend {
             good: AtomicU64::new(0),
             watched: AtomicBool::new(false),
             ratio: Mutex::default(),
+            answers: Tally::default(),
+            errors_since: Mutex::default(),
             classes: Mutex::default(),
             classes_until: AtomicU64::new(0),
             class_fails: AtomicBool::new(false),
@@ -354,6 +283,13 @@ impl Backend {
         let mut locked = self.lock();
         locked.health.comes_late(policy, now);
         self.publish(&locked.health, policy);
+    }
+
+    /// An operator has let it in again. When it has served nobody for as long as a ramp takes, it is as cold as a new one.
+    pub fn is_let_in_again(&self, policy: &Policy, now: Time) {
+        if now.0 / 1_000 >= self.good_ms.load(Relaxed) + policy.ramp.as_millis() as u64 {
+            self.comes_late(policy, now);
+        }
     }
 
     /// The present state.
@@ -521,7 +457,8 @@ impl Backend {
 
     /// A client that began to wait at `since` no longer does.
     pub fn waits_no_more(&self, since: Time) {
-        self.silence.left(since);
+        let waited = clock::now().since(since);
+        self.silence.left(since, waited >= self.late_after(SILENT));
         self.shared.queue.freed();
     }
 
@@ -692,15 +629,18 @@ impl Backend {
     }
 
     /// Whether a request of this class should go elsewhere because its class fails here.
-    pub fn avoids_class(&self, class: u64, repeatable: bool, now: Time) -> bool {
-        self.class_fails.load(Relaxed)
-            && self.classes.lock().unwrap_or_else(PoisonError::into_inner).avoids(class, repeatable, now)
+    pub fn avoids_class(&self, class: u64, repeatable: bool, may_try: bool, now: Time) -> Avoids {
+        if !self.class_fails.load(Relaxed) {
+            return Avoids::No;
+        }
+        self.classes.lock().unwrap_or_else(PoisonError::into_inner).avoids(class, repeatable, may_try, now)
     }
 
     /// A client of `prefix` got what it came for.
     fn went_well(&self, prefix: u32, now: Time) {
         self.answered.note(prefix, now);
         self.shared.failing.answered(prefix, self.id);
+        self.tally(false);
         self.good_ms.store(now.0 / 1_000, Relaxed);
         if self.watched.load(Relaxed) {
             let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
@@ -709,6 +649,17 @@ impl Backend {
         } else {
             self.good.fetch_add(1, Relaxed);
         }
+    }
+
+    fn tally(&self, error: bool) {
+        [&self.answers, &self.shared.answers].into_iter().for_each(|tally| tally.count(error));
+    }
+
+    /// Whether the others of its pool have had as many errors since its own began; from now on it is asked anew.
+    fn errs_like_the_others(&self) -> bool {
+        let now = self.answers.mark(&self.shared.answers);
+        let mut since = self.errors_since.lock().unwrap_or_else(PoisonError::into_inner);
+        now.is_like_the_others(&std::mem::replace(&mut since, now))
     }
 
     /// A client got an error, or nothing: whether that happens more often than it used to.
@@ -720,6 +671,10 @@ impl Backend {
         }
         let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
         ratio.good(self.good.swap(0, Relaxed));
+        if !doubted && !ratio.open() {
+            *self.errors_since.lock().unwrap_or_else(PoisonError::into_inner) = self.answers.mark(&self.shared.answers);
+        }
+        self.tally(true);
         let alarm = if doubted {
             ratio.known();
             true
@@ -837,10 +792,13 @@ impl Backend {
         at > 0 && now.0 / 1_000 < at + CONTRADICTION_SHOWN_MS
     }
 
-    /// Whether a failure counts: silence only while somebody else answers, and what probes say only where no client says
+    /// Whether a failure counts: errors only where others have fewer, silence only while somebody else answers, and what probes say only where no client says
     /// otherwise, and not of all cells at once.
     fn counts(&self, health: &Health, policy: &Policy, evidence: &Evidence, now: Time) -> bool {
         let probe = evidence.source == Source::Probe;
+        if evidence.seen == Seen::Errors && self.errs_like_the_others() {
+            return false;
+        }
         let silent = match evidence.seen {
             Seen::Silent => evidence.depth == Depth::Connect,
             Seen::Mute => true,
@@ -906,10 +864,14 @@ impl Backend {
     }
 
     /// Claims the next trial: a client's connection for a backend that no probe can clear. At most one caller
-    /// gets it, and the next only after a pause.
-    pub fn claim_trial(&self, policy: &Policy, now: Time) -> bool {
+    /// gets it, and the next only after a pause. `late` says that this client would lose something by it.
+    pub fn claim_trial(&self, policy: &Policy, late: bool, now: Time) -> bool {
         let due = self.trial_ms.load(Relaxed);
         if due > now.0 / 1_000 || self.is_closed() {
+            return false;
+        }
+        // One that has begun to prove itself risks little.
+        if late && due + LATE_TRIAL_MS > now.0 / 1_000 && !self.lock().health.proves_itself() {
             return false;
         }
         let soon = now.0 / 1_000 + 1_000;

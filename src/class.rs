@@ -70,6 +70,17 @@ pub enum Says {
     Known,
 }
 
+/// Whether a request should go to a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Avoids {
+    /// As any other.
+    No,
+    /// Elsewhere: its class fails there.
+    Yes,
+    /// There: it tries it for its class.
+    Tries,
+}
+
 /// The classes of one backend.
 #[derive(Debug, Default)]
 pub struct Classes {
@@ -110,15 +121,18 @@ impl Classes {
         self.failing > 0 && self.known.get(&class).is_some_and(|class| class.failing.is_some())
     }
 
-    /// Whether a request of this class is to be sent elsewhere: it fails, and this one is no trial. Asking for a trial begins it.
-    pub fn avoids(&mut self, class: u64, repeatable: bool, now: Time) -> bool {
-        let Some(failing) = self.known.get_mut(&class).and_then(|class| class.failing.as_mut()) else { return false };
+    /// Whether a request of this class is to be sent elsewhere: it fails, and this one is no trial. Only one that `may_try` can be;
+    /// what is said to be a trial has begun.
+    pub fn avoids(&mut self, class: u64, repeatable: bool, may_try: bool, now: Time) -> Avoids {
+        let Some(failing) = self.known.get_mut(&class).and_then(|class| class.failing.as_mut()) else {
+            return Avoids::No;
+        };
         let due = if repeatable { failing.trial_at } else { failing.trial_at + (TRIAL_OTHER - TRIAL_REPEATABLE) };
-        if now < due {
-            return true;
+        if !may_try || now < due {
+            return Avoids::Yes;
         }
         failing.trial_at = now + failing.pause;
-        false
+        Avoids::Tries
     }
 
     /// An answer without an error; says whether the class is well again.
@@ -231,9 +245,12 @@ mod tests {
         }
         assert!(failed.is_some_and(|i| i <= 30), "{failed:?}");
         assert!(classes.is_failing(WRITES) && !classes.is_failing(READS));
-        assert!(classes.avoids(WRITES, false, now) && !classes.avoids(READS, true, now));
-        assert!(classes.avoids(WRITES, false, now + Duration::from_secs(2)), "what may not be sent twice waits longer");
-        assert!(!classes.avoids(WRITES, true, now + Duration::from_secs(2)), "a trial");
+        assert_eq!(classes.avoids(WRITES, false, true, now), Avoids::Yes);
+        assert_eq!(classes.avoids(READS, true, true, now), Avoids::No);
+        let later = now + Duration::from_secs(2);
+        assert_eq!(classes.avoids(WRITES, false, true, later), Avoids::Yes, "what may not be sent twice waits longer");
+        assert_eq!(classes.avoids(WRITES, true, false, later), Avoids::Yes, "it tries another one");
+        assert_eq!(classes.avoids(WRITES, true, true, later), Avoids::Tries);
         assert!(!classes.good(WRITES, now + Duration::from_secs(2)));
         assert!(classes.good(WRITES, now + Duration::from_secs(2)), "and it is well again");
         assert!(!classes.any_failing());

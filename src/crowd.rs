@@ -119,6 +119,10 @@ impl Crowd {
     pub fn look(&mut self, look: Look) {
         let waiting = f64::from(look.waiting);
         if look.silent {
+            // How many it has and for how long is not known yet: what seems silent may be its first answer.
+            if self.usual_looks == 0.0 {
+                return;
+            }
             let most = (self.usual * SILENT_TIMES).max(self.usual_came * SILENT_LOOKS).max(LEAST_SILENT);
             if self.limit.is_infinite() {
                 (self.limit, self.of_silence) = (most, true);
@@ -352,6 +356,9 @@ mod tests {
     fn what_hangs_from_a_silence_keeps_nobody_away_when_it_is_over() {
         let mut crowd = Crowd::default();
         let hanging = Look { waiting: 16, silent: true, calm: Some(MS), recent: Some(MS), ..Look::default() };
+        crowd.look(hanging);
+        assert_eq!(crowd.limit(), u32::MAX, "what seems silent may be its first answer");
+        crowd.look(Look { waiting: 1, came: 1, answered: 1, silent: false, ..hanging });
         (0..100).for_each(|_| crowd.look(hanging));
         assert_eq!(crowd.limit(), 16);
         (0..100).for_each(|_| crowd.look(Look { silent: false, left: true, ..hanging }));

@@ -24,7 +24,7 @@ use crate::clock::{self, Time};
 use crate::health::{Depth, Evidence, Seen, Source, State};
 use crate::host::Host;
 use crate::limits::Permit;
-use crate::pool::{Choice, Policy, Pool, Want};
+use crate::pool::{Choice, Policy, Pool, Trial, Want};
 use crate::tls;
 
 /// A race begins no earlier than this after an attempt.
@@ -223,7 +223,7 @@ pub async fn dial<N: Network>(
         {
             next = None;
             let silent_cell = open.iter().flatten().next_back().map(|attempt| pool.members[attempt.member].cell);
-            let want = Want { pin, tried: &tried, racing: silent_cell, home: None, trial: true };
+            let want = Want { pin, tried: &tried, racing: silent_cell, trial: Trial::Yes, ..Want::default() };
             let chosen = match first.take() {
                 Some(First { member, doubtful, permit }) => Chosen::Member(member, doubtful, permit, None),
                 None => choose(host, pool, &want, race, now, rng),

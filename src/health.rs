@@ -797,8 +797,14 @@ impl Health {
             && self.successes >= policy.rise.max(self.proof)
     }
 
-    /// An operator lets it return, as soon as it is well; says whether that changes anything.
+    /// Whether it has answered those well that tried it last.
+    pub fn proves_itself(&self) -> bool {
+        self.successes > 0
+    }
+
+    /// An operator lets it return, as soon as it is well; says whether that changes anything. His word stands for the most of its proof.
     pub fn let_return(&mut self) -> bool {
+        self.proof = self.proof.min(1);
         self.state == State::Down && !std::mem::replace(&mut self.let_return, true)
     }
 

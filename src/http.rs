@@ -46,13 +46,13 @@ use self::upstream::{Dialler, InUse, Won};
 use self::wait::{Request, Verdict, Wait};
 use crate::backend::Backend;
 use crate::clock::{self, Time};
-use crate::dial::{DialError, Failure, Story};
+use crate::dial::{DialError, Failure, First, Story};
 use crate::health::{Depth, Evidence, Seen, Source};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::log::{AccessRecord, HttpRecord, Served};
 use crate::poison::KILLS_WITHIN;
-use crate::pool::{CellShared, Member, Policy, Pool, Want};
+use crate::pool::{CellShared, Policy, Pool, Trial, Want};
 use crate::sniff;
 use crate::table::{self, End, Listener};
 use crate::{tcp, tls, witness};
@@ -140,24 +140,6 @@ pub struct Exchange {
 impl Exchange {
     fn link(&self) -> Option<&stream::Link> {
         self.connection.as_ref().map(|connection| &*connection.link)
-    }
-
-    /// Looks for members where the class of the request fails, as long as another is left.
-    fn avoid_failing(&mut self, pool: &Pool, now: Time) {
-        self.avoided.clear();
-        if pool.shared.classes_failing.load(Relaxed) == 0 {
-            return;
-        }
-        let fails = |member: &Member| member.backend.avoids_class(self.class, self.repeatable, now);
-        let failing = (0..pool.members.len()).filter(|&i| fails(&pool.members[i])).collect::<Vec<_>>();
-        if failing.is_empty() {
-            return;
-        }
-        let mut avoided = self.tried.clone();
-        avoided.extend(failing);
-        if pool.has_untried(&avoided, false, |_| true) {
-            self.avoided = avoided;
-        }
     }
 
     /// Forgets the attempt, and gives back what it held.
@@ -316,19 +298,26 @@ impl ProxyHttp for Gateway {
             }
             None => {
                 let mut rng = tcp::fork_rng();
-                exchange.avoid_failing(&pool, now);
-                // What may not be sent twice is no trial.
+                let tries = direct::avoid_failing(exchange, &pool, now);
+                let tries = tries.and_then(|member| Some((member, pool.take_place(member, now)?)));
+                // What may not be sent twice tries nothing as long as others do.
                 let want = Want {
                     pin: exchange.pin,
-                    tried: if exchange.avoided.is_empty() { &exchange.tried } else { &exchange.avoided },
+                    tried: &exchange.tried,
                     racing: None,
                     home: exchange.home,
-                    trial: exchange.repeatable,
+                    avoid: &exchange.avoided,
+                    trial: if exchange.repeatable { Trial::Yes } else { Trial::Late },
                 };
-                let mut first = crate::dial::choose_first(&self.host, &pool, &want, now, &mut rng);
+                let lane = exchange.route.as_ref().map_or(1, |route| route.lane);
+                let mut first = match tries {
+                    Some((member, permit)) => Ok(First { member, doubtful: false, permit }),
+                    // Whoever comes later does not overtake those who wait.
+                    None if pool.shared.queue.waits_before(lane) => Err(DialError::Full),
+                    None => crate::dial::choose_first(&self.host, &pool, &want, now, &mut rng),
+                };
                 if matches!(first, Err(DialError::Full)) {
                     let ask = || crate::dial::choose_first(&self.host, &pool, &want, clock::now(), &mut rng).ok();
-                    let lane = exchange.route.as_ref().map_or(1, |route| route.lane);
                     first = direct::in_turn(exchange, &pool, lane, ask).await.ok_or(DialError::Full);
                 }
                 let first = first.map_err(|error| {
@@ -755,6 +744,7 @@ impl ProxyHttp for Gateway {
         match verdict {
             Verdict::TimedOut => {
                 exchange.fail("no answer in time");
+                backend.replied(&policy.health, exchange.prefix, exchange.class, true, exchange.attempt_began, now);
                 exchange.end = Some(End::Timeout);
                 error.etype = ErrorType::HTTPStatus(504);
                 return error;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout_at;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -170,28 +170,48 @@ impl Budget {
 
 /// Clients of one pool that wait for a place, by priority. Whoever comes later does not overtake.
 ///
-/// A queue that has stood for a while is no burst but too much: then nobody waits long, so that those who are served are served
+/// A queue of one priority that has stood for a while is no burst but too much: then nobody in it waits long, so that those who are served are served
 /// in time (controlled delay, Nichols and Jacobson 2012; as a bound on queueing for requests, Maurer 2015).
 #[derive(Debug, Default)]
 pub struct Queue {
     lanes: [Lane; 3],
-    /// Since when somebody is waiting nearly always, and when the last one left, in microseconds since the process began.
-    standing: AtomicU64,
-    emptied: AtomicU64,
     refused: AtomicU64,
+    /// When somebody who had waited got a place last, and how far apart that is, in microseconds.
+    served: AtomicU64,
+    apart: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct Lane {
     waiting: AtomicU32,
     freed: Notify,
+    /// Since when somebody is waiting nearly always, and when it last had no place in time for somebody, in microseconds since
+    /// the process began.
+    standing: AtomicU64,
+    refused: AtomicU64,
+    /// The first of those who wait asks for all, and the others come after it in their order.
+    first: Turn,
+}
+
+#[derive(Debug)]
+struct Turn(Semaphore);
+
+impl Default for Turn {
+    fn default() -> Self {
+        Turn(Semaphore::new(1))
+    }
 }
 
 /// A queue that has stood for so long is more than a burst, and then nobody waits longer than this.
 const STANDING: Duration = Duration::from_millis(100);
 const STANDING_WAIT: Duration = Duration::from_millis(10);
-/// A queue that was empty for no longer than this has stood all the time.
-const STANDING_GAP: Duration = Duration::from_secs(1);
+/// But at least so many times as long as it takes until the next place is free, and at most this.
+const STANDING_PLACES: u32 = 2;
+const STANDING_MOST: Duration = Duration::from_millis(250);
+/// A queue that was empty has stood all the time, when it has refused somebody no longer ago than this.
+const STANDING_GAP: Duration = Duration::from_millis(100);
+/// Weight of one place in how far apart they are.
+const APART: u64 = 8;
 /// Part of the queue's length that each priority may use, in tenths.
 const LANE_SHARE: [u32; 3] = [10, 8, 5];
 /// Places also come with time (a rate, a limit that grows): those who wait ask again after this.
@@ -230,15 +250,19 @@ impl Queue {
             self.refused.fetch_add(1, Relaxed);
             return None;
         }
-        self.lanes[lane].waiting.fetch_add(1, Relaxed);
-        if before == 0 && now.since(Time(self.emptied.load(Relaxed))) > STANDING_GAP {
-            self.standing.store(now.0, Relaxed);
+        let of_lane = &self.lanes[lane];
+        if of_lane.waiting.fetch_add(1, Relaxed) == 0 && now.since(Time(of_lane.refused.load(Relaxed))) > STANDING_GAP {
+            of_lane.standing.store(now.0, Relaxed);
         }
         Some(Waiting { queue: self, lane, since: now, until: now + timeout })
     }
 
-    fn stands(&self, now: Time) -> bool {
-        now.since(Time(self.standing.load(Relaxed))) >= STANDING
+    fn serves(&self, now: Time) {
+        let since = now.since(Time(self.served.swap(now.0, Relaxed)));
+        // What was long ago says nothing of now.
+        let since = since.min(STANDING_MOST).as_micros() as u64;
+        let apart = self.apart.load(Relaxed);
+        self.apart.store(apart - apart / APART + since / APART, Relaxed);
     }
 
     /// A place may have become free: the first of the highest priority is told.
@@ -261,16 +285,30 @@ impl Queue {
         mut ask: impl FnMut() -> Option<T>,
     ) -> Option<T> {
         let waiting = self.enter(priority, length, timeout, clock::now())?;
-        while waiting.turn().await {
+        let mut turn = std::pin::pin!(self.lanes[waiting.lane].first.0.acquire());
+        let _first = loop {
+            let now = clock::now();
+            let look = waiting.until(now).min(now + ASK_AGAIN);
+            match timeout_at(look.instant(), turn.as_mut()).await {
+                Ok(first) => break first,
+                Err(_) if waiting.is_over() || gone() => return None,
+                Err(_) => {}
+            }
+        };
+        loop {
             // Work for a client that has left is not begun.
             if gone() {
                 return None;
             }
-            if let Some(taken) = ask() {
+            let higher = waiting.lane > 0 && self.waits_before(waiting.lane - 1);
+            if !higher && let Some(taken) = ask() {
+                self.serves(clock::now());
                 return Some(taken);
             }
+            if !waiting.turn().await {
+                return None;
+            }
         }
-        None
     }
 }
 
@@ -281,25 +319,33 @@ impl Waiting<'_> {
         let until = self.until(now).min(now + ASK_AGAIN);
         // The result does not matter: whether there is a place is seen by asking.
         let _ = timeout_at(until.instant(), self.queue.lanes[self.lane].freed.notified()).await;
+        !self.is_over()
+    }
+
+    /// Whether its time is up, which is counted.
+    fn is_over(&self) -> bool {
         let now = clock::now();
-        let left = self.until(now) > now;
-        if !left {
+        let over = self.until(now) <= now;
+        if over {
             self.queue.refused.fetch_add(1, Relaxed);
+            self.queue.lanes[self.lane].refused.store(now.0, Relaxed);
         }
-        left
+        over
     }
 
     fn until(&self, now: Time) -> Time {
-        if self.queue.stands(now) { self.until.min(self.since + STANDING_WAIT) } else { self.until }
+        let stands = now.since(Time(self.queue.lanes[self.lane].standing.load(Relaxed))) >= STANDING;
+        let apart = Duration::from_micros(self.queue.apart.load(Relaxed));
+        let wait = STANDING_WAIT.max((apart * STANDING_PLACES).min(STANDING_MOST));
+        if stands { self.until.min(self.since + wait) } else { self.until }
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.queue.lanes[self.lane].waiting.fetch_sub(1, Relaxed);
-        if self.queue.length() == 0 {
-            self.queue.emptied.store(clock::now().0, Relaxed);
-        } else {
+        let lane = &self.queue.lanes[self.lane];
+        lane.waiting.fetch_sub(1, Relaxed);
+        if self.queue.length() > 0 {
             // It may have been told of a place that it did not take.
             self.queue.freed();
         }
@@ -319,6 +365,11 @@ impl Bucket {
         let apart = 60_000_000_000 / u64::from(rate.per_minute);
         let (now, saved) = (now.0 * 1_000, saved.as_nanos() as u64);
         self.due.fetch_update(Relaxed, Relaxed, |due| (due <= now + saved).then_some(due.max(now) + apart)).is_ok()
+    }
+
+    /// Gives back one that was taken and not used.
+    pub fn give_back(&self, rate: Rate) {
+        self.due.fetch_sub(60_000_000_000 / u64::from(rate.per_minute), Relaxed);
     }
 }
 
@@ -521,13 +572,33 @@ mod tests {
         drop(high);
         assert!(low.turn().await, "and what it may not have taken is the next one's");
         let later = now + STANDING;
-        let late = queue.enter(1, 10, Duration::from_secs(1), later).expect("room");
+        let late = queue.enter(2, 10, Duration::from_secs(1), later).expect("room");
         assert_eq!(late.until(later), later + STANDING_WAIT);
+        let other = queue.enter(1, 10, Duration::from_secs(1), later).expect("room");
+        assert_eq!(other.until(later), later + Duration::from_secs(1), "that lane has not stood");
+        drop(other);
         assert!(
             (0..10)
                 .filter(|_| std::mem::ManuallyDrop::new(queue.enter(2, 10, Duration::ZERO, later)).is_some())
                 .count()
                 <= 5
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_waits_for_less_than_the_next_place_takes() {
+        let queue = Queue::default();
+        let start = crate::clock::now();
+        // A place each 40 ms.
+        (0..50u32).for_each(|i| queue.serves(start + Duration::from_millis(40) * i));
+        let low = queue.enter(2, 10, Duration::from_secs(1), start).expect("room");
+        let later = start + STANDING;
+        let late = queue.enter(2, 10, Duration::from_secs(1), later).expect("room");
+        let wait = late.until(later).since(later);
+        assert!((70..=80).contains(&wait.as_millis()), "{wait:?}");
+        drop((low, late));
+        // Empty, and nobody was refused lately: it begins anew.
+        let anew = queue.enter(2, 10, Duration::from_secs(1), later).expect("room");
+        assert_eq!(anew.until(later), later + Duration::from_secs(1));
     }
 }

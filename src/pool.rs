@@ -262,8 +262,22 @@ pub struct Want<'a> {
     pub racing: Option<usize>,
     /// The member where the client was before, and where it belongs.
     pub home: Option<usize>,
-    /// Whether it may be sent to a backend in doubt, to see how that does.
-    pub trial: bool,
+    /// Members that he should not go to, though he has not tried them.
+    pub avoid: &'a [usize],
+    /// Whether he may be sent to a backend in doubt, to see how that does.
+    pub trial: Trial,
+}
+
+/// Whether a client may try a backend that is in doubt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Trial {
+    /// He has his place.
+    #[default]
+    No,
+    /// He would lose something: when nobody else has tried it for some time.
+    Late,
+    /// Yes.
+    Yes,
 }
 
 /// A choice.
@@ -364,14 +378,19 @@ impl Pool {
 
         if want.tried.is_empty() && want.racing.is_none() {
             let start = rng.usize(..plan.trials.len().max(1));
-            let looked_at = if want.trial { plan.trials.len().min(TRIALS_LOOKED_AT) } else { 0 };
+            let looked_at = if want.trial == Trial::No { 0 } else { plan.trials.len().min(TRIALS_LOOKED_AT) };
+            let late = want.trial == Trial::Late;
             for i in 0..looked_at {
                 let member = plan.trials[(start + i) % plan.trials.len()];
-                if self.may_try(member) && self.members[member].backend.claim_trial(&self.policy.health, now) {
+                let backend = &self.members[member].backend;
+                let avoided = want.avoid.contains(&member);
+                if !avoided && self.may_try(member) && backend.claim_trial(&self.policy.health, late, now) {
                     return Choice::Member(member);
                 }
             }
-            if let Some(choice) = want.pin.and_then(|pin| self.pinned(plan, pin, now)) {
+            let pinned = want.pin.and_then(|pin| self.pinned(plan, pin, now));
+            let avoided = |choice: &Choice| matches!(choice, Choice::Member(member) | Choice::Doubtful(member) if want.avoid.contains(member));
+            if let Some(choice) = pinned.filter(|choice| !avoided(choice)) {
                 return choice;
             }
             if let Some(choice) = want.home.and_then(|home| self.at_home(plan, home, want, now, rng, &mut full)) {
@@ -486,7 +505,7 @@ impl Pool {
         full: &mut bool,
     ) -> Option<Choice> {
         let member = &self.members[home];
-        if !member.backend.is_closed() && self.has_room(home) {
+        if !member.backend.is_closed() && self.has_room(home) && !want.avoid.contains(&home) {
             match member.backend.view().state {
                 State::Up | State::Returning => return Some(Choice::Member(home)),
                 State::Suspect if !member.backend.silence.quiet(ANSWERS_NOBODY, now) => {
@@ -846,7 +865,8 @@ impl Pool {
     /// Whether a member may be taken now.
     fn open(&self, member: usize, want: &Want<'_>, states: &[State], full: &mut bool) -> bool {
         let backend = &self.members[member].backend;
-        if want.tried.contains(&member) || backend.is_closed() || !states.contains(&backend.view().state) {
+        let passed_over = want.tried.contains(&member) || want.avoid.contains(&member);
+        if passed_over || backend.is_closed() || !states.contains(&backend.view().state) {
             return false;
         }
         let room = self.has_room(member);
@@ -874,16 +894,24 @@ impl Pool {
     pub fn take_place(&self, member: usize, now: Time) -> Option<Permit> {
         let member = &self.members[member];
         let cell = &self.cells[member.cell];
-        let of_backend = member.backend.in_flight.take(member.max_connections)?;
-        let of_cell = match cell.max_connections {
-            u32::MAX => None,
-            most => Some(cell.shared.connections.take(most)?),
+        // First what leaves no trace when it is refused: a place that is given back looks like one that became free.
+        if cell.capacity.is_some_and(|rate| !cell.shared.clients.take(rate, CAPACITY_SAVED, now)) {
+            return None;
+        }
+        let places = || {
+            let of_cell = match cell.max_connections {
+                u32::MAX => None,
+                most => Some(cell.shared.connections.take(most)?),
+            };
+            Some(member.backend.in_flight.take(member.max_connections)?.and(of_cell))
         };
-        let in_time = cell.capacity.is_none_or(|rate| cell.shared.clients.take(rate, CAPACITY_SAVED, now));
-        in_time.then(|| {
-            member.backend.comes(now);
-            of_backend.and(of_cell)
-        })
+        let place = places();
+        match (&place, cell.capacity) {
+            (Some(_), _) => member.backend.comes(now),
+            (None, Some(rate)) => cell.shared.clients.give_back(rate),
+            (None, None) => {}
+        }
+        place
     }
 
     /// The one with fewer connections for its weight; the first when they are equal.

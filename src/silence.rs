@@ -47,6 +47,8 @@ pub struct Silence {
     /// How often it was accused since the last first byte; and whether it was found silent since then.
     accused: AtomicU32,
     found: AtomicBool,
+    /// How many have given up, since the last first byte, what took longer than answers take.
+    gave_up: AtomicU32,
     /// When that was written that was left since the last first byte; and how many these are.
     abandoned: Mutex<VecDeque<Time>>,
     abandoned_count: AtomicU32,
@@ -81,14 +83,16 @@ impl Silence {
         }
     }
 
-    /// A request that was written at `since` no longer waits, whether it was answered or not.
-    pub fn left(&self, since: Time) {
+    /// A request that was written at `since` no longer waits, whether it was answered or not; `late` says that it waited for longer
+    /// than an answer takes.
+    pub fn left(&self, since: Time, late: bool) {
         self.waiting.fetch_sub(1, Relaxed);
         // One of those that were written since the last first byte is no witness any more.
         if since.0 >= self.first.load(Relaxed) {
             let _ = self.written.fetch_update(Relaxed, Relaxed, |written| written.checked_sub(1));
         }
         if self.heard.load(Relaxed) < since.0 {
+            self.gave_up.fetch_add(u32::from(late), Relaxed);
             self.keep(|abandoned| {
                 if abandoned.len() >= LEFT {
                     abandoned.pop_front();
@@ -116,6 +120,9 @@ impl Silence {
             }
         }
         self.written.store(0, Relaxed);
+        if self.gave_up.load(Relaxed) > 0 {
+            self.gave_up.store(0, Relaxed);
+        }
         if self.found.load(Relaxed) {
             self.found.store(false, Relaxed);
         }
@@ -232,7 +239,9 @@ impl Silence {
         let written = self.written.load(Relaxed).min(self.waiting.load(Relaxed));
         let since = Time(self.first.load(Relaxed));
         let only = (!self.mixed.load(Relaxed)).then(|| self.prefix.load(Relaxed));
-        let mute = written >= LEAST && now.since(since) >= limit;
+        // Those who were there before and lost their patience have seen the same.
+        let seen_by = written.saturating_add(self.gave_up.load(Relaxed));
+        let mute = written > 0 && seen_by >= LEAST && now.since(since) >= limit;
         if mute {
             self.found.store(true, Relaxed);
         }
@@ -275,7 +284,7 @@ mod tests {
             silence.wrote(1, START);
         }
         silence.heard(None, START);
-        silence.left(START);
+        silence.left(START, false);
         assert_eq!(silence.mute(LIMIT, START + LIMIT * 100), None);
         for _ in 0..2 {
             silence.wrote(1, START + LIMIT);
@@ -289,11 +298,27 @@ mod tests {
         (0..3).for_each(|_| silence.wrote(1, START));
         assert!(!silence.stays_mute(LIMIT, START + LIMIT));
         assert!(silence.mute(LIMIT, START + LIMIT).is_some());
-        (0..2).for_each(|_| silence.left(START));
+        (0..2).for_each(|_| silence.left(START, false));
         assert!(silence.mute(LIMIT, START + LIMIT).is_none() && silence.stays_mute(LIMIT, START + LIMIT));
         silence.heard(None, START + LIMIT);
         silence.wrote(1, START + LIMIT);
         assert!(!silence.stays_mute(LIMIT, START + LIMIT * 10));
+    }
+
+    #[test]
+    fn patience_that_ended_is_a_witness_until_the_next_first_byte() {
+        let silence = Silence::default();
+        for i in 0..2 {
+            silence.wrote(1, START + LIMIT * i);
+            silence.left(START + LIMIT * i, true);
+        }
+        assert_eq!(silence.mute(LIMIT, START + LIMIT * 3), None, "nobody waits");
+        silence.wrote(1, START + LIMIT * 3);
+        assert_eq!(silence.mute(LIMIT, START + LIMIT * 3), None, "too early");
+        assert!(silence.mute(LIMIT, START + LIMIT * 4).is_some());
+        silence.heard(None, START + LIMIT * 4);
+        silence.wrote(1, START + LIMIT * 5);
+        assert_eq!(silence.mute(LIMIT, START + LIMIT * 10), None);
     }
 
     #[test]
@@ -313,7 +338,7 @@ mod tests {
         let silence = Silence::default();
         for _ in 0..3 {
             silence.wrote(1, START);
-            silence.left(START);
+            silence.left(START, false);
         }
         assert_eq!(silence.mute(LIMIT, START + LIMIT), None);
         silence.wrote(1, START);
@@ -325,7 +350,7 @@ mod tests {
         let silence = Silence::default();
         silence.wrote(1, START);
         silence.heard(Some(LIMIT * 8), START + LIMIT * 8);
-        silence.left(START);
+        silence.left(START, false);
         assert!(silence.answers_since(START) && !silence.answers_sooner(START, START + LIMIT * 8));
         assert!(silence.answers_sooner(START, START + LIMIT * 11));
         let later = START + LIMIT * 8 + TOOK_FOR;
@@ -341,7 +366,7 @@ mod tests {
         silence.heard(None, START);
         for i in 1..=5 {
             silence.wrote(1, START + LIMIT * i);
-            silence.left(START + LIMIT * i);
+            silence.left(START + LIMIT * i, false);
         }
         assert_eq!((silence.waiting(), silence.abandoned()), (0, 5));
         // What was written third is answered: those after it are still to come, and perhaps one of those before it.
@@ -352,7 +377,7 @@ mod tests {
         assert!(silence.answers_since(START + LIMIT * 3) && silence.answers_since(START + LIMIT * 100));
         silence.wrote(1, START + LIMIT * 14);
         assert!(silence.answers_since(START + LIMIT * 3) && !silence.answers_since(START + LIMIT * 4));
-        silence.left(START + LIMIT * 14);
+        silence.left(START + LIMIT * 14, false);
         silence.keep(|abandoned| abandoned.truncate(2));
         silence.forget(START + LEFT_FOR);
         assert_eq!(silence.abandoned(), 2);
@@ -361,7 +386,7 @@ mod tests {
         // Whoever is answered leaves nothing behind.
         silence.wrote(1, START);
         silence.heard(Some(LIMIT), START + LIMIT);
-        silence.left(START);
+        silence.left(START, false);
         assert_eq!(silence.abandoned(), 0);
     }
 }

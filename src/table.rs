@@ -18,7 +18,7 @@ use http::HeaderName;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::backend::{Backend, Counters, PoolShared};
-use crate::clock::Time;
+use crate::clock::{self, Time};
 use crate::config::http::{Forwarded, Page};
 use crate::config::{self, Config, Failback, Network, ProbeKind};
 use crate::health::{self, Depth};
@@ -411,7 +411,8 @@ pub fn build(
     let uplink = previous.map_or_else(Arc::default, |table| table.uplink.clone());
     let cells: HashSet<&str> =
         config.pools.iter().flat_map(|pool| &pool.cells).map(|cell| cell.name.as_str()).collect();
-    uplink.set_cells(cells.len());
+    uplink
+        .set_cells(cells.len(), config.pools.iter().flat_map(|pool| &pool.cells).map(|cell| cell.backends.len()).sum());
     let mut tickets = Tickets::new();
     let mut errors = Vec::new();
     let mut pools = Vec::with_capacity(config.pools.len());
@@ -766,7 +767,11 @@ pub fn apply_orders(
         }
         for member in &pool.members {
             let now = drained(pool, &pool.cells[member.cell], member);
-            changed |= member.backend.drained.swap(now, Relaxed) != now;
+            let before = member.backend.drained.swap(now, Relaxed);
+            changed |= before != now;
+            if before && !now && pool.has_other_fit(member.backend.id) {
+                member.backend.is_let_in_again(&pool.policy.health, clock::now());
+            }
         }
         if changed {
             pool.shared.epoch.fetch_add(1, Relaxed);

@@ -448,22 +448,26 @@ async fn connect_to_one(
     let told_of = pool.policy.send_proxy.map(|_| witness::prefix(peer.ip()));
     let waiting = Waiting(client.socket(), told_of);
     let first = None;
-    let mut dialled = dial::dial(
-        &network,
-        host,
-        pool,
-        pin,
-        first,
-        tried.clone(),
-        &waiting,
-        timer.as_mut(),
-        &mut rng,
-        &mut story,
-        dialling,
-    )
-    .await;
+    // Whoever comes later does not overtake those who wait.
+    let mut dialled = Err(DialError::Full);
+    if !pool.shared.queue.waits_before(NORMAL) {
+        dialled = dial::dial(
+            &network,
+            host,
+            pool,
+            pin,
+            first,
+            tried.clone(),
+            &waiting,
+            timer.as_mut(),
+            &mut rng,
+            &mut story,
+            dialling,
+        )
+        .await;
+    }
     if matches!(dialled, Err(DialError::Full)) && story.attempts == 0 {
-        let want = Want { pin, tried: &tried, racing: None, home: None, trial: false };
+        let want = Want { pin, tried: &tried, ..Want::default() };
         let queue = pool.policy.queue;
         let ask = || dial::choose_first(host, pool, &want, clock::now(), &mut rng).ok();
         let turn = pool.shared.queue.take(NORMAL, queue.length, queue.timeout, || waiting.gone(), ask).await;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::clock::Time;
 
 /// Backends told apart; more share places, and then vouch less often for each other.
-const PLACES: usize = 64;
+const PLACES: usize = 256;
 
 /// Looks at one stall are no further apart than this.
 const APART: Duration = Duration::from_secs(1);
@@ -49,6 +49,7 @@ pub struct Uplink {
     backends: [Signs; PLACES],
     names: Mutex<Vec<Arc<str>>>,
     cells: AtomicUsize,
+    count: AtomicUsize,
     /// When silence was last put down to ourselves, and since when.
     dark: AtomicU64,
     dark_since: AtomicU64,
@@ -69,6 +70,7 @@ impl Default for Uplink {
             backends: std::array::from_fn(|_| signs()),
             names: Mutex::default(),
             cells: AtomicUsize::new(0),
+            count: AtomicUsize::new(0),
             dark: AtomicU64::new(0),
             dark_since: AtomicU64::new(0),
             stalled: AtomicU64::new(0),
@@ -92,9 +94,10 @@ impl Uplink {
         self.names.lock().unwrap_or_else(PoisonError::into_inner).get(cell).cloned()
     }
 
-    /// How many cells the table in use has.
-    pub fn set_cells(&self, cells: usize) {
+    /// How many cells and backends the table in use has.
+    pub fn set_cells(&self, cells: usize, backends: usize) {
         self.cells.store(cells, Relaxed);
+        self.count.store(backends, Relaxed);
     }
 
     /// A backend stands in this cell. Backends are known by the number that is theirs in the process.
@@ -119,11 +122,12 @@ impl Uplink {
     }
 
     /// Whether the silence of this backend says something about it: another one has shown as much life since, or there is no
-    /// other cell. `answers` asks for answers, not for handshakes alone.
+    /// other. `answers` asks for answers, not for handshakes alone.
     pub fn vouches(&self, backend: u64, answers: bool, since: Time, now: Time) -> bool {
-        if self.cells.load(Relaxed) < 2 {
+        if self.count.load(Relaxed) < 2 {
             return true;
         }
+        let one_cell = self.cells.load(Relaxed) < 2;
         let itself = self.place(backend);
         let others = || self.backends.iter().enumerate().filter(|(place, _)| *place != itself).map(|(_, signs)| signs);
         let since = since.0.max(1);
@@ -141,7 +145,8 @@ impl Uplink {
             // Whoever still gets a handshake from anywhere has no broken way out.
             let reached = self.backends.iter().any(|signs| signs.connected.load(Relaxed) >= since);
             let cell = self.backends[itself].cell.load(Relaxed);
-            if reached && !others().any(|signs| signs.cell.load(Relaxed) != cell && signs.owes(now)) {
+            let elsewhere = |signs: &Signs| one_cell || signs.cell.load(Relaxed) != cell;
+            if reached && !others().any(|signs| elsewhere(signs) && signs.owes(now)) {
                 return true;
             }
             if now.since(Time(self.stalled.load(Relaxed))) > APART {
@@ -187,7 +192,7 @@ mod tests {
     fn two_cells() -> Uplink {
         let uplink = Uplink::default();
         assert_eq!((uplink.cell("a"), uplink.cell("b"), uplink.cell("a")), (0, 1, 0));
-        uplink.set_cells(2);
+        uplink.set_cells(2, 3);
         [(A, 0), (BESIDE_A, 0), (B, 1)].into_iter().for_each(|(backend, cell)| uplink.stands_in(backend, cell));
         uplink
     }
@@ -195,9 +200,9 @@ mod tests {
     #[test]
     fn silence_counts_while_another_backend_answers() {
         let uplink = two_cells();
-        uplink.set_cells(1);
-        assert!(uplink.vouches(A, false, Time(100), Time(200)), "one cell has nobody to be compared with");
-        uplink.set_cells(2);
+        uplink.set_cells(1, 1);
+        assert!(uplink.vouches(A, false, Time(100), Time(200)), "one backend has nobody to be compared with");
+        uplink.set_cells(2, 3);
         uplink.connected(A, Time(150));
         assert!(!uplink.vouches(A, false, Time(100), Time(200)), "its own life says nothing");
         assert_eq!(uplink.dark(), Some(Time(200)));
@@ -236,6 +241,17 @@ mod tests {
         let later = Time(160) + OWED_FOR;
         uplink.connected(A, later);
         assert!(uplink.vouches(A, true, Time(200), later), "its client may have left");
+    }
+
+    #[test]
+    fn in_one_cell_its_backends_are_compared_with_each_other() {
+        let uplink = two_cells();
+        uplink.set_cells(1, 2);
+        uplink.connected(A, Time(150));
+        uplink.asked(BESIDE_A, Time(160));
+        assert!(!uplink.vouches(A, true, Time(100), Time(200)), "all that are asked are late");
+        uplink.answered(BESIDE_A, Time(160));
+        assert!(uplink.vouches(A, true, Time(100), Time(200)));
     }
 
     #[test]

@@ -687,3 +687,159 @@ fn content_that_is_not_what_its_digest_says_is_seen_by_probes() {
     assert_eq!(proxy.backend(&a.address.to_string())["cause"]["kind"], "wrong content");
     assert_eq!(proxy.health(&b.address.to_string()), "up");
 }
+
+fn post(path: &str) -> Vec<u8> {
+    format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").into_bytes()
+}
+
+/// Where nobody may be sent twice somebody has to find out all the same.
+#[test]
+fn a_backend_that_errs_returns_where_all_requests_are_posts() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = proxy(&pool("p", &[a.address, b.address], ""), "routes: [ { pool: p } ]", "");
+    up(&proxy, &[&a, &b]);
+    let ask = || raw(proxy.address(0), &post("/"));
+    (0..40).for_each(|_| assert!(ask().starts_with("HTTP/1.1 200")));
+    a.set(Mode::Fail(100));
+    eventually("it is in doubt", Duration::from_secs(5), || {
+        ask();
+        (proxy.health(&a.address.to_string()) == "suspect").then_some(())
+    });
+    // One that tries it still finds errors, and then it has to wait.
+    a.set(Mode::Serve);
+    let mut failed = 0;
+    eventually("it has clients again", Duration::from_secs(30), || {
+        failed += u32::from(!ask().starts_with("HTTP/1.1 200"));
+        ["returning", "up"].contains(&&*proxy.health(&a.address.to_string())).then_some(())
+    });
+    assert_eq!(failed, 0);
+}
+
+#[test]
+fn errors_that_all_have_alike_move_nobody() {
+    let backends: Vec<Backend> = ["a", "b", "c"].map(Backend::start).into();
+    let addresses: Vec<SocketAddr> = backends.iter().map(|backend| backend.address).collect();
+    let proxy = proxy(&pool("p", &addresses, ""), "routes: [ { pool: p } ]", "");
+    up(&proxy, &backends.iter().collect::<Vec<_>>());
+    let ask = || raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    (0..60).for_each(|_| assert!(ask().starts_with("HTTP/1.1 200")));
+    for percent in [100, 40] {
+        backends.iter().for_each(|backend| backend.set(Mode::Fail(percent)));
+        (0..200).for_each(|_| drop(ask()));
+        backends.iter().for_each(|backend| backend.set(Mode::Serve));
+        (0..60).for_each(|_| assert!(ask().starts_with("HTTP/1.1 200")));
+    }
+    let moved = proxy.metric("sailover_transitions_total", &["to=\"suspect\""]);
+    assert_eq!(moved, 0.0, "{}", proxy.log());
+}
+
+/// Nothing is known of it but that it takes its time.
+#[test]
+fn the_first_clients_of_a_slow_backend_are_served() {
+    let a = Backend::start("a");
+    a.set(Mode::Slow(700));
+    let proxy = proxy(&pool("p", &[a.address], ""), "routes: [ { pool: p } ]", "");
+    up(&proxy, &[&a]);
+    let address = proxy.address(0);
+    let clients: Vec<_> = (0..60)
+        .map(|i| {
+            std::thread::park_timeout(Duration::from_millis(10));
+            std::thread::spawn(move || {
+                raw(address, format!("GET /{i} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+            })
+        })
+        .collect();
+    let answers: Vec<String> = clients.into_iter().map(|client| client.join().unwrap()).collect();
+    let refused = answers.iter().filter(|answer| !answer.starts_with("HTTP/1.1 200")).count();
+    assert_eq!(refused, 0, "{}", proxy.log());
+}
+
+/// It serves most, and some of its requests hang until their time is up.
+#[test]
+fn what_hangs_is_an_error_of_the_backend() {
+    let hangs = Arc::new(AtomicU32::new(0));
+    let serve = |every: u32, hangs: Arc<AtomicU32>| {
+        by_hand(move |mut stream| {
+            while read_request(&mut stream).is_some() {
+                if hangs.fetch_add(1, Relaxed) % every == 1 {
+                    let _ = stream.read(&mut [0; 1]);
+                    return;
+                }
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+            }
+        })
+    };
+    let (a, b) = (serve(3, hangs.clone()), serve(u32::MAX, Arc::default()));
+    let proxy = proxy(
+        &pool("p", &[a, b], "probe: off\n    timeouts: { request: 300ms }".replace('\n', ",").as_str()),
+        "routes: [ { pool: p } ]",
+        "",
+    );
+    let address = proxy.address(0);
+    eventually("it is in doubt", Duration::from_secs(20), || {
+        let clients: Vec<_> = (0..8).map(|_| std::thread::spawn(move || raw(address, &post("/")))).collect();
+        clients.into_iter().for_each(|client| drop(client.join()));
+        (proxy.health(&a.to_string()) != "up").then_some(())
+    });
+    assert_eq!(proxy.health(&b.to_string()), "up");
+}
+
+#[test]
+fn a_class_that_fails_at_one_cell_keeps_the_others_clients_where_they_are() {
+    let serve = |name: &'static str, fails: bool| {
+        by_hand(move |mut stream| {
+            while let Some(head) = read_request(&mut stream) {
+                let status = if head.starts_with("post ") && fails { "500 Broken" } else { "200 OK" };
+                let _ = stream.write_all(format!("HTTP/1.1 {status}\r\nContent-Length: 1\r\n\r\n{name}").as_bytes());
+            }
+        })
+    };
+    let backends = [serve("a", true), serve("b", false), serve("c", false)];
+    let proxy =
+        proxy(&pool("p", &backends, "probe: off, affinity: { by: { header: X-User } }"), "routes: [ { pool: p } ]", "");
+    let ask = |method: &str, user: usize| {
+        let head = format!(
+            "{method} / HTTP/1.1\r\nHost: x\r\nX-User: {user}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        );
+        raw(proxy.address(0), head.as_bytes())
+    };
+    let homes: Vec<char> = (0..60).map(|user| ask("GET", user).chars().last().unwrap()).collect();
+    assert!(['a', 'b', 'c'].iter().all(|name| homes.contains(name)));
+    eventually("the class is known to fail there", Duration::from_secs(20), || {
+        for user in 0..60 {
+            ask("GET", user);
+            ask("POST", user);
+        }
+        (proxy.metric("sailover_class_failures_total", &[]) >= 1.0).then_some(())
+    });
+    for (user, home) in homes.iter().enumerate() {
+        assert_eq!(ask("GET", user).chars().last(), Some(*home), "reads of {user}");
+        if *home != 'a' {
+            assert_eq!(ask("POST", user).chars().last(), Some(*home), "writes of {user}");
+        }
+    }
+}
+
+#[test]
+fn one_that_is_let_in_again_after_long_begins_with_a_small_share() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = over(&[&a, &b], "ramp: 2s");
+    (0..20).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+    let order = |order: &str| assert!(proxy.command(&[order, "c1"]).status.success());
+    let shared = || proxy.metric("sailover_cell_share_ratio", &["cell=\"c1\""]);
+    // A moment makes nobody cold.
+    order("drain");
+    order("undrain");
+    assert_eq!(shared(), 0.5);
+    order("drain");
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_millis(2_300) {
+        assert_eq!(get(proxy.address(0)).unwrap(), "a");
+    }
+    order("undrain");
+    assert!(shared() < 0.4, "{}", shared());
+    eventually("the ramp ends", Duration::from_secs(10), || {
+        let _ = get(proxy.address(0));
+        (shared() == 0.5).then_some(())
+    });
+}

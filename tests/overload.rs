@@ -73,3 +73,62 @@ fn judge(samples: &Samples) {
 fn survivors_do_what_they_can_by_what_was_declared() {
     judge(&half_the_world(&rig()));
 }
+
+/// Two bursts a second, each gone within a tenth of one: that is no queue that stands.
+#[test]
+fn a_burst_now_and_then_is_served() {
+    let a = Backend::start("a");
+    let proxy = Proxy::start(&format!(
+        "pools: {{ shop: {{ cells: {{ a: {{ capacity: 60/s, backends: [ '{}' ] }} }} }} }}\n\
+         listeners: [ {{ bind: 127.0.0.1:0, http: {{ routes: [ {{ pool: shop }} ] }} }} ]",
+        a.address
+    ));
+    proxy.wait_health(&a.address.to_string(), "up", Duration::from_secs(5));
+    let address = proxy.address(0);
+    let mut served = 0;
+    for _ in 0..8 {
+        let begin = Instant::now();
+        let burst: Vec<_> = (0..8)
+            .map(|_| {
+                std::thread::spawn(move || {
+                    let ask = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+                    crate::http::raw(address, ask).starts_with("HTTP/1.1 200")
+                })
+            })
+            .collect();
+        served += burst.into_iter().map(|one| u32::from(one.join().unwrap())).sum::<u32>();
+        std::thread::sleep((begin + Duration::from_millis(500)).saturating_duration_since(Instant::now()));
+    }
+    assert!(served >= 61, "{served} of 64");
+}
+
+/// What can be served goes to those who matter most, and who comes first is served first.
+#[test]
+fn what_a_capacity_leaves_goes_by_priority() {
+    let a = Backend::start("a");
+    let proxy = Proxy::start(&format!(
+        "pools: {{ shop: {{ cells: {{ a: {{ capacity: 50/s, backends: [ '{}' ] }} }} }} }}\n\
+         listeners: [ {{ bind: 127.0.0.1:0, http: {{ routes: [ {{ path: /high, pool: shop, priority: high }}, {{ pool: shop, priority: low }} ] }} }} ]",
+        a.address
+    ));
+    proxy.wait_health(&a.address.to_string(), "up", Duration::from_secs(5));
+    let address = proxy.address(0);
+    let ask = move |path: &'static str| {
+        let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        std::thread::spawn(move || crate::http::raw(address, head.as_bytes()).starts_with("HTTP/1.1 200"))
+    };
+    let begin = Instant::now();
+    let (mut high, mut low) = (Vec::new(), Vec::new());
+    // 36 and 72 a second.
+    for i in 0..360u32 {
+        let list = if i % 3 == 0 { &mut high } else { &mut low };
+        list.push(ask(if i % 3 == 0 { "/high" } else { "/low" }));
+        std::thread::sleep((begin + Duration::from_millis(9) * i).saturating_duration_since(Instant::now()));
+    }
+    let served = |list: Vec<std::thread::JoinHandle<bool>>| {
+        let all = list.len() as f64;
+        list.into_iter().map(|one| f64::from(u8::from(one.join().unwrap()))).sum::<f64>() / all
+    };
+    let (high, low) = (served(high), served(low));
+    assert!(high > 0.9 && low < 0.5, "high {high:.2}, low {low:.2}");
+}

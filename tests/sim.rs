@@ -10,7 +10,7 @@ use fastrand::Rng;
 use sailover::backend::{Backend, Counters, PoolShared};
 use sailover::clock::Time;
 use sailover::health::{self, Blame, Depth, Evidence, Seen, Source, State};
-use sailover::pool::{Choice, Member, NewCell, Policy, Pool, Want};
+use sailover::pool::{Choice, Member, NewCell, Policy, Pool, Trial, Want};
 
 const LONGEST: Duration = Duration::from_secs(30);
 
@@ -153,7 +153,7 @@ impl World {
             let mut untried = (0..self.pool.members.len()).filter(|m| !tried.contains(m));
             let up = untried.any(|m| self.pool.members[m].backend.view().state == State::Up);
             let choice =
-                self.pool.pick(&Want { tried: &tried, trial: true, ..Want::default() }, self.now, &mut self.rng);
+                self.pool.pick(&Want { tried: &tried, trial: Trial::Yes, ..Want::default() }, self.now, &mut self.rng);
             let mut member = match choice {
                 Choice::Member(m) | Choice::Doubtful(m) => m,
                 _ => break,
@@ -224,7 +224,8 @@ impl World {
         let cells = self.pool.cells.len();
         let mut counts = vec![0u32; cells];
         for _ in 0..10_000 {
-            if let Choice::Member(m) = self.pool.pick(&Want { trial: true, ..Want::default() }, self.now, &mut self.rng)
+            if let Choice::Member(m) =
+                self.pool.pick(&Want { trial: Trial::Yes, ..Want::default() }, self.now, &mut self.rng)
             {
                 let cell = if self.sabotage == Sabotage::TiltCells { 0 } else { self.pool.members[m].cell };
                 counts[cell] += 1;
@@ -363,7 +364,7 @@ fn a_lossy_path_is_not_taken_for_a_dead_one() {
                 };
                 pool.members[1].backend.observe(policy, &other, now);
                 if matches!(
-                    pool.pick(&Want { trial: true, ..Want::default() }, now, &mut rng),
+                    pool.pick(&Want { trial: Trial::Yes, ..Want::default() }, now, &mut rng),
                     Choice::Member(0) | Choice::Doubtful(0)
                 ) {
                     if lost(&mut rng, now) {

@@ -11,7 +11,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::peer::home;
 use super::route::{Action, Found};
 use super::{Exchange, answer, forward, framer, route};
-use crate::clock;
+use crate::class::Avoids;
+use crate::clock::{self, Time};
 use crate::config::Affinity;
 use crate::dial::DialError;
 use crate::host::Host;
@@ -65,6 +66,28 @@ pub async fn in_turn<T>(exchange: &Exchange, pool: &Pool, lane: usize, ask: impl
     let queue = pool.policy.queue;
     let gone = || exchange.connection.as_ref().is_some_and(|connection| connection.is_left());
     pool.shared.queue.take(lane, queue.length, queue.timeout, gone, ask).await
+}
+
+/// Looks for members where the class of the request fails, as long as another is left; or for one that the request tries for it.
+pub fn avoid_failing(exchange: &mut Exchange, pool: &Pool, now: Time) -> Option<usize> {
+    exchange.avoided.clear();
+    if pool.shared.classes_failing.load(Relaxed) == 0 {
+        return None;
+    }
+    let mut tries = None;
+    let mut avoided = exchange.tried.clone();
+    for (member, known) in pool.members.iter().enumerate() {
+        let may_try = tries.is_none() && exchange.tried.is_empty() && known.backend.fit();
+        match known.backend.avoids_class(exchange.class, exchange.repeatable, may_try, now) {
+            Avoids::No => {}
+            Avoids::Yes => avoided.push(member),
+            Avoids::Tries => tries = Some(member),
+        }
+    }
+    if avoided.len() > exchange.tried.len() && pool.has_untried(&avoided, false, |_| true) {
+        exchange.avoided = avoided;
+    }
+    tries
 }
 
 /// Finds the route of a request, and its place in a pool.

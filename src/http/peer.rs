@@ -93,7 +93,8 @@ pub fn peer(pool: &Pool, backend: &Backend, dialler: Arc<Dialler>, exchange: &Ex
 pub fn keep_in_place(response: &mut ResponseHeader, exchange: &Exchange) -> Result<()> {
     let Some(pool) = &exchange.pool else { return Ok(()) };
     let Affinity::Cookie(cookie) = &pool.policy.affinity else { return Ok(()) };
-    if exchange.home == Some(exchange.member) {
+    // Where its class alone fails, its client has not lost its place.
+    if exchange.home.is_some_and(|home| home == exchange.member || exchange.avoided.contains(&home)) {
         return Ok(());
     }
     let tls = exchange.connection.as_ref().is_some_and(|connection| connection.tls.is_some());

@@ -62,7 +62,7 @@ fn picks(pool: &Pool, pins: bool) -> HashMap<usize, f64> {
     let mut rng = Rng::with_seed(7);
     let mut counts = HashMap::new();
     for i in 0..20_000u64 {
-        let want = Want { pin: pins.then(|| xxh3_64(&i.to_le_bytes())), trial: true, ..Want::default() };
+        let want = Want { pin: pins.then(|| xxh3_64(&i.to_le_bytes())), trial: Trial::Yes, ..Want::default() };
         match pool.pick(&want, NOW, &mut rng) {
             Choice::Member(m) | Choice::Doubtful(m) => *counts.entry(m).or_default() += 1.0 / 20_000.0,
             _ => {}
@@ -144,7 +144,8 @@ fn suspects_come_last_in_their_tier_and_before_the_next() {
     let pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
     suspect(&pool, 0);
     let mut rng = Rng::with_seed(1);
-    let pick = |tried: &[usize], rng: &mut Rng| pool.pick(&Want { tried, trial: true, ..Want::default() }, NOW, rng);
+    let pick =
+        |tried: &[usize], rng: &mut Rng| pool.pick(&Want { tried, trial: Trial::Yes, ..Want::default() }, NOW, rng);
     let first = picks(&pool, false);
     assert!(!first.contains_key(&0) && first.contains_key(&2), "{first:?}");
     assert_eq!(pick(&[1], &mut rng), Choice::Member(2));
@@ -157,9 +158,9 @@ fn a_race_goes_to_another_cell_first() {
     let pool = pool(Policy::default(), &[(0, 1, 4), (0, 1, 1)]);
     let mut rng = Rng::with_seed(1);
     for _ in 0..100 {
-        let want = Want { tried: &[0], racing: Some(0), trial: true, ..Want::default() };
+        let want = Want { tried: &[0], racing: Some(0), trial: Trial::Yes, ..Want::default() };
         assert_eq!(pool.pick(&want, NOW, &mut rng), Choice::Member(4));
-        let want = Want { tried: &[0, 4], racing: Some(0), trial: true, ..Want::default() };
+        let want = Want { tried: &[0, 4], racing: Some(0), trial: Trial::Yes, ..Want::default() };
         assert!(matches!(pool.pick(&want, NOW, &mut rng), Choice::Member(1..=3)));
     }
 }
@@ -176,7 +177,7 @@ fn when_all_are_down_all_are_tried_or_none() {
     assert!(picks_all.contains_key(&0) && picks_all.contains_key(&1), "{picks_all:?}");
     assert!(picks(&none, false).is_empty());
     let mut rng = Rng::with_seed(1);
-    assert_eq!(all.pick(&Want { tried: &[0], trial: true, ..Want::default() }, NOW, &mut rng), Choice::Member(1));
+    assert_eq!(all.pick(&Want { tried: &[0], trial: Trial::Yes, ..Want::default() }, NOW, &mut rng), Choice::Member(1));
 }
 
 #[test]
@@ -210,7 +211,7 @@ fn a_full_backend_is_skipped_and_all_full_is_said() {
     assert!(!counts.contains_key(&0) && (counts[&1] - 1.0).abs() < 1e-6, "{counts:?}");
     pool.members[1].max_connections = 0;
     let mut rng = Rng::with_seed(1);
-    assert_eq!(pool.pick(&Want { trial: true, ..Want::default() }, NOW, &mut rng), Choice::Full);
+    assert_eq!(pool.pick(&Want { trial: Trial::Yes, ..Want::default() }, NOW, &mut rng), Choice::Full);
 }
 
 #[test]
@@ -218,7 +219,7 @@ fn pinned_clients_stay_and_only_those_of_a_failed_cell_move() {
     let pool = pool(Policy { affinity: Affinity::ClientIp, ..Policy::default() }, &[(0, 1, 3), (0, 1, 3), (0, 1, 3)]);
     let mut rng = Rng::with_seed(3);
     let mut place = |pool: &Pool, i: u64| match pool.pick(
-        &Want { pin: Some(xxh3_64(&i.to_le_bytes())), trial: true, ..Want::default() },
+        &Want { pin: Some(xxh3_64(&i.to_le_bytes())), trial: Trial::Yes, ..Want::default() },
         NOW,
         &mut rng,
     ) {
@@ -244,14 +245,14 @@ fn a_suspect_backend_keeps_its_pinned_clients_with_a_race_beside() {
     let of_a: Vec<u64> = (0..200u64)
         .map(|i| xxh3_64(&i.to_le_bytes()))
         .filter(|pin| {
-            pool.pick(&Want { pin: Some(*pin), trial: true, ..Want::default() }, NOW, &mut Rng::with_seed(1))
+            pool.pick(&Want { pin: Some(*pin), trial: Trial::Yes, ..Want::default() }, NOW, &mut Rng::with_seed(1))
                 == Choice::Member(0)
         })
         .collect();
     assert!(of_a.len() > 60);
     suspect(&pool, 0);
     for pin in of_a {
-        let want = Want { pin: Some(pin), trial: true, ..Want::default() };
+        let want = Want { pin: Some(pin), trial: Trial::Yes, ..Want::default() };
         assert_eq!(pool.pick(&want, NOW, &mut Rng::with_seed(1)), Choice::Doubtful(0));
     }
 }
@@ -283,7 +284,8 @@ fn a_returning_backend_gets_its_share_of_its_pinned_clients() {
         let mut rng = Rng::with_seed(7);
         let pins = (0..20_000u64).map(|i| xxh3_64(&i.to_le_bytes()));
         let of_a = pins.filter(|pin| {
-            pool.pick(&Want { pin: Some(*pin), trial: true, ..Want::default() }, at, &mut rng) == Choice::Member(0)
+            pool.pick(&Want { pin: Some(*pin), trial: Trial::Yes, ..Want::default() }, at, &mut rng)
+                == Choice::Member(0)
         });
         of_a.count() as f64 / 20_000.0
     };
@@ -357,7 +359,7 @@ fn trials_of_a_whole_pool_are_bounded() {
     let mut rng = Rng::with_seed(1);
     let at = NOW + Duration::from_secs(2);
     let trials = (0..2_000)
-        .filter(|_| pool.pick(&Want { trial: true, ..Want::default() }, at, &mut rng) != Choice::Member(100))
+        .filter(|_| pool.pick(&Want { trial: Trial::Yes, ..Want::default() }, at, &mut rng) != Choice::Member(100))
         .count();
     assert_eq!(trials, 10);
 }
@@ -380,7 +382,7 @@ fn what_hangs_at_a_silent_backend_keeps_no_trial_away() {
     let mut rng = Rng::with_seed(1);
     let later = NOW + Duration::from_secs(20);
     let picked = (0..50).filter(|_| {
-        let want = Want { trial: true, ..Want::default() };
+        let want = Want { trial: Trial::Yes, ..Want::default() };
         pool.pick(&want, later, &mut rng) == Choice::Member(0)
     });
     assert_eq!(picked.count(), 1, "one trial, and nobody else");
