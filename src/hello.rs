@@ -53,13 +53,13 @@ impl Greeting {
 /// Reads what this listener has to know. `client` is who connected, and becomes the one that a PROXY header names.
 ///
 /// # Errors
-/// How the connection ends.
+/// How the connection ends, and why where that is about what it said.
 pub async fn read(
     stream: &TcpStream,
     client: &mut SocketAddr,
     listener: &Listener,
     deadline: Instant,
-) -> Result<Greeting, End> {
+) -> Result<Greeting, (End, Option<&'static str>)> {
     let peer = *client;
     let mut greeting = Greeting::unread(peer);
     let mut expects_header = listener.expects_header(peer.ip());
@@ -86,10 +86,10 @@ pub async fn read(
                     }
                     match listener.count_client(greeting.client.ip(), clock::now()) {
                         Some(of_client) => greeting.of_client = of_client,
-                        None => return Err(End::Limited),
+                        None => return Err((End::Limited, None)),
                     }
                     if !listener.admits(greeting.client.ip()) {
-                        return Err(End::Denied);
+                        return Err((End::Denied, None));
                     }
                 }
             }
@@ -113,10 +113,10 @@ pub async fn read(
         // What follows the header is the handshake's, where TLS ends here.
         let most = if listener.tls.is_some() { sniff::header_lacks(&greeting.bytes) } else { PART };
         match timeout_at(deadline, more(stream, &mut greeting.bytes, most)).await {
-            Err(_) => return Err(End::Handshake),
-            Ok(Ok(0)) => return Err(End::ClientGone),
+            Err(_) => return Err((End::Handshake, None)),
+            Ok(Ok(0)) => return Err((End::ClientGone, None)),
             Ok(Ok(_)) => {}
-            Ok(Err(_)) => return Err(End::ClientReset),
+            Ok(Err(_)) => return Err((End::ClientReset, None)),
         }
     }
 }
@@ -136,9 +136,9 @@ fn take_header(greeting: &mut Greeting, header: Proxied) {
     }
 }
 
-fn refuse(listener: &Listener, peer: SocketAddr, why: &str) -> End {
+fn refuse(listener: &Listener, peer: SocketAddr, why: &'static str) -> (End, Option<&'static str>) {
     tracing::debug!(listener = &*listener.name, %peer, why, "refused for its first bytes");
-    End::Malformed
+    (End::Malformed, Some(why))
 }
 
 async fn more(stream: &TcpStream, bytes: &mut Vec<u8>, most: usize) -> io::Result<usize> {

@@ -348,11 +348,15 @@ pub struct AccessLog(Arc<RwLock<AccessSink>>);
 pub struct AccessRecord {
     pub listener: Arc<str>,
     pub client: SocketAddr,
+    /// Of its ClientHello.
+    pub server_name: Option<Box<str>>,
     pub pool: Option<Arc<str>>,
     pub served: Option<Served>,
     pub attempts: u32,
     pub raced: bool,
     pub failures: Vec<Failure>,
+    /// Why its beginning was not what it should be.
+    pub reason: Option<Box<str>>,
     pub first_byte: Option<Duration>,
     pub bytes_in: u64,
     pub bytes_out: u64,
@@ -390,11 +394,13 @@ impl AccessRecord {
         AccessRecord {
             listener,
             client,
+            server_name: None,
             pool: None,
             served: None,
             attempts: 0,
             raced: false,
             failures: Vec::new(),
+            reason: None,
             first_byte: None,
             bytes_in: 0,
             bytes_out: 0,
@@ -452,6 +458,9 @@ fn line(text: &mut Vec<u8>, format: Format, record: &AccessRecord, end: End, dur
         fields.bare("retries", http.retries);
         fields.said("id", &http.id);
     }
+    if let Some(name) = &record.server_name {
+        fields.said("server_name", name);
+    }
     match &record.pool {
         Some(pool) => fields.word("pool", pool),
         None => fields.bare("pool", "null"),
@@ -475,6 +484,9 @@ fn line(text: &mut Vec<u8>, format: Format, record: &AccessRecord, end: End, dur
     fields.bare("bytes_in", record.bytes_in);
     fields.bare("bytes_out", record.bytes_out);
     fields.word("end", end.word());
+    if let Some(reason) = &record.reason {
+        fields.said("reason", reason);
+    }
     fields.text.extend_from_slice(if format == Format::Json { b"}\n" } else { b"\n" });
 }
 

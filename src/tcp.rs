@@ -203,7 +203,10 @@ async fn greet(
     let deadline = Instant::now() + listener.handshake;
     let mut greeting = match hello::read(&client, &mut record.client, listener, deadline).await {
         Ok(greeting) => greeting,
-        Err(end) => return Err((end, Some(client))),
+        Err((end, why)) => {
+            record.reason = why.map(Into::into);
+            return Err((end, Some(client)));
+        }
     };
     let client = match &listener.tls {
         None => Stream::Plain(client),
@@ -211,6 +214,7 @@ async fn greet(
             let accepted = timeout_at(deadline, TlsAcceptor::from(tls.server.clone()).accept(client)).await;
             let stream = accepted.map_err(|_| (End::Handshake, None))?.map_err(|error| {
                 tracing::debug!(listener = &*listener.name, client = %greeting.client, %error, "TLS handshake failed");
+                record.reason = Some(error.to_string().into());
                 match error.kind() {
                     io::ErrorKind::UnexpectedEof => (End::ClientGone, None),
                     io::ErrorKind::ConnectionReset => (End::ClientReset, None),
@@ -221,11 +225,13 @@ async fn greet(
             let stream = Stream::Tls(Box::new(stream.into()));
             // A ticket stands for a certificate no longer than the certificate itself is good.
             if stream.has_outlived_its_certificate() {
+                record.reason = Some("its certificate has expired since its ticket was issued".into());
                 return Err((End::Tls, None));
             }
             stream
         }
     };
+    record.server_name = greeting.name.as_deref().map(Into::into);
     Ok((client, greeting))
 }
 

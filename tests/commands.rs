@@ -409,6 +409,17 @@ fn shares_are_true_when_all_are_down_or_nothing_is_known() {
             (proxy.health(&backend.address.to_string()) == "down").then_some(())
         });
     }
+    assert!(!done(&proxy, &["status"]).contains("nobody to give clients to"));
     let shares = ["c0", "c1"].map(|cell| proxy.metric("sailover_cell_share_ratio", &[&format!("cell=\"{cell}\"")]));
     assert_eq!(shares, [0.5, 0.5]);
+}
+
+#[test]
+fn a_pool_that_serves_nobody_says_so() {
+    let (_backends, proxy) = two("");
+    done(&proxy, &["drain", "c0"]);
+    done(&proxy, &["drain", "c1", "--force"]);
+    assert!(get(proxy.address_cached()).is_err());
+    assert!(done(&proxy, &["status"]).contains("! pool p has nobody to give clients to"));
+    assert!(done(&proxy, &["explain", "192.0.2.1"]).contains("refused: no backend may have clients now"));
 }

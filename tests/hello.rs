@@ -353,3 +353,20 @@ fn a_balancers_own_connection_is_judged_as_the_balancers() {
     assert!(!ask(b"PROXY TCP4 192.0.2.1 192.0.2.2 1000 443\r\n"), "whom it speaks for is judged");
     assert!(ask(b"PROXY TCP4 10.0.0.1 192.0.2.2 1000 443\r\n"));
 }
+
+#[test]
+fn the_access_log_says_which_name_and_why() {
+    let backend = Backend::start("a");
+    let proxy = sni(
+        &[("p", backend.address)],
+        "sni: { routes: { shop.example: p } }, proxy_protocol: { accept_from: [ 127.0.0.9 ] }",
+    );
+    let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+    stream.write_all(&client_hello("other.example", false)).unwrap();
+    let _ = read_all(&mut stream);
+    proxy.wait_log("\"server_name\":\"other.example\"");
+    let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let _ = read_all(&mut stream);
+    proxy.wait_log("\"end\":\"malformed\",\"reason\":\"");
+}

@@ -243,6 +243,11 @@ fn alarms(status: &Value) -> Vec<String> {
     if !troubled.is_empty() {
         alarms.push(format!("of {} backends: {}", backends.len(), troubled.join(", ")));
     }
+    for pool in list(&status["pools"]) {
+        if list(&pool["cells"]).all(|cell| cell["share"]["now"].as_f64() == Some(0.0)) {
+            alarms.push(format!("pool {} has nobody to give clients to: they are refused", text(&pool["name"])));
+        }
+    }
     let report = &status["config"]["last_reload"];
     if report["ok"] == false {
         alarms.push(format!("the last reload, {} ago, was refused:", past(&report["at"])));
@@ -426,6 +431,9 @@ pub fn explain(found: &Value, screen: &Screen) -> String {
             (Some(refused), _) => format!("refused: {refused}"),
             (None, false) => {
                 format!("goes to backend {} of cell {}", text(&goes_to["backend"]), text(&goes_to["cell"]))
+            }
+            (None, true) if list(&way["backends"]).all(|backend| backend["chance"].as_f64() == Some(0.0)) => {
+                "refused: no backend may have clients now".to_owned()
             }
             (None, true) => "goes by chance; connections that run already move it within a cell".to_owned(),
         });
