@@ -27,8 +27,8 @@ use crate::tell;
 use crate::version::Version;
 use crate::witness::Answered;
 
+use shared::Mark;
 pub use shared::PoolShared;
-use shared::{Mark, Tally};
 
 /// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
 const TOLD: u64 = 20;
@@ -68,6 +68,11 @@ const OUT_LATELY: Duration = Duration::from_secs(60);
 
 /// Classes of requests are told apart for so long after an error.
 const CLASSES_WATCHED_MS: u64 = 10_000;
+
+/// Errors that all have alike are looked at from their beginning for so long.
+const ALIKE_FOR: Duration = Duration::from_secs(10);
+/// A client that gave up after this, or five times the 99th percentile, has seen a silence.
+const GAVE_UP: Duration = Duration::from_secs(1);
 
 /// Clients that lose something by a trial are sent on one when nobody else has been for so long.
 const LATE_TRIAL_MS: u64 = 4_000;
@@ -166,9 +171,8 @@ pub struct Backend {
     good: AtomicU64,
     watched: AtomicBool,
     ratio: Mutex<Ratio>,
-    /// The same in plain numbers, and what they were when the errors began that are being looked at.
-    answers: Tally,
-    errors_since: Mutex<Mark>,
+    /// What the pool's answers were when the errors began that are being looked at, and until when they are not looked at anew.
+    errors_since: Mutex<Option<(Mark, Time)>>,
     /// Its classes of requests, looked at until this moment (in milliseconds since the process began), and whether any fails.
     classes: Mutex<Classes>,
     classes_until: AtomicU64,
@@ -251,7 +255,6 @@ impl Backend {
             good: AtomicU64::new(0),
             watched: AtomicBool::new(false),
             ratio: Mutex::default(),
-            answers: Tally::default(),
             errors_since: Mutex::default(),
             classes: Mutex::default(),
             classes_until: AtomicU64::new(0),
@@ -458,7 +461,7 @@ impl Backend {
     /// A client that began to wait at `since` no longer does.
     pub fn waits_no_more(&self, since: Time) {
         let waited = clock::now().since(since);
-        self.silence.left(since, waited >= self.late_after(SILENT));
+        self.silence.left(since, waited >= self.late_after(GAVE_UP));
         self.shared.queue.freed();
     }
 
@@ -640,7 +643,7 @@ impl Backend {
     fn went_well(&self, prefix: u32, now: Time) {
         self.answered.note(prefix, now);
         self.shared.failing.answered(prefix, self.id);
-        self.tally(false);
+        self.shared.answers.count(self.id, false);
         self.good_ms.store(now.0 / 1_000, Relaxed);
         if self.watched.load(Relaxed) {
             let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
@@ -651,15 +654,26 @@ impl Backend {
         }
     }
 
-    fn tally(&self, error: bool) {
-        [&self.answers, &self.shared.answers].into_iter().for_each(|tally| tally.count(error));
+    /// Its errors begin to be looked at; not anew while all have had as many.
+    fn errors_begin(&self, now: Time) {
+        let mut since = self.errors_since.lock().unwrap_or_else(PoisonError::into_inner);
+        if since.as_ref().is_none_or(|(_, until)| *until <= now) {
+            *since = Some((self.shared.answers.mark(), now));
+        }
     }
 
-    /// Whether the others of its pool have had as many errors since its own began; from now on it is asked anew.
-    fn errs_like_the_others(&self) -> bool {
-        let now = self.answers.mark(&self.shared.answers);
+    /// Whether the others of its pool have had as many errors since its own began. One that is doubted has been compared with them.
+    fn errs_like_the_others(&self, health: &Health, now: Time) -> bool {
+        if matches!(health.state(), State::Suspect | State::Down) {
+            return false;
+        }
         let mut since = self.errors_since.lock().unwrap_or_else(PoisonError::into_inner);
-        now.is_like_the_others(&std::mem::replace(&mut since, now))
+        let Some((before, until)) = since.as_mut() else { return false };
+        let alike = self.shared.answers.mark().is_like_the_others(self.id, before);
+        if alike && *until <= now {
+            *until = now + ALIKE_FOR;
+        }
+        alike
     }
 
     /// A client got an error, or nothing: whether that happens more often than it used to.
@@ -672,9 +686,9 @@ impl Backend {
         let mut ratio = self.ratio.lock().unwrap_or_else(PoisonError::into_inner);
         ratio.good(self.good.swap(0, Relaxed));
         if !doubted && !ratio.open() {
-            *self.errors_since.lock().unwrap_or_else(PoisonError::into_inner) = self.answers.mark(&self.shared.answers);
+            self.errors_begin(now);
         }
-        self.tally(true);
+        self.shared.answers.count(self.id, true);
         let alarm = if doubted {
             ratio.known();
             true
@@ -796,7 +810,7 @@ impl Backend {
     /// otherwise, and not of all cells at once.
     fn counts(&self, health: &Health, policy: &Policy, evidence: &Evidence, now: Time) -> bool {
         let probe = evidence.source == Source::Probe;
-        if evidence.seen == Seen::Errors && self.errs_like_the_others() {
+        if evidence.seen == Seen::Errors && self.errs_like_the_others(health, now) {
             return false;
         }
         let silent = match evidence.seen {

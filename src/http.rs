@@ -142,6 +142,11 @@ impl Exchange {
         self.connection.as_ref().map(|connection| &*connection.link)
     }
 
+    /// Whether it cannot go to every member.
+    fn is_choosy(&self) -> bool {
+        !self.tried.is_empty() || !self.avoided.is_empty()
+    }
+
     /// Forgets the attempt, and gives back what it held.
     fn leave_attempt(&mut self) {
         self.wait = None;
@@ -313,7 +318,7 @@ impl ProxyHttp for Gateway {
                 let mut first = match tries {
                     Some((member, permit)) => Ok(First { member, doubtful: false, permit }),
                     // Whoever comes later does not overtake those who wait.
-                    None if pool.shared.queue.waits_before(lane) => Err(DialError::Full),
+                    None if !exchange.is_choosy() && pool.shared.queue.waits_before(lane) => Err(DialError::Full),
                     None => crate::dial::choose_first(&self.host, &pool, &want, now, &mut rng),
                 };
                 if matches!(first, Err(DialError::Full)) {

@@ -179,6 +179,8 @@ pub struct Queue {
     /// When somebody who had waited got a place last, and how far apart that is, in microseconds.
     served: AtomicU64,
     apart: AtomicU64,
+    /// Those who wait for some places only.
+    choosy: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -234,7 +236,7 @@ impl Queue {
 
     /// How many wait.
     pub fn length(&self) -> u32 {
-        self.lanes.iter().map(|lane| lane.waiting.load(Relaxed)).sum()
+        self.lanes.iter().map(|lane| lane.waiting.load(Relaxed)).sum::<u32>() + self.choosy.load(Relaxed)
     }
 
     /// How many it had no place for, or not in time.
@@ -263,6 +265,31 @@ impl Queue {
         let since = since.min(STANDING_MOST).as_micros() as u64;
         let apart = self.apart.load(Relaxed);
         self.apart.store(apart - apart / APART + since / APART, Relaxed);
+    }
+
+    /// [`Queue::take`] for one who cannot take every place: nobody waits for him, and he for nobody.
+    pub async fn take_some<T>(
+        &self,
+        length: u32,
+        timeout: Duration,
+        gone: impl Fn() -> bool,
+        mut ask: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        if self.length() >= length {
+            self.refused.fetch_add(1, Relaxed);
+            return None;
+        }
+        self.choosy.fetch_add(1, Relaxed);
+        let _leave = Leave(&self.choosy);
+        let until = clock::now() + timeout;
+        while clock::now() < until && !gone() {
+            if let Some(taken) = ask() {
+                return Some(taken);
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+        self.refused.fetch_add(1, Relaxed);
+        None
     }
 
     /// A place may have become free: the first of the highest priority is told.

@@ -51,6 +51,8 @@ const FIRST_BYTE_FACTOR: u32 = 4;
 const FIRST_BYTE_FLOOR: Duration = Duration::from_millis(100);
 /// Whether a backend is still there is asked for so long, or for two round trips.
 const DEAD_WITHIN: Duration = Duration::from_millis(50);
+/// Whether a place is free is asked this often by whoever waits for one.
+const LOOK: Duration = Duration::from_millis(20);
 /// The priority of sessions in a queue.
 const NORMAL: usize = 1;
 /// With nothing learned.
@@ -152,8 +154,8 @@ pub async fn begin(
     greet(client, listener, record).await
 }
 
-/// One of the places of those who have not begun yet, half of all. Whoever finds none waits for one as at any bound, unless three
-/// quarters of all places are taken.
+/// One of the places of those who have not begun yet, half of all. Whoever finds none waits for one as at any bound, unless many
+/// more places are taken.
 async fn beginning(listener: &Listener, most: u32) -> Option<Permit> {
     let (places, half) = (&listener.shared.beginnings, (most / 2).max(1));
     let deadline = Instant::now() + listener.wait;
@@ -162,9 +164,12 @@ async fn beginning(listener: &Listener, most: u32) -> Option<Permit> {
         if let Some(place) = places.take(half) {
             return Some(place);
         }
-        if listener.shared.connections.used() > most / 4 * 3 || timeout_at(deadline, freed).await.is_err() {
+        let now = Instant::now();
+        if listener.shared.connections.used() > half + (most / 32).max(8) || now >= deadline {
             return None;
         }
+        // A place that becomes free between the look and the wait is told to nobody.
+        let _ = timeout_at(deadline.min(now + LOOK), freed).await;
     }
 }
 
@@ -456,7 +461,7 @@ async fn connect_to_one(
     let first = None;
     // Whoever comes later does not overtake those who wait.
     let mut dialled = Err(DialError::Full);
-    if !pool.shared.queue.waits_before(NORMAL) {
+    if before.is_some() || !pool.shared.queue.waits_before(NORMAL) {
         dialled = dial::dial(
             &network,
             host,
@@ -476,7 +481,11 @@ async fn connect_to_one(
         let want = Want { pin, tried: &tried, ..Want::default() };
         let queue = pool.policy.queue;
         let ask = || dial::choose_first(host, pool, &want, clock::now(), &mut rng).ok();
-        let turn = pool.shared.queue.take(NORMAL, queue.length, queue.timeout, || waiting.gone(), ask).await;
+        let gone = || waiting.gone();
+        let turn = match before {
+            None => pool.shared.queue.take(NORMAL, queue.length, queue.timeout, gone, ask).await,
+            Some(_) => pool.shared.queue.take_some(queue.length, queue.timeout, gone, ask).await,
+        };
         if turn.is_some() {
             let (again, now) = (timer.as_mut(), clock::now());
             dialled = Box::pin(dial::dial(

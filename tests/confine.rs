@@ -843,3 +843,50 @@ fn one_that_is_let_in_again_after_long_begins_with_a_small_share() {
         (shared() == 0.5).then_some(())
     });
 }
+
+/// Who can go to one member only, which is full, holds up nobody who can go to another.
+#[test]
+fn who_waits_for_one_member_holds_up_nobody() {
+    let a = by_hand(|mut stream| {
+        while let Some(head) = read_request(&mut stream) {
+            if head.starts_with("get /bad") {
+                let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+                return;
+            }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na");
+        }
+    });
+    let held = Arc::new(AtomicU32::new(0));
+    let b = by_hand({
+        let held = held.clone();
+        move |mut stream| {
+            while read_request(&mut stream).is_some() {
+                held.fetch_add(1, Relaxed);
+                let _ = stream.read(&mut [0; 1]);
+            }
+        }
+    });
+    let yaml = format!(
+        "pools: {{ p: {{ cells: {{ a: [ '{a}' ], b: [ {{ address: '{b}', max_connections: 1 }} ] }}, probe: off }} }}\n\
+         listeners: [ {{ bind: 127.0.0.1:0, http: {{ routes: [ {{ pool: p }} ] }} }} ]"
+    );
+    let proxy = Proxy::start(&yaml);
+    let address = proxy.address(0);
+    let ask = move |path: String| {
+        std::thread::spawn(move || {
+            raw(address, format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+        })
+    };
+    let mut waiting = Vec::new();
+    eventually("one has the only place", Duration::from_secs(5), || {
+        waiting.push(ask("/".into()));
+        (held.load(Relaxed) > 0).then_some(())
+    });
+    for round in 0..10 {
+        waiting.extend((0..3).map(|i| ask(format!("/bad/{round}/{i}"))));
+        for _ in 0..5 {
+            let answer = ask("/".into()).join().unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{round}: {answer}");
+        }
+    }
+}

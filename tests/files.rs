@@ -440,6 +440,7 @@ fn what_could_never_serve_is_refused() {
         "{ host: a.example, redirect: { scheme: https } }",
         "{ host: a.example, redirect: { host: b.example } }, { pool: p }",
         "{ path: /z, redirect: { path: /y } }",
+        "{ path: /z, method: POST, redirect: { path: /z, status: 303 } }, { pool: p }",
     ] {
         assert_eq!(http(good), "", "{good}");
     }

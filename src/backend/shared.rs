@@ -96,54 +96,63 @@ impl PoolShared {
     }
 }
 
-/// Answers, without an error and with one.
-#[derive(Debug, Default)]
-pub(super) struct Tally {
-    good: AtomicU64,
-    bad: AtomicU64,
-}
+/// Backends of a pool that are told apart; more share places.
+const PLACES: usize = 64;
 
-/// What two tallies, one backend's and its pool's, were at a moment.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Mark {
-    own: [f64; 2],
-    all: [f64; 2],
-}
+/// Answers of the backends of one pool, without an error and with one.
+#[derive(Debug)]
+pub(super) struct Tally([[AtomicU64; 2]; PLACES]);
+
+/// What a tally was at a moment.
+#[derive(Clone, Debug)]
+pub(super) struct Mark(Box<[[u64; 2]; PLACES]>);
 
 /// A share of errors is greater than another's when it is so many standard deviations beyond it, and so many times as great.
 const BEYOND: f64 = 3.0;
 const TIMES: f64 = 1.5;
 
-impl Tally {
-    pub(super) fn count(&self, error: bool) {
-        let counter = if error { &self.bad } else { &self.good };
-        counter.fetch_add(1, Relaxed);
-    }
-
-    fn read(&self) -> [f64; 2] {
-        [&self.good, &self.bad].map(|counter| counter.load(Relaxed) as f64)
-    }
-
-    pub(super) fn mark(&self, all: &Tally) -> Mark {
-        Mark { own: self.read(), all: all.read() }
+impl Default for Tally {
+    fn default() -> Self {
+        Tally(std::array::from_fn(|_| std::array::from_fn(|_| AtomicU64::new(0))))
     }
 }
 
-impl Mark {
-    /// Whether a backend has had no more errors since `before` than the others of its pool: what all have alike is nobody's own.
-    /// Where the others had no answers there is nobody to compare it with.
-    pub(super) fn is_like_the_others(&self, before: &Mark) -> bool {
-        let [good, bad] = [0, 1].map(|i| self.own[i] - before.own[i]);
-        let [others_good, others_bad] =
-            [(0, good), (1, bad)].map(|(i, own)| (self.all[i] - before.all[i] - own).max(0.0));
-        let (own, others) = (good + bad, others_good + others_bad);
-        if others < 1.0 || own < 1.0 {
-            return false;
+impl Tally {
+    pub(super) fn count(&self, backend: u64, error: bool) {
+        self.0[place(backend)][usize::from(error)].fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn mark(&self) -> Mark {
+        let mut mark = Mark(Box::new([[0; 2]; PLACES]));
+        for (at, counters) in mark.0.iter_mut().zip(&self.0) {
+            *at = [counters[0].load(Relaxed), counters[1].load(Relaxed)];
         }
-        let expected = (others_bad + 1.0) / (others + 2.0);
-        let surprising = bad > own * expected + BEYOND * (own * expected * (1.0 - expected)).sqrt();
-        let much = bad / own > TIMES * others_bad / others || good / own * 2.0 < others_good / others;
-        !(surprising && much)
+        mark
+    }
+}
+
+fn place(backend: u64) -> usize {
+    (backend % PLACES as u64) as usize
+}
+
+impl Mark {
+    /// Whether nobody else of its pool has had clearly fewer errors since `before` than this backend: what all have alike is nobody's
+    /// own. Where the others had no answers there is nobody to compare it with.
+    pub(super) fn is_like_the_others(&self, backend: u64, before: &Mark) -> bool {
+        let since = |i: usize| [0, 1].map(|kind| self.0[i][kind].saturating_sub(before.0[i][kind]) as f64);
+        let [good, bad] = since(place(backend));
+        let own = good + bad;
+        let mut others =
+            (0..PLACES).filter(|i| *i != place(backend)).map(since).filter(|[good, bad]| good + bad >= 1.0);
+        let better = |[others_good, others_bad]: [f64; 2]| {
+            let others = others_good + others_bad;
+            let expected = (others_bad + 1.0) / (others + 2.0);
+            let surprising = bad > own * expected + BEYOND * (own * expected * (1.0 - expected)).sqrt();
+            let much = bad / own > TIMES * others_bad / others || good / own * 2.0 < others_good / others;
+            surprising && much
+        };
+        let Some(first) = others.next().filter(|_| own >= 1.0) else { return false };
+        !better(first) && !others.any(better)
     }
 }
 
@@ -153,31 +162,33 @@ mod tests {
 
     #[test]
     fn errors_that_all_have_alike_are_nobodys_own() {
-        let alike = |one: (u32, u32), others: (u32, u32)| {
-            let (own, all) = (Tally::default(), Tally::default());
+        let alike = |one: (u32, u32), others: &[(u32, u32)]| {
+            let tally = Tally::default();
             // What was before says nothing.
-            (0..1_000).for_each(|_| all.count(false));
-            let before = own.mark(&all);
-            for (count, error, ours) in
-                [(one.0, false, true), (one.1, true, true), (others.0, false, false), (others.1, true, false)]
-            {
-                (0..count).for_each(|_| all.count(error));
-                (0..count).filter(|_| ours).for_each(|_| own.count(error));
+            (0..1_000).for_each(|i| tally.count(i % 5, false));
+            let before = tally.mark();
+            for (backend, (good, bad)) in [one].iter().chain(others).enumerate() {
+                (0..*good).for_each(|_| tally.count(backend as u64, false));
+                (0..*bad).for_each(|_| tally.count(backend as u64, true));
             }
-            own.mark(&all).is_like_the_others(&before)
+            tally.mark().is_like_the_others(0, &before)
         };
         for (one, others, wanted) in [
-            ((0, 4), (4, 0), false),
-            ((24, 12), (36, 0), false),
-            ((388, 12), (400, 0), false),
-            ((80, 120), (140, 60), false),
-            ((0, 100), (40, 60), false),
-            ((0, 4), (0, 4), true),
-            ((67, 33), (66, 34), true),
-            ((388, 12), (387, 13), true),
-            ((0, 20), (0, 60), true),
-            ((65, 35), (280, 120), true),
-            ((3, 3), (0, 0), false),
+            ((0, 4), &[(4, 0)][..], false),
+            ((24, 12), &[(36, 0)], false),
+            ((388, 12), &[(400, 0)], false),
+            ((80, 120), &[(140, 60)], false),
+            ((0, 100), &[(40, 60)], false),
+            ((0, 4), &[(0, 4)], true),
+            ((67, 33), &[(66, 34)], true),
+            ((388, 12), &[(387, 13)], true),
+            ((0, 20), &[(0, 20), (0, 20), (0, 20)], true),
+            ((65, 35), &[(70, 30), (71, 29), (69, 31)], true),
+            ((3, 3), &[], false),
+            // Several are sick, and one is not.
+            ((10, 10), &[(10, 10), (9, 11), (11, 9), (20, 0)], false),
+            ((67, 67), &[(67, 67), (67, 67), (67, 67), (134, 0)], false),
+            ((0, 20), &[(0, 20), (2, 18)], true),
         ] {
             assert_eq!(alike(one, others), wanted, "{one:?} beside {others:?}");
         }

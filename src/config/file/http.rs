@@ -113,13 +113,6 @@ impl Reader<'_> {
                 _ => self.refuse(&node, "a path such as /v1"),
             }
         });
-        if let Some(Action::Redirect { scheme: None, host: to_host, path: to_path, .. }) = &action {
-            let same_host = to_host.is_none() || *to_host == host;
-            let below = |to: &String| to.trim_end_matches('/') == path.as_deref().unwrap_or_default();
-            if same_host && to_path.as_ref().is_none_or(below) {
-                self.error(&join(&fields.path, "redirect"), "leads back to this route, without end");
-            }
-        }
         let methods = fields.get("method").map(|node| self.one_or_more(&node)).unwrap_or_default();
         let mut read = Vec::new();
         for method in methods {
@@ -130,6 +123,15 @@ impl Reader<'_> {
             }
         }
         let headers = fields.get("headers").map(|node| self.header_values(&node, &[])).unwrap_or_default();
+        if let Some(Action::Redirect { scheme: None, host: to_host, path: to_path, .. }) = &action {
+            let same_host = to_host.is_none() || *to_host == host;
+            let below = |to: &String| to.trim_end_matches('/') == path.as_deref().unwrap_or_default();
+            // After another method, or without a header, a client may come to another route.
+            let all = read.is_empty() && headers.is_empty();
+            if all && same_host && to_path.as_ref().is_none_or(below) {
+                self.error(&join(&fields.path, "redirect"), "leads back to this route, without end");
+            }
+        }
         let priorities = [("high", Priority::High), ("normal", Priority::Normal), ("low", Priority::Low)];
         let timeout = self.duration_at(&fields, "timeout", 10, DAY);
         let strip_prefix = fields.get("strip_prefix").and_then(|node| self.flag(&node)).unwrap_or(false);
