@@ -806,8 +806,8 @@ impl Backend {
         at > 0 && now.0 / 1_000 < at + CONTRADICTION_SHOWN_MS
     }
 
-    /// Whether a failure counts: errors only where others have fewer, silence only while somebody else answers, and what probes say only where no client says
-    /// otherwise, and not of all cells at once.
+    /// Whether a failure counts: errors only where another one has fewer, silence only while somebody else answers, and what probes
+    /// say only where no client says otherwise, and not of all cells at once.
     fn counts(&self, health: &Health, policy: &Policy, evidence: &Evidence, now: Time) -> bool {
         let probe = evidence.source == Source::Probe;
         if evidence.seen == Seen::Errors && self.errs_like_the_others(health, now) {

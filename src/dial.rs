@@ -236,10 +236,9 @@ pub async fn dial<N: Network>(
                     story.raced |= running > 0;
                     match network.open(backend, policy, rng) {
                         Ok(opening) => {
-                            let (race, judge) = match backend.tls_handshake.learned() {
-                                Some(learned) if network.shakes_hands(policy) => delays_after(learned),
-                                _ => delays(backend, policy),
-                            };
+                            let shakes_hands = network.shakes_hands(policy);
+                            let learned = shakes_hands.then(|| backend.tls_handshake.learned()).flatten();
+                            let (race, judge) = learned.map_or_else(|| delays(backend, policy), delays_after);
                             next = policy.race.then(|| (if doubtful { now } else { now + race }, true));
                             let attempt = Attempt {
                                 member,

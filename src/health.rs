@@ -802,7 +802,8 @@ impl Health {
         self.successes > 0
     }
 
-    /// An operator lets it return, as soon as it is well; says whether that changes anything. His word stands for the most of its proof.
+    /// An operator lets it return, as soon as it is well; says whether that changes anything. His word stands for most of its
+    /// proof.
     pub fn let_return(&mut self) -> bool {
         self.proof = self.proof.min(1);
         self.state == State::Down && !std::mem::replace(&mut self.let_return, true)

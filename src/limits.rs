@@ -170,8 +170,8 @@ impl Budget {
 
 /// Clients of one pool that wait for a place, by priority. Whoever comes later does not overtake.
 ///
-/// A queue of one priority that has stood for a while is no burst but too much: then nobody in it waits long, so that those who are served are served
-/// in time (controlled delay, Nichols and Jacobson 2012; as a bound on queueing for requests, Maurer 2015).
+/// A queue of one priority that has stood for a while is no burst but too much: then nobody in it waits long, so that those who
+/// are served are served in time (controlled delay, Nichols and Jacobson 2012; as a bound on queueing for requests, Maurer 2015).
 #[derive(Debug, Default)]
 pub struct Queue {
     lanes: [Lane; 3],
@@ -282,7 +282,10 @@ impl Queue {
         self.choosy.fetch_add(1, Relaxed);
         let _leave = Leave(&self.choosy);
         let until = clock::now() + timeout;
-        while clock::now() < until && !gone() {
+        while clock::now() < until {
+            if gone() {
+                return None;
+            }
             if let Some(taken) = ask() {
                 return Some(taken);
             }

@@ -107,11 +107,13 @@ fn connect_after(config: &Arc<ClientConfig>, proxy: &Proxy, name: &str, first: &
 /// Sends, finishes its half by the book, and reads to the end, which must be by the book too.
 fn exchange(mut stream: Tls, bytes: &[u8]) -> std::io::Result<Vec<u8>> {
     let mut answer = Vec::new();
-    // In pieces, because the backend sends back while it reads.
+    // In pieces, because the backend sends back while it reads: whoever only wrote would wait for it, and it for him.
     let mut part = vec![0; 64 << 10];
+    let mut sent = 0;
     for piece in bytes.chunks(32 << 10) {
         stream.write_all(piece)?;
-        while answer.len() + (256 << 10) < bytes.len() && answer.len() < piece.len() {
+        sent += piece.len();
+        while answer.len() + (128 << 10) < sent {
             let n = stream.read(&mut part)?;
             answer.extend_from_slice(&part[..n]);
         }

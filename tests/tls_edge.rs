@@ -1,7 +1,7 @@
 //! TLS at its edges: ends without a word, certificates that end, handshakes that fail for a client.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,6 +13,7 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned};
 
+use crate::http::by_hand;
 use crate::support::backend::{Backend, get};
 use crate::support::eventually;
 use crate::support::proxy::{Directory, Proxy};
@@ -28,20 +29,6 @@ fn server((certificate, key): (String, String)) -> Arc<ServerConfig> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
     Arc::new(builder.with_no_client_auth().with_single_cert(chain, key).unwrap())
-}
-
-/// A server whose connections are served one thread each.
-fn serve(serve: impl Fn(TcpStream) + Send + Sync + 'static) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    let serve = Arc::new(serve);
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let serve = serve.clone();
-            std::thread::spawn(move || serve(stream));
-        }
-    });
-    address
 }
 
 fn under_tls(config: &Arc<ServerConfig>, stream: TcpStream) -> Option<Server> {
@@ -78,7 +65,7 @@ fn what_came_before_an_end_without_a_word_is_passed_on() {
     let directory = Directory::new();
     let authority = authority(&directory);
     let config = server(authority.issue(&["shop.internal"], 30));
-    let long = serve(move |stream| {
+    let long = by_hand(move |stream| {
         let Some(mut stream) = under_tls(&config, stream) else { return };
         let mut asked = [0; 1];
         if stream.read_exact(&mut asked).is_ok() {
@@ -114,7 +101,7 @@ fn what_came_before_an_end_without_a_word_is_passed_on() {
 
     // The other way round: a client that says all it has, and closes.
     let (tell, told) = std::sync::mpsc::channel();
-    let sink = serve(move |mut stream| {
+    let sink = by_hand(move |mut stream| {
         let mut all = Vec::new();
         let ended = stream.read_to_end(&mut all).is_ok();
         if !all.is_empty() {
@@ -163,7 +150,7 @@ fn a_probe_judges_the_certificate_each_time() {
     config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new().unwrap();
     let config = Arc::new(config);
     let resumed = Arc::new(AtomicU32::new(0));
-    let backend = serve({
+    let backend = by_hand({
         let resumed = resumed.clone();
         move |stream| {
             let Some(mut stream) = under_tls(&config, stream) else { return };
@@ -231,7 +218,7 @@ fn handshakes_that_fail_for_one_client_move_no_backend() {
     let backends: Vec<SocketAddr> = (0..2)
         .map(|_| {
             let config = config.clone();
-            serve(move |stream| {
+            by_hand(move |stream| {
                 let mut line = String::new();
                 let mut reader = BufReader::with_capacity(1, stream.try_clone().unwrap());
                 if reader.read_line(&mut line).is_err() || line.contains(" 127.0.1.66 ") {
@@ -283,7 +270,7 @@ fn handshakes_that_are_slow_by_nature_are_learned() {
     let backends: Vec<SocketAddr> = (0..2)
         .map(|_| {
             let (config, shaken) = (config.clone(), shaken.clone());
-            serve(move |stream| {
+            by_hand(move |stream| {
                 // Not for the probe, which says nothing.
                 if stream.peek(&mut [0; 1]).is_ok_and(|n| n > 0) {
                     shaken.fetch_add(1, Relaxed);
@@ -318,7 +305,7 @@ fn handshakes_that_are_slow_by_nature_are_learned() {
 #[test]
 fn an_end_in_a_handshake_is_no_refusal_of_the_connection() {
     // Reads the hello and closes.
-    let closes = serve(|mut stream| drop(stream.read(&mut [0; 4_096])));
+    let closes = by_hand(|mut stream| drop(stream.read(&mut [0; 4_096])));
     let proxy = Proxy::start(&format!(
         "pools: {{ p: {{ cells: {{ a: [ '{closes}' ] }}, tls: {{ server_name: x.example, verify: false }} }} }}\n\
          listeners: [ {{ bind: 127.0.0.1:0, tcp: p }} ]"
