@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::support::backend::{Backend, Mode, get, may_be_refused, read_all};
+use crate::support::backend::{Backend, Mode, Port, get, may_be_refused, read_all};
 use crate::support::eventually;
 use crate::support::proxy::Proxy;
 use crate::tcp::yaml;
@@ -469,8 +469,8 @@ fn a_client_waits_for_connect_timeout() {
 
 #[test]
 fn attempts_bound_the_tries_of_one_client() {
-    let dead: Vec<SocketAddr> =
-        (0..6).map(|_| TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()).collect();
+    let ports: Vec<Port> = (0..6).map(|_| Port::reserve()).collect();
+    let dead: Vec<SocketAddr> = ports.iter().map(|port| port.address).collect();
     for attempts in [1, 3] {
         let proxy = Proxy::start(&yaml(&dead, &format!("probe: off\n    connect: {{ attempts: {attempts} }}"), ""));
         let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
@@ -693,7 +693,8 @@ fn wait_is_the_time_at_a_cap() {
 #[test]
 fn admin_http_is_off_or_read_only() {
     let a = Backend::start("a");
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let reserved = Port::reserve();
+    let port = reserved.address;
     let proxy = over(&[&a], "", "");
     assert!(TcpStream::connect(port).is_err());
     let directory = crate::support::proxy::Directory::new();

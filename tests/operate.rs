@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::support::backend::{Backend, Mode, get, read_all};
+use crate::support::backend::{Backend, Mode, Port, get, read_all};
 use crate::support::eventually;
 use crate::support::proxy::Proxy;
 use crate::tcp::yaml;
@@ -378,7 +378,8 @@ fn an_error_that_is_passed_on_has_its_line() {
 #[test]
 fn a_listener_that_was_given_up_can_be_taken_back_at_once() {
     let backend = Backend::start("a");
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let reserved = Port::reserve();
+    let free = reserved.address;
     let both = yaml(&[backend.address], "", "")
         .replace("listeners: [", &format!("listeners: [ {{ name: other, bind: '{free}', tcp: p }}, "));
     let proxy = Proxy::start(&both);

@@ -55,6 +55,28 @@ pub enum Mode {
     Data(u32, bool),
 }
 
+/// A port that refuses connections, and that nobody else on this machine is given while this lives. Whoever names it may listen
+/// there. (An address that was merely free a moment ago may be another test's by now.)
+pub struct Port {
+    pub address: SocketAddr,
+    _socket: socket2::Socket,
+}
+
+impl Port {
+    /// A free one of loopback.
+    pub fn reserve() -> Port {
+        Port::at("127.0.0.1:0".parse().unwrap())
+    }
+
+    fn at(address: SocketAddr) -> Port {
+        let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None).unwrap();
+        // Of two bound sockets that both say so, one may listen. The kernel gives a port of its own choice to neither.
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&address.into()).expect("the address is free");
+        Port { address: socket.local_addr().unwrap().as_socket().unwrap(), _socket: socket }
+    }
+}
+
 /// A running one; stopped when dropped.
 pub struct Backend {
     pub address: SocketAddr,
@@ -144,8 +166,9 @@ async fn serve(
         socket2::SockRef::from(&socket).set_tcp_notsent_lowat(64 << 10).unwrap();
         socket.bind(address).and_then(|()| socket.listen(4096)).expect("the address is free")
     };
+    let port = Port::at(address);
+    let address = port.address;
     let mut listener = Some(bind(address));
-    let address = listener.as_ref().unwrap().local_addr().unwrap();
     told.send(address).unwrap();
     let turns = Arc::new(Turns::default());
     let mut died: Option<Instant> = None;
