@@ -52,6 +52,8 @@ const LATE: Duration = Duration::from_millis(50);
 const LATE_FOR: u32 = 8;
 /// And for so long the next ones are thought to take as long.
 const TOOK_FOR: Duration = Duration::from_secs(1);
+/// First bytes that take as long as can be learned are no sign of anything.
+pub const TOO_LONG: Duration = Duration::from_secs(3);
 /// What is known to be slow is silent after this at the latest.
 const SLOW_FOR: Duration = Duration::from_secs(1);
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
@@ -536,7 +538,10 @@ impl Backend {
     /// A whole request was written to it for a client of `prefix`, or what a client says first was.
     pub fn asked(&self, prefix: u32, now: Time) {
         self.silence.wrote(prefix, now);
-        self.shared.uplink.asked(self.id, now);
+        // What takes so long by nature, as long polls do, is no debt whose lateness anybody could see.
+        if self.first_byte.learned().is_none_or(|(_, p99)| p99 < TOO_LONG) {
+            self.shared.uplink.asked(self.id, now);
+        }
     }
 
     /// A request was carried elsewhere after it had `waited` for so long, and others of its kind never had: the backend is slow.

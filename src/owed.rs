@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, TOO_LONG};
 use crate::clock::{self, Time};
 use crate::config::FirstByte;
 use crate::health::{Depth, Evidence, Seen, Source};
@@ -29,8 +29,7 @@ const FLOOR: Duration = Duration::from_millis(50);
 const FACTOR: u32 = 5;
 /// With nothing learned, where a first byte is expected all the same; and for whoever tries a doubted backend.
 const COLD: Duration = Duration::from_secs(1);
-/// First bytes that take as long as can be learned are no sign of anything.
-const TOO_LONG: Duration = Duration::from_secs(3);
+
 struct Watched {
     backend: Arc<Backend>,
     policy: Arc<Policy>,

@@ -82,6 +82,22 @@ fn equal_cells_get_equal_shares_however_many_backends_they_have() {
     }
 }
 
+/// One cell is silent, and the other one holds requests too. Long polls show no stall of all.
+#[test]
+fn what_takes_long_by_nature_is_not_late() {
+    for (takes, late) in [(Duration::from_millis(1), true), (Duration::from_secs(30), false)] {
+        let pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1)]);
+        let (uplink, backends) = (&pool.shared.uplink, [0, 1].map(|member: usize| &pool.members[member].backend));
+        uplink.set_cells(2, 2);
+        (0..2).for_each(|cell| backends[cell].stands_in(cell));
+        (0..100).for_each(|_| backends[1].heard(Some(takes), NOW));
+        let (since, later) = (NOW + Duration::from_millis(10), NOW + Duration::from_secs(1));
+        uplink.connected(backends[0].id, later);
+        backends[1].asked(1, since);
+        assert_eq!(uplink.vouches(backends[0].id, true, since, later), !late, "{takes:?}");
+    }
+}
+
 #[test]
 fn weights_of_cells_and_backends_hold() {
     for balance in [Balance::TwoChoices, Balance::RoundRobin] {
