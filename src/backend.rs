@@ -794,6 +794,11 @@ impl Backend {
         self.observe(policy, &Evidence { source, depth, seen: Seen::Success { hits: 0 }, began }, now);
     }
 
+    /// Whether an operator who says `wanted` means it: its name or its address.
+    pub fn is_called(&self, wanted: &str) -> bool {
+        *self.name == *wanted || wanted.parse() == Ok(self.address)
+    }
+
     /// Says in which cell it stands, by the cell's number.
     pub fn stands_in(&self, cell: usize) {
         self.cell.store(cell, Relaxed);

@@ -262,7 +262,7 @@ fn pool_and_cell(text: &str) -> Result<(String, String), String> {
 }
 
 fn seconds(duration: Option<Duration>) -> Option<u64> {
-    duration.map(|duration| duration.as_secs().max(1))
+    duration.map(|duration| duration.as_millis().div_ceil(1_000).max(1) as u64)
 }
 
 impl Which {

@@ -154,6 +154,20 @@ impl<O> Attempt<O> {
     }
 }
 
+/// Counts what came of a client's race, however it ends.
+struct Race<'a> {
+    pool: &'a Pool,
+    begun: bool,
+    /// By the later attempt.
+    won: bool,
+}
+
+impl Drop for Race<'_> {
+    fn drop(&mut self) {
+        self.pool.shared.raced[usize::from(self.won)].add(u64::from(self.begun));
+    }
+}
+
 enum Event<C> {
     Ended(usize, io::Result<(C, Duration)>),
     Timer,
@@ -208,6 +222,7 @@ pub async fn dial<N: Network>(
     let mut open: [Option<Attempt<N::Opening>>; OPEN] = [const { None }; OPEN];
     let mut pause = AGAIN;
     let told_of = client.told_of();
+    let mut race_of_client = Race { pool, begun: false, won: false };
     // When the next attempt begins, and whether as a race: now, at a race time, or (`None`) not yet known.
     let mut next = Some((begin, false));
 
@@ -234,6 +249,7 @@ pub async fn dial<N: Network>(
                     tried.push(member);
                     story.attempts += 1;
                     story.raced |= running > 0;
+                    race_of_client.begun |= running > 0;
                     match network.open(backend, policy, rng) {
                         Ok(opening) => {
                             let shakes_hands = network.shakes_hands(policy);
@@ -301,10 +317,7 @@ pub async fn dial<N: Network>(
                 let shaken = network.shakes_hands(policy).then(|| now.since(attempt.began));
                 member.backend.connected(&policy.health, handshake, shaken, attempt.began, now);
                 pool.cells[member.cell].shared.handshake.record(handshake);
-                if story.raced {
-                    let later = open.iter().flatten().any(|other| other.began < attempt.began);
-                    pool.shared.races[1].add(u64::from(later));
-                }
+                race_of_client.won = open.iter().flatten().any(|other| other.began < attempt.began);
                 // One attempt of a client needs no descriptor beyond its connection's: now it is the winner.
                 if let Some(loser) = open.iter_mut().flatten().find(|loser| loser.extra.is_none()) {
                     loser.extra = attempt.extra.take();
@@ -394,7 +407,7 @@ fn choose(host: &Host, pool: &Pool, want: &Want<'_>, race: bool, now: Time, rng:
         if race && !pool.shared.budget.extra(now) {
             return Chosen::NoBudget;
         }
-        pool.shared.races[0].add(u64::from(race));
+        pool.shared.races.add(u64::from(race));
         return Chosen::Member(member, doubtful, permit, Some(extra));
     }
 }

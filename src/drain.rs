@@ -161,7 +161,7 @@ impl Drain {
     fn covers(&self, pool: &Pool, cell: &Cell, member: &Member) -> bool {
         *cell.name == *self.cell
             && self.pool.as_ref().is_none_or(|name| *pool.name == **name)
-            && self.backend.as_ref().is_none_or(|name| *member.backend.name == **name)
+            && self.backend.as_ref().is_none_or(|backend| member.backend.is_called(backend))
     }
 
     fn same_target(&self, other: &Drain) -> bool {

@@ -16,6 +16,7 @@ mod direct;
 pub mod forward;
 pub mod framer;
 mod hops;
+mod meaning;
 mod peer;
 pub mod route;
 pub mod serve;
@@ -59,10 +60,6 @@ use crate::{tcp, tls, witness};
 
 /// Passes through the engine for one request, those that only hand over a race's winner included.
 pub const PASSES: usize = 32;
-/// How the media types of gRPC begin, and the statuses that are to gRPC what 5xx are to HTTP: deadline exceeded, internal,
-/// unavailable. A backend is compared with its own past in all of them.
-const GRPC: &[u8] = b"application/grpc";
-const GRPC_ERRORS: [u16; 3] = [4, 13, 14];
 /// A request's body is drained for this long when the answer did not need it.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -232,6 +229,10 @@ impl ProxyHttp for Gateway {
         if session.req_header().version == Version::HTTP_10 {
             session.set_ignore_info_resp(true);
         }
+        if let (true, Some(listener), Some(pool)) = (exchange.h2_client, &exchange.listener, &exchange.pool) {
+            // Any byte keeps its connection, so each of its answers has a bound of its own.
+            session.set_write_timeout(Some(listener.idle(pool)));
+        }
         match direction {
             Ok(Direction::Pool) => match direct::place(exchange).await {
                 Ok(place) => {
@@ -374,7 +375,7 @@ impl ProxyHttp for Gateway {
         }
         // It connected, and then TLS or the beginning of HTTP/2 failed.
         let (Some(backend), Some(policy)) = (&exchange.backend, &exchange.policy) else { return error };
-        let cause = handshake_cause(&error);
+        let cause = meaning::handshake_cause(&error);
         let for_client = policy.send_proxy.is_some() && tls::may_be_the_clients(cause);
         if outcome.connected.is_some() && policy.tls.is_some() && for_client {
             backend.unanswered(&policy.health, exchange.prefix, true, exchange.attempt_began, clock::now());
@@ -561,17 +562,17 @@ impl ProxyHttp for Gateway {
         let now = clock::now();
         // An answer that comes before the whole request has come says nothing about time.
         let took = exchange.sent.map(|sent| now.since(sent));
-        backend.heard(took.filter(|_| !is_error(status)), now);
+        backend.heard(took.filter(|_| !meaning::is_error(status)), now);
         // Only now: whoever leaves before the answer is known counts as unanswered.
         exchange.wait = None;
         if let Some(line) = &mut exchange.line {
             line.talks();
         }
         // A gRPC call says how it ended behind its body.
-        let grpc = response.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(GRPC));
-        exchange.owed = grpc && status == 200 && grpc_status(&response.headers).is_none();
+        let grpc = meaning::is_grpc(&response.headers);
+        exchange.owed = grpc && status == 200 && meaning::grpc_status(&response.headers).is_none();
         if !exchange.owed {
-            let error = is_error(status) || is_grpc_error(&response.headers);
+            let error = meaning::is_error(status) || meaning::is_grpc_error(&response.headers);
             backend.replied(&policy.health, exchange.prefix, exchange.class, error, exchange.attempt_began, now);
         }
         if let (Some(cell), Some(took)) = (&exchange.cell, took) {
@@ -650,7 +651,7 @@ impl ProxyHttp for Gateway {
         if old
             && exchange.shared
             && !response.headers.contains_key(header::CONTENT_LENGTH)
-            && !is_bodiless(session, status)
+            && !meaning::is_bodiless(session, status)
         {
             // The engine would send it in chunks, which HTTP/1.0 does not know.
             return Err(Error::new_in(ErrorType::HTTPStatus(505)));
@@ -691,7 +692,7 @@ impl ProxyHttp for Gateway {
         trailers: &mut HeaderMap,
         exchange: &mut Box<Exchange>,
     ) -> Result<()> {
-        exchange.settle(is_grpc_error(trailers));
+        exchange.settle(meaning::is_grpc_error(trailers));
         Ok(())
     }
 
@@ -706,7 +707,7 @@ impl ProxyHttp for Gateway {
     ) -> Box<Error> {
         let verdict = exchange.wait.as_ref().map_or(Verdict::Waits, Wait::verdict);
         // What the engine itself knows for unprocessed: a refused stream, a connection that says it is going.
-        let unprocessed = is_unprocessed(&error);
+        let unprocessed = meaning::is_unprocessed(&error);
         let not_now = error.etype() == &NOT_NOW;
         let answered = exchange.took.is_some() && !not_now;
         let sent = exchange.sent.take();
@@ -715,6 +716,10 @@ impl ProxyHttp for Gateway {
         exchange.permit = None;
         exchange.owed = false;
         error.set_retry(false);
+        if exchange.link().is_some_and(stream::Link::has_ended) {
+            exchange.end = Some(End::Stopped);
+            return error;
+        }
         if *error.esource() == ErrorSource::Downstream {
             exchange.end.get_or_insert(End::ClientGone);
             return error;
@@ -752,6 +757,11 @@ impl ProxyHttp for Gateway {
                 backend.replied(&policy.health, exchange.prefix, exchange.class, true, exchange.attempt_began, now);
                 exchange.end = Some(End::Timeout);
                 error.etype = ErrorType::HTTPStatus(504);
+                return error;
+            }
+            Verdict::Stalled => {
+                exchange.end = Some(End::Idle);
+                error.etype = ErrorType::HTTPStatus(408);
                 return error;
             }
             Verdict::Move => exchange.fail("silent"),
@@ -795,7 +805,7 @@ impl ProxyHttp for Gateway {
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Box<Exchange>) -> FailToProxy {
         let status = match (exchange.end, error.etype()) {
             (_, ErrorType::HTTPStatus(status)) => *status,
-            (Some(End::Unreachable | End::Full), _) => 503,
+            (Some(End::Unreachable | End::Full | End::Stopped), _) => 503,
             (Some(End::Timeout), _) => 504,
             _ => match error.esource() {
                 ErrorSource::Upstream => 502,
@@ -927,6 +937,7 @@ impl Gateway {
             shared: exchange.shared,
             prefix: exchange.prefix,
             timeout,
+            idle: exchange.listener.as_ref().map_or(policy.idle, |listener| listener.idle(pool)),
             movable: exchange.repeatable && exchange.story.attempts < policy.attempts,
             kind: exchange.kind,
         };
@@ -953,37 +964,5 @@ impl Gateway {
                 400
             }
         }
-    }
-}
-
-/// Whether an answer has no body by its nature (RFC 9110, 6.4.1).
-fn is_bodiless(session: &Session, status: u16) -> bool {
-    session.req_header().method == http::Method::HEAD || matches!(status, 204 | 304)
-}
-
-fn is_error(status: u16) -> bool {
-    status >= 500 && !matches!(status, 501 | 505)
-}
-
-fn is_grpc_error(headers: &HeaderMap) -> bool {
-    grpc_status(headers).is_some_and(|status| GRPC_ERRORS.contains(&status))
-}
-
-fn grpc_status(headers: &HeaderMap) -> Option<u16> {
-    headers.get("grpc-status")?.to_str().ok()?.parse().ok()
-}
-
-/// Whether a backend says of a request that it has not been looked at: a refused stream, or a connection that is going.
-fn is_unprocessed(error: &Error) -> bool {
-    let Some(cause) = error.root_cause().downcast_ref::<h2::Error>() else { return false };
-    // A GOAWAY is told only to streams after the last that it names, whatever its reason (RFC 9113, 6.8).
-    cause.is_remote() && (cause.is_go_away() || cause.is_reset() && cause.reason() == Some(h2::Reason::REFUSED_STREAM))
-}
-
-/// How a handshake failed, in words.
-fn handshake_cause(error: &Error) -> &'static str {
-    match error.etype() {
-        ErrorType::ConnectTimedout | ErrorType::TLSHandshakeTimedout => "handshake silent",
-        _ => tls::cause_of_text(&error.to_string()),
     }
 }

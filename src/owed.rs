@@ -81,6 +81,10 @@ impl Owed {
             }
             let new = || Watched { backend: backend.clone(), policy: policy.clone(), waiting: 0, tried: None };
             let watched = here.backends.entry(backend.id).or_insert_with(new);
+            // A reload may have changed it while others waited.
+            if !Arc::ptr_eq(&watched.policy, policy) {
+                watched.policy = policy.clone();
+            }
             watched.waiting += 1;
             let doubted = backend.doubted_since();
             if doubted.is_some_and(|since| now >= since && watched.tried.is_none_or(|tried| tried < since)) {

@@ -12,7 +12,7 @@ mod draw;
 
 use std::net::IpAddr;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Acquire, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -575,7 +575,7 @@ impl Pool {
     /// The plan of this moment: the stored one, or a new one when health has changed since.
     fn plan(&self, now: Time) -> arc_swap::Guard<Arc<Plan>> {
         let plan = self.plan.load();
-        let epoch = self.shared.epoch.load(Relaxed);
+        let epoch = self.shared.epoch.load(Acquire);
         // In a large pool many transitions of one moment share a plan; every candidate is checked again anyway.
         let settled = self.members.len() <= PLAN_SMALL || now.since(plan.built) >= PLAN_LEAST || plan.epoch == 0;
         let stale = plan.epoch != epoch && settled || plan.moving && now.since(plan.built) >= PLAN_MOVING;

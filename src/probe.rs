@@ -4,8 +4,8 @@
 //! turn. A reload keeps every prober whose address and probe stay, and only changes whom it reports to. Probes
 //! close with a reset, so that they leave nothing behind. A verdict that came late by our own fault is discarded.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
@@ -45,6 +45,8 @@ use crate::{sniff, sys, tcp, tls};
 const LATE: Duration = Duration::from_millis(50);
 /// Most of an answer that is read.
 const ANSWER: usize = 64 << 10;
+/// Most of it before its status.
+const INTERIM: usize = 8 << 10;
 /// While a backend is in doubt it is probed this many times as often, but not more often than this.
 const DOUBT_FACTOR: u32 = 4;
 const DOUBT_LEAST: Duration = Duration::from_millis(50);
@@ -124,15 +126,21 @@ impl Probers {
     /// Makes the running probers the wanted ones; returns how many were started and stopped.
     pub fn apply(&mut self, Wanted(mut wanted): Wanted, host: &Arc<Host>) -> (usize, usize) {
         let mut stopped = 0;
+        let kept: HashSet<u64> =
+            wanted.values().flat_map(|(_, targets)| targets).map(|target| target.backend.id).collect();
         self.running.retain(|key, prober| {
+            // A prober that goes on may have lost some of its backends.
+            for target in prober.targets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                if kept.contains(&target.backend.id) && wanted.contains_key(key) {
+                    continue;
+                }
+                *target.backend.prober.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                target.backend.next_probe_ms.store(0, Relaxed);
+                target.backend.certificate_expiry.store(0, Relaxed);
+            }
             let keep = wanted.contains_key(key);
             if !keep {
                 prober.task.abort();
-                for target in prober.targets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-                    *target.backend.prober.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                    target.backend.next_probe_ms.store(0, Relaxed);
-                    target.backend.certificate_expiry.store(0, Relaxed);
-                }
                 stopped += 1;
             }
             keep
@@ -182,7 +190,7 @@ async fn run(key: Key, tls: Tls, targets: Arc<Mutex<Vec<Target>>>, wake: Arc<Not
         let now = clock::now();
         let verdict = match result {
             Ok(Ok(())) => Some(None),
-            Ok(Err(Failed::AtOnce(error))) if !dial::is_refusal(&error) || host.local_errors.count(&error) => None,
+            Ok(Err(Failed::AtOnce(error))) if host.local_errors.count(&error) || !dial::is_refusal(&error) => None,
             Ok(Err(Failed::AtOnce(_))) => Some(Some(Seen::Refused)),
             Ok(Err(Failed::Error(error))) if reached == Depth::Connect && error.kind() == io::ErrorKind::TimedOut => {
                 Some(Some(Seen::Silent))
@@ -362,6 +370,7 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
                 match judge_http(&answer, status) {
                     Some(true) => return Ok(()),
                     Some(false) => return Err(Failed::Wrong),
+                    None if answer.len() > INTERIM => return Err(Failed::Wrong),
                     None => {}
                 }
                 if !read_more(&mut stream, &mut answer).await? {
@@ -377,10 +386,12 @@ async fn ask(key: &Key, tls: &Tls, source: Option<SocketAddr>, seen: &mut Progre
         ProbeKind::Exchange { send, expect } => {
             stream.write_all(send.as_bytes()).await?;
             let mut answer = Vec::new();
+            let mut before = 0;
             loop {
-                if contains(&answer, expect.as_bytes()) {
+                if contains(since(&answer, before, expect.as_bytes()), expect.as_bytes()) {
                     return Ok(());
                 }
+                before = answer.len();
                 if !read_more(&mut stream, &mut answer).await? {
                     return Err(if answer.is_empty() {
                         io::Error::from(io::ErrorKind::UnexpectedEof).into()
@@ -461,12 +472,13 @@ async fn ask_whole(
     }
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(gone)?;
+        let before = bytes.len();
         if let Some(data) = frame.data_ref() {
             bytes.extend_from_slice(data);
         } else if let Ok(trailers) = frame.into_trailers() {
             head.headers.extend(trailers);
         }
-        if bytes.len() > ANSWER || until.is_some_and(|part| contains(&bytes, part)) {
+        if bytes.len() > ANSWER || until.is_some_and(|part| contains(since(&bytes, before, part), part)) {
             break;
         }
     }
@@ -543,6 +555,11 @@ fn judge_http(answer: &[u8], wanted: &[(u16, u16)]) -> Option<bool> {
     }
 }
 
+/// Where in `text` a `part` may stand that was not in its first `before` bytes: what comes byte by byte is searched once.
+fn since<'a>(text: &'a [u8], before: usize, part: &[u8]) -> &'a [u8] {
+    &text[(before + 1).saturating_sub(part.len()).min(text.len())..]
+}
+
 fn contains(text: &[u8], part: &[u8]) -> bool {
     part.is_empty() || text.windows(part.len()).any(|window| window == part)
 }
@@ -550,6 +567,15 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_comes_in_pieces_is_found_across_them() {
+        let (text, part) = (&b"....needle...."[..], &b"needle"[..]);
+        for before in 0..text.len() {
+            assert_eq!(contains(since(text, before, part), part), before < 10, "{before}");
+        }
+        assert!(contains(since(b"", 0, b""), b"") && !contains(since(b"", 0, part), part));
+    }
 
     #[test]
     fn http_answers_are_judged_as_soon_as_they_can_be() {

@@ -147,7 +147,7 @@ fn pool_status(pool: &Pool, info: &Info) -> Value {
         "name": &*pool.name,
         "connections": { "now": pool.shared.connections.used(), "limit": pool.policy.max_connections },
         "refused": { "full": pool.shared.refused_full.get(), "unreachable": pool.shared.refused_unreachable.get() },
-        "races": { "begun": pool.shared.races[0].get(), "won": pool.shared.races[1].get(), "no_budget": pool.shared.budget.refused() },
+        "races": { "begun": pool.shared.races.get(), "won": pool.shared.raced[1].get(), "no_budget": pool.shared.budget.refused() },
         "cells": cells,
     })
 }
@@ -267,7 +267,7 @@ pub fn names_nothing(table: &Table, filter: &session::Filter) -> Option<String> 
     }
     let pools = || table.pools.iter().filter(|known| filter.pool.as_ref().is_none_or(|pool| *known.name == **pool));
     let members = || pools().flat_map(|pool| &pool.members).map(|member| &member.backend);
-    let known = |wanted: &String| members().any(|known| session::is_called(known, wanted));
+    let known = |wanted: &String| members().any(|known| known.is_called(wanted));
     if let Some(backend) = filter.backend.as_ref().filter(|backend| !known(backend)) {
         return Some(format!(
             "there is no backend {backend:?}; expected {}",
@@ -678,12 +678,10 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
     for (labels, backend) in members() {
         t.sample("sailover_denial_bursts_total", &labels, backend.counters.denial_bursts.get());
     }
-    t.family("sailover_races_total", "counter", "Races begun, and those that the later attempt won.");
+    t.family("sailover_races_total", "counter", "Clients for whom attempts raced, by whether the later attempt won.");
     for pool in &table.pools {
-        for (won, counter) in ["false", "true"].into_iter().zip(&pool.shared.races) {
-            let begun = counter.get();
-            let count = if won == "false" { begun.saturating_sub(pool.shared.races[1].get()) } else { begun };
-            t.sample("sailover_races_total", &[("pool", &pool.name), ("won", won)], count);
+        for (won, counter) in ["false", "true"].into_iter().zip(&pool.shared.raced) {
+            t.sample("sailover_races_total", &[("pool", &pool.name), ("won", won)], counter.get());
         }
     }
     t.family("sailover_queue_length", "gauge", "Clients that wait for a place because all are taken.");

@@ -183,7 +183,7 @@ async fn serve(
         keeper: state_directory().map(|directory| Keeper::new(directory.join("drains.json"))),
     };
     control.restore_drains(&table);
-    table::apply_versions(&table, clock::now());
+    table::take_effect(&table, clock::now());
     control.open_admin(&config.admin).map_err(other)?;
     control.probers.apply(prepared.probers, &control.host);
     for (bind, sockets) in sockets {
@@ -237,20 +237,22 @@ async fn serve(
     let longest = sd_notify::NotifyState::ExtendTimeoutUsec(longest.try_into().unwrap_or(u32::MAX));
     notify(&[sd_notify::NotifyState::Stopping, longest]);
     tracing::info!(announce = ?shutdown.announce, drain = ?shutdown.drain, "stopping; a second signal stops at once");
-    let stop = control.stop(shutdown);
-    tokio::pin!(stop);
-    loop {
-        tokio::select! {
-            left = &mut stop => {
-                tracing::info!(left, "stopped");
-                return Ok(());
+    {
+        let stop = control.stop(shutdown);
+        tokio::pin!(stop);
+        loop {
+            tokio::select! {
+                () = &mut stop => break,
+                _ = terms.recv() => break,
+                _ = interrupts.recv() => break,
+                // Orders are refused by dropping them: their senders see it.
+                Some(order) = orders_in.recv() => drop(order),
             }
-            _ = terms.recv() => return Ok(()),
-            _ = interrupts.recv() => return Ok(()),
-            // Orders are refused by dropping them: their senders see it.
-            Some(order) = orders_in.recv() => drop(order),
         }
     }
+    let left = control.end_all().await;
+    tracing::info!(left, "stopped");
+    Ok(())
 }
 
 impl Reloading {
@@ -361,7 +363,7 @@ impl Control {
         }
 
         self.apply_orders(&table);
-        table::apply_versions(&table, clock::now());
+        table::take_effect(&table, clock::now());
         self.host.set_limits(prepared.limits);
         self.host.live.store(table.clone());
         for pool in &table.pools {
@@ -647,8 +649,8 @@ impl Control {
         Ok(())
     }
 
-    /// Announces, closes the listeners, and waits for the sessions; returns how many were left.
-    async fn stop(&mut self, shutdown: config::Shutdown) -> u32 {
+    /// Announces, closes the listeners, and waits for the sessions.
+    async fn stop(&mut self, shutdown: config::Shutdown) {
         sleep_until(Instant::now() + shutdown.announce).await;
         for bound in self.bound.values() {
             let _ = bound.stop.send(true);
@@ -660,9 +662,12 @@ impl Control {
             sleep_until((Instant::now() + Duration::from_millis(10)).min(deadline)).await;
             quiet = if self.host.connections.used() == 0 { quiet + 1 } else { 0 };
         }
+    }
+
+    /// Cuts what is left, each with its line in the access log; returns how many there were.
+    async fn end_all(&mut self) -> u32 {
         let left = self.host.connections.used();
         if left > 0 {
-            // Each session gets its line in the access log before it is cut.
             self.workers.iter().for_each(|worker| worker.tell(Command::EndAll));
             let patience = Instant::now() + ENDING;
             while Instant::now() < patience && self.host.connections.used() > 0 {
@@ -686,7 +691,8 @@ fn state_directory() -> Option<PathBuf> {
 fn term(seconds: Option<u64>) -> (String, Option<u64>) {
     let now = SystemTime::now();
     let until = seconds.and_then(|seconds| now.checked_add(Duration::from_secs(seconds)));
-    let until = until.and_then(|until| Some(until.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs()));
+    // Whole seconds are kept: a part of one lets it last longer, not shorter.
+    let until = until.and_then(|until| Some(until.duration_since(SystemTime::UNIX_EPOCH).ok()?.as_secs() + 1));
     (humantime::format_rfc3339_seconds(now).to_string(), until)
 }
 

@@ -291,15 +291,10 @@ impl Filter {
 
     fn covers(&self, entry: &Entry, numbers: Option<&HashSet<u64>>) -> bool {
         self.pool.as_ref().is_none_or(|pool| *entry.backend.shared.name == **pool)
-            && self.backend.as_ref().is_none_or(|backend| is_called(&entry.backend, backend))
+            && self.backend.as_ref().is_none_or(|backend| entry.backend.is_called(backend))
             && numbers.is_none_or(|numbers| numbers.contains(&entry.id))
             && self.client.is_none_or(|client| entry.peer.ip().to_canonical() == client.to_canonical())
     }
-}
-
-/// Whether an operator who says `wanted` means this backend: its name or its address.
-pub fn is_called(backend: &Backend, wanted: &str) -> bool {
-    *backend.name == *wanted || wanted.parse() == Ok(backend.address)
 }
 
 /// One session, as an operator sees it.

@@ -55,10 +55,17 @@ pub fn shut_down(descriptor: RawFd) {
     unsafe { libc::shutdown(descriptor, libc::SHUT_RDWR) };
 }
 
+/// Breaks a TCP connection by a reset and leaves its descriptor open: whoever reads from it sees an error, not an end.
+pub fn dissolve(descriptor: RawFd) {
+    let none = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };
+    // SAFETY: `none` is valid for reading the given length. The descriptor is open as for `shut_down`.
+    unsafe { libc::connect(descriptor, &raw const none, size_of::<libc::sockaddr>() as libc::socklen_t) };
+}
+
 /// Whether the peer of a TCP connection has finished sending, or more.
 pub fn has_finished(descriptor: RawFd) -> bool {
-    // SAFETY: the caller knows the descriptor for open: it is its own connection's, which cannot be closed before the caller
-    // has ended, on the same thread. The borrow ends with this call.
+    // SAFETY: the caller knows the descriptor for open: it stands in the link of its connection, which forgets it before it is
+    // closed, on the same thread. The borrow ends with this call.
     tcp_info(unsafe { BorrowedFd::borrow_raw(descriptor) }).is_ok_and(|info| info.finished())
 }
 

@@ -409,10 +409,6 @@ pub fn build(
     now: Time,
 ) -> Result<(Table, Difference), Vec<String>> {
     let uplink = previous.map_or_else(Arc::default, |table| table.uplink.clone());
-    let cells: HashSet<&str> =
-        config.pools.iter().flat_map(|pool| &pool.cells).map(|cell| cell.name.as_str()).collect();
-    uplink
-        .set_cells(cells.len(), config.pools.iter().flat_map(|pool| &pool.cells).map(|cell| cell.backends.len()).sum());
     let mut tickets = Tickets::new();
     let mut errors = Vec::new();
     let mut pools = Vec::with_capacity(config.pools.len());
@@ -657,7 +653,6 @@ fn build_pool(wanted: &config::Pool, policy: Policy, before: Option<&Pool>, upli
                     Arc::new(new)
                 }
             };
-            backend_now.stands_in(uplink.cell(&cell.name));
             members.push(Member {
                 backend: backend_now,
                 cell: cells.len() - 1,
@@ -737,9 +732,14 @@ fn difference(before: &Config, after: &Config) -> Difference {
     difference
 }
 
-/// Tells the backends how new their data must be, as the table has it.
-pub fn apply_versions(table: &Table, now: Time) {
+/// What a table changes beyond itself in the moment in which it goes live: where backends stand, and how new their data must be.
+pub fn take_effect(table: &Table, now: Time) {
+    let cells: HashSet<&str> = table.pools.iter().flat_map(|pool| &pool.cells).map(|cell| &*cell.name).collect();
+    table.uplink.set_cells(cells.len(), table.pools.iter().map(|pool| pool.members.len()).sum());
     for pool in &table.pools {
+        for member in &pool.members {
+            member.backend.stands_in(table.uplink.cell(&pool.cells[member.cell].name));
+        }
         let mut changed = false;
         for member in &pool.members {
             if member.backend.version.asks(pool.policy.data_version.as_ref(), now) {
@@ -774,7 +774,33 @@ pub fn apply_orders(
             }
         }
         if changed {
-            pool.shared.epoch.fetch_add(1, Relaxed);
+            pool.shared.changed();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file that is refused after its table was built must not have changed how backends are judged.
+    #[test]
+    fn a_table_that_never_goes_live_changes_nothing() {
+        let table = |text: &str, previous: Option<&Table>| {
+            let loaded = config::parse(text.as_bytes(), 1_000).expect("a good file");
+            build(Arc::new(loaded.config), loaded.hash, previous, 1_000, Time(1)).expect("nothing to read").0
+        };
+        let listener = "listeners: [ { bind: '127.0.0.1:80', tcp: p } ]";
+        let two = format!("pools: {{ p: {{ cells: {{ a: [ '127.0.0.1:1' ], b: [ '127.0.0.1:2' ] }} }} }}\n{listener}");
+        let one = format!("pools: {{ p: {{ cells: {{ c: [ '127.0.0.1:1' ] }} }} }}\n{listener}");
+        let live = table(&two, None);
+        take_effect(&live, Time(1));
+        let first = &live.pools[0].members[0].backend;
+        let believed = || live.uplink.vouches(first.id, false, Time(10), Time(20));
+        assert!(!believed(), "nobody shows life");
+        let refused = table(&one, Some(&live));
+        assert!(!believed() && live.uplink.cell_name(2).is_none());
+        take_effect(&refused, Time(1));
+        assert!(believed(), "one backend has nobody to be compared with");
     }
 }

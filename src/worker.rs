@@ -115,7 +115,10 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
                 Some(Command::Sessions { filter, kick, most, reply }) => {
                     let _ = reply.send(sessions(number, &filter, kick, most));
                 }
-                Some(Command::EndAll) => session::end_all(),
+                Some(Command::EndAll) => {
+                    session::end_all();
+                    http::stream::end_all();
+                }
                 Some(Command::Listen { bind, socket, stop }) => match TcpListener::from_std(socket) {
                     Ok(socket) => drop(accepting.spawn(listen::accept(socket, bind, host.clone(), stop))),
                     Err(error) => tracing::error!(%bind, %error, "cannot accept on this address"),

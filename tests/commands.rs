@@ -131,9 +131,10 @@ fn a_drain_says_who_when_and_why_and_an_undrain_ends_it() {
     let shown = done(&proxy, &["status"]);
     let line = shown.lines().find(|line| line.starts_with('*')).unwrap();
     let by = format!("by {}", me().1);
-    for part in ["drained c0 in pool p", &by, "ago, ends in 1h59m", ": new racks"] {
+    for part in ["drained c0 in pool p", &by, "ago, ends in ", ": new racks"] {
         assert!(line.contains(part), "{part} in {line}");
     }
+    assert!(line.contains(" 2h00m:") || line.contains(" 1h59m:"), "{line}");
     proxy.wait_log(&format!("\"by_uid\":{}", me().0));
     proxy.wait_log("\"reason\":\"new racks\"");
     assert!(shown.lines().any(|line| line.starts_with("c0") && line.ends_with("drained")), "{shown}");
@@ -166,13 +167,14 @@ fn a_drain_under_load_costs_nobody_and_survives_a_kill() {
         let now = proxy.status()["pools"][0]["cells"][0]["backends"][0]["attempts"]["ok"].as_u64()?;
         (now > 400).then_some(())
     });
-    let ordered = begin.elapsed().as_secs_f64();
+    let asked = begin.elapsed().as_secs_f64();
     assert!(done(&proxy, &["drain", "c0"]).starts_with("drained c0\n"));
+    let ordered = begin.elapsed().as_secs_f64();
     assert!(refused(&proxy, &["drain", "c1"], 1).contains("last fit cell of pool p"));
     let samples = load.finish();
     println!("drained after {ordered:.2} s: {} requests, {} failed", samples.0.len(), samples.failed());
     assert_eq!(samples.failed(), 0, "{:?}", samples.errors());
-    assert!(samples.between(0.0, ordered).share("a") > 0.4);
+    assert!(samples.between(0.0, asked).share("a") > 0.4);
     assert_eq!(samples.between(ordered + 0.1, 4.0).share("a"), 0.0);
     for (stream, name) in &mut sessions {
         stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
@@ -199,10 +201,10 @@ fn a_weight_moves_the_share_and_ends_by_itself() {
     done(&proxy, &["drain", "c1", "--force"]);
     assert_eq!(get(proxy.address_cached()).unwrap(), "a");
     done(&proxy, &["undrain", "c1"]);
-    done(&proxy, &["weight", "p/c0", "50", "--for", "1s"]);
+    done(&proxy, &["weight", "p/c0", "50", "--for", "3s"]);
     assert!(done(&proxy, &["reload"]).contains("generation 2"));
     assert!((0.3..0.34).contains(&share(&proxy)), "it survives a reload");
-    eventually("it ends", Duration::from_secs(5), || (share(&proxy) == 0.5).then_some(()));
+    eventually("it ends", Duration::from_secs(10), || (share(&proxy) == 0.5).then_some(()));
     assert!(refused(&proxy, &["weight", "p/c9", "10"], 1).contains("has no cell \"c9\"; expected c0 | c1"));
     assert!(refused(&proxy, &["weight", "q/c0", "10"], 1).contains("there is no pool \"q\"; expected p"));
     assert!(refused(&proxy, &["weight", "p/c0", "101"], 64).contains("101"));

@@ -312,7 +312,7 @@ fn a_cell_comes_back_as_failback_says() {
     };
     let auto = out_for("auto", &|_| {});
     let hold = out_for("hold", &|_| {});
-    assert!(hold > auto * 2 && hold > Duration::from_secs(2), "{auto:?} {hold:?}");
+    assert!(hold > auto && hold > Duration::from_secs(2), "{auto:?} {hold:?}");
     out_for("manual", &|proxy| {
         let waits = || proxy.status()["pools"][0]["cells"][0]["backends"][0]["waits_for_operator"] == true;
         eventually("it waits for a word", Duration::from_secs(5), || waits().then_some(()));
@@ -572,16 +572,16 @@ fn long_sessions_go_back_to_a_cell_that_returned() {
             stream.set_nonblocking(true).unwrap();
             stream
         };
+        let begin = Instant::now();
         let clients: Vec<TcpStream> = (0..60).map(|_| client()).collect();
         assert_eq!(sessions(&proxy, [&backends[0], &backends[1]]), ([0, 60], 0));
         backends[0].set(Mode::Echo);
         eventually("it is back", Duration::from_secs(10), || (proxy.health(&a) == "up").then_some(()));
-        (backends, proxy, clients, client)
+        (backends, proxy, clients, client, begin)
     };
 
-    let (stay, proxy, clients, _) = after_a_return("");
-    let (backends, moving, mut moved, client) = after_a_return("\n    rebalance: 10/s");
-    let begin = Instant::now();
+    let (stay, proxy, clients, ..) = after_a_return("");
+    let (backends, moving, mut moved, client, begin) = after_a_return("\n    rebalance: 10/s");
     eventually("they are moved", Duration::from_secs(60), || {
         for stream in &mut moved {
             // A client whose session was ended connects anew.
@@ -592,7 +592,7 @@ fn long_sessions_go_back_to_a_cell_that_returned() {
         let (at, _) = sessions(&moving, [&backends[0], &backends[1]]);
         (at[0] >= 12).then_some(())
     });
-    assert!(begin.elapsed() > Duration::from_secs(8), "younger ones were moved after {:?}", begin.elapsed());
+    assert!(begin.elapsed() > Duration::from_secs(10), "younger ones were moved after {:?}", begin.elapsed());
     let (at, ended) = sessions(&moving, [&backends[0], &backends[1]]);
     assert!(at[1] >= 24 && (12..=60).contains(&ended), "{at:?} {ended}");
     assert_eq!(sessions(&proxy, [&stay[0], &stay[1]]), ([0, 60], 0), "nobody asked for it");

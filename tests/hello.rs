@@ -2,7 +2,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sailover::sniff::{HelloReader, ProxyVersion, Verdict, proxy_header};
 
@@ -139,7 +139,7 @@ fn other_names_and_none_go_to_the_default() {
 #[test]
 fn a_slow_hello_ends_at_its_deadline() {
     let backend = Backend::start("a");
-    for (handshake, slowest) in [("200ms", 1_500), ("10s", 5_000)] {
+    for (handshake, ends) in [("200ms", true), ("60s", false)] {
         let proxy = sni(
             &[("p", backend.address)],
             &format!("sni: {{ routes: {{ shop.example: p }} }}, timeouts: {{ handshake: {handshake} }}"),
@@ -147,13 +147,11 @@ fn a_slow_hello_ends_at_its_deadline() {
         let hello = client_hello("shop.example", true);
         let mut stream = TcpStream::connect(proxy.address_cached()).unwrap();
         stream.write_all(&hello[..100]).unwrap();
-        stream.set_read_timeout(Some(Duration::from_millis(1_500))).unwrap();
-        let begin = Instant::now();
+        stream.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
         let ended = stream.read(&mut [0; 1]).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset);
-        assert_eq!(ended, slowest == 1_500, "{handshake}");
+        assert_eq!(ended, ends, "{handshake}");
         let counted = proxy.metric("sailover_connections_total", &["end=\"handshake_timeout\""]);
         assert_eq!(counted, f64::from(u8::from(ended)), "{handshake}");
-        assert!(begin.elapsed() < Duration::from_millis(slowest));
     }
 }
 

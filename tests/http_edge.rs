@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::http::{Origin, Version, by_hand, pool, proxy, raw, read_request, told};
-use crate::support::backend::{Backend, read_all};
+use crate::support::backend::{Backend, Port, read_all};
 use crate::support::proxy::Proxy;
 use crate::support::{eventually, settled_queues};
 
@@ -203,7 +203,8 @@ fn an_upgrade_that_is_none_is_none_for_the_backend_either() {
     for backend in [origin.address, one.address] {
         proxy.wait_health(&backend.to_string(), "up", Duration::from_secs(5));
     }
-    let curls = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n";
+    let curls =
+        "Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n";
     let answer = raw(proxy.address(0), format!("GET /2 HTTP/1.1\r\nHost: a\r\n{curls}\r\n").as_bytes());
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     let half = raw(proxy.address(0), b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: close\r\n\r\n");
@@ -307,8 +308,9 @@ fn a_request_without_a_byte_ends_in_the_idle_time_of_its_pool() {
 #[test]
 fn requests_are_counted_by_their_end_and_connections_by_theirs() {
     let origin = Origin::start(Version::One);
-    let pools = pool("p", &[origin.address], "")
-        + &pool("gone", &["127.0.0.1:1".parse().unwrap()], "probe: off, connect: { timeout: 200ms }");
+    let nobody = Port::reserve();
+    let pools =
+        pool("p", &[origin.address], "") + &pool("gone", &[nobody.address], "probe: off, connect: { timeout: 200ms }");
     let routes = "routes: [ { path: /own, respond: {} }, { path: /gone, pool: gone }, { pool: p } ]";
     let proxy = proxy(&pools, routes, "");
     proxy.wait_health(&origin.address.to_string(), "up", Duration::from_secs(5));
@@ -454,4 +456,75 @@ fn a_client_that_does_not_read_costs_the_kernel_little_on_either_side() {
     assert!(to_client < 400_000 && from_backend < 400_000, "{to_client}, {from_backend}");
     // Whoever goes on reading gets all of it.
     assert!(read_all(&mut client).unwrap().len() > 4 << 20);
+}
+
+/// A client of HTTP/2 by hand, and what it reads of the frames of stream 1: their kinds and payloads.
+struct ByHand(TcpStream);
+
+impl ByHand {
+    fn new(proxy: &Proxy, settings: &[u8]) -> ByHand {
+        let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+        client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+        client.write_all(&frame(4, 0, 0, settings)).unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        ByHand(client)
+    }
+
+    fn ask(&mut self, method: &str, path: &str, end: bool) {
+        let head = [(":method", method), (":scheme", "http"), (":path", path), (":authority", "a")]
+            .map(|(n, v)| literal(n, v));
+        self.0.write_all(&frame(1, if end { 5 } else { 4 }, 1, &head.concat())).unwrap();
+    }
+
+    /// Asks ten times a second whether the connection is there, until the stream ends; what came on it.
+    fn pings_until_the_end(&mut self) -> Vec<(u8, Vec<u8>)> {
+        let (mut bytes, mut seen) = (Vec::new(), Vec::new());
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(20) {
+            self.0.write_all(&frame(6, 0, 0, &[0; 8])).unwrap();
+            let mut part = [0; 16 << 10];
+            match self.0.read(&mut part) {
+                Ok(0) => panic!("the connection ended, which others may share: {seen:?}"),
+                Ok(n) => bytes.extend_from_slice(&part[..n]),
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            }
+            while bytes.len() >= 9 {
+                let length = u32::from_be_bytes([0, bytes[0], bytes[1], bytes[2]]) as usize;
+                if bytes.len() < 9 + length {
+                    break;
+                }
+                let all: Vec<u8> = bytes.drain(..9 + length).collect();
+                if all[5..9] == 1u32.to_be_bytes() {
+                    seen.push((all[3], all[9..].to_vec()));
+                    if all[3] == 3 || all[3] <= 1 && all[4] & 1 != 0 {
+                        return seen;
+                    }
+                }
+            }
+        }
+        panic!("its stream never ended: {seen:?}");
+    }
+}
+
+#[test]
+fn a_stream_has_its_time_however_alive_its_connection_is() {
+    let backend = Backend::start("x");
+    let listens = by_hand(|mut stream| while matches!(stream.read(&mut [0; 4096]), Ok(1..)) {});
+    let bound = "probe: off, timeouts: { idle: 500ms }";
+    let pools = pool("p", &[backend.address], bound) + &pool("listens", &[listens], bound);
+    let proxy = proxy(&pools, "h2c: true, routes: [ { path: /stalled, pool: listens }, { pool: p } ]", "");
+    // A body that does not go on.
+    let mut client = ByHand::new(&proxy, &[]);
+    client.ask("POST", "/stalled", false);
+    client.0.write_all(&frame(0, 0, 1, b"abc")).unwrap();
+    client.pings_until_the_end();
+    proxy.wait_log("\"path\":\"/stalled\",\"status\":408");
+    // An answer that is not taken: SETTINGS_INITIAL_WINDOW_SIZE is 0.
+    let mut client = ByHand::new(&proxy, &[0, 4, 0, 0, 0, 0]);
+    client.ask("GET", "/big", true);
+    client.pings_until_the_end();
+    proxy.wait_log("\"path\":\"/big\",\"status\":200");
+    eventually("its place is free", Duration::from_secs(5), || {
+        (proxy.status()["pools"][0]["connections"]["now"] == 0).then_some(())
+    });
 }

@@ -153,21 +153,28 @@ fn kept(address: SocketAddr) -> (TcpStream, char) {
 #[test]
 fn balance_looks_at_connections_or_does_not() {
     let (a, b) = (Backend::start("a"), Backend::start("b"));
-    for (balance, low, high) in [("round_robin", 10, 10), ("least_connections", 20, 20), ("two_choices", 11, 19)] {
+    // Of two that are drawn with chances alike, a is one in three of four.
+    for (balance, low, high) in [("round_robin", 50, 50), ("least_connections", 100, 100), ("two_choices", 55, 95)] {
         let proxy =
             one_cell(&format!("balance: {balance}"), &[a.address, b.address].map(|address| format!("'{address}'")));
         up(&proxy, &a);
         up(&proxy, &b);
-        // Twenty and more connections stay with b, those of a go; then twenty come.
+        // Twenty and more connections stay with b, those of a go; then twenty come, five times.
         let mut held: Vec<(TcpStream, char)> = (0..80).map(|_| kept(proxy.address_cached())).collect();
         held.retain(|(_, name)| *name == 'b');
         assert!(held.len() > 20);
-        eventually("those of a are gone", Duration::from_secs(5), || {
-            (proxy.status()["pools"][0]["cells"][0]["backends"][0]["in_flight"] == 0).then_some(())
-        });
-        let next: Vec<(TcpStream, char)> = (0..20).map(|_| kept(proxy.address_cached())).collect();
-        let to_a = next.iter().filter(|(_, name)| *name == 'a').count();
-        assert!((low..=high).contains(&to_a), "{balance}: {to_a} of 20");
+        let in_flight = |backend: usize| {
+            proxy.status()["pools"][0]["cells"][0]["backends"][backend]["in_flight"].as_u64().unwrap() as usize
+        };
+        let mut to_a = 0;
+        for _ in 0..5 {
+            eventually("the others are gone", Duration::from_secs(5), || {
+                (in_flight(0) == 0 && in_flight(1) == held.len()).then_some(())
+            });
+            let next: Vec<(TcpStream, char)> = (0..20).map(|_| kept(proxy.address_cached())).collect();
+            to_a += next.iter().filter(|(_, name)| *name == 'a').count();
+        }
+        assert!((low..=high).contains(&to_a), "{balance}: {to_a} of 100");
     }
 }
 
@@ -488,7 +495,7 @@ fn race_goes_round_silence_or_waits() {
     let (silent, a) = (swallower(), Backend::start("a"));
     for (race, served) in [("auto", true), ("off", false)] {
         let yaml = format!(
-            "pools: {{ p: {{ probe: off, connect: {{ race: {race}, timeout: 1s }}, cells: {{ dead: {{ weight: 1000, backends: [ '{}' ] }}, good: [ '{}' ] }} }} }}\nlisteners: [ {{ bind: '127.0.0.1:0', tcp: p }} ]",
+            "pools: {{ p: {{ probe: off, connect: {{ race: {race}, timeout: 1s }}, cells: {{ dead: [ '{}' ], good: {{ tier: 1, backends: [ '{}' ] }} }} }} }}\nlisteners: [ {{ bind: '127.0.0.1:0', tcp: p }} ]",
             silent.address, a.address
         );
         let proxy = Proxy::start(&yaml);
@@ -576,9 +583,10 @@ fn on_down_resets_or_keeps() {
         });
         a.set(Mode::Refuse);
         // Traffic has to see it too: sessions are never reset on the word of probes alone.
-        while proxy.health(&a.address.to_string()) != "down" {
+        eventually("it is down", Duration::from_secs(20), || {
             let _ = opened(proxy.address(0));
-        }
+            (proxy.health(&a.address.to_string()) == "down").then_some(())
+        });
         session.set_read_timeout(Some(Duration::from_secs(4))).unwrap();
         let ended = session.read(&mut [0; 1]).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset);
         assert_eq!(ended, ends, "{on_down}");
@@ -617,9 +625,10 @@ fn hold_keeps_a_backend_out() {
     let short = back("{ first: 10ms, longest: 20ms }");
     let long = back("{ first: 1s, longest: 1s }");
     let growing = back("{ first: 1s, longest: 60s }");
-    assert!(short.iter().all(|time| *time < 0.7), "{short:?}");
-    assert!(long.iter().all(|time| (0.7..2.0).contains(time)), "{long:?}");
-    assert!(growing[2] > 3.0, "{growing:?}");
+    let (least, most) = (f64::min, f64::max);
+    let shortest_long = long.iter().copied().fold(f64::INFINITY, least);
+    assert!(short.iter().copied().fold(0.0, most) < shortest_long, "{short:?} {long:?}");
+    assert!(long.iter().copied().fold(0.0, most) < growing[2], "{long:?} {growing:?}");
 }
 
 #[test]
@@ -677,16 +686,28 @@ fn wait_is_the_time_at_a_cap() {
     let a = Backend::start("a");
     a.set(Mode::Echo);
     let base = yaml(&[a.address], "", "");
-    for wait in [100, 1_000] {
+    let mut times = Vec::new();
+    for wait in [100, 3_000] {
         let proxy =
             Proxy::start(&base.replace("tcp: p", &format!("tcp: p, limits: {{ max_connections: 1, wait: {wait}ms }}")));
         up(&proxy, &a);
-        let _held = opened(proxy.address(0));
         let begin = Instant::now();
+        let _held = opened(proxy.address(0));
         let mut waiting = TcpStream::connect(proxy.address(0)).unwrap();
         assert_eq!(read_all(&mut waiting).unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
-        let took = begin.elapsed().as_millis();
-        assert!((wait - 30..wait + 700).contains(&took), "{wait} {took}");
+        times.push(begin.elapsed());
+        assert!(times[times.len() - 1] >= Duration::from_millis(wait), "{wait} {times:?}");
+    }
+    assert!(times[0] < Duration::from_secs(3), "{times:?}");
+}
+
+/// A process that ends with its test.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -705,12 +726,13 @@ fn admin_http_is_off_or_read_only() {
         directory.0.display()
     );
     std::fs::write(&config, text).unwrap();
-    let mut child = std::process::Command::new(crate::support::proxy::BINARY)
+    let child = std::process::Command::new(crate::support::proxy::BINARY)
         .args(["run", "--config"])
         .arg(&config)
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
+    let _child = Killed(child);
     let ask = |request: &str| -> Option<String> {
         let mut stream = TcpStream::connect(port).ok()?;
         stream
@@ -745,8 +767,6 @@ fn admin_http_is_off_or_read_only() {
     assert!(asked_as("GET http://evil.example/status HTTP/1.1", "").starts_with("HTTP/1.1 421"));
     assert!(asked_as("GET /livez HTTP/1.0", "").starts_with("HTTP/1.0 200"));
     assert!(asked_as("HEAD /status HTTP/1.1", "Host: localhost\r\n").starts_with("HTTP/1.1 405"));
-    child.kill().unwrap();
-    child.wait().unwrap();
     drop(proxy);
 }
 

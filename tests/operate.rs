@@ -2,13 +2,14 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
 use crate::support::backend::{Backend, Mode, Port, get, read_all};
-use crate::support::eventually;
 use crate::support::proxy::Proxy;
+use crate::support::{eventually, settled_queues};
 use crate::tcp::yaml;
 
 fn text(output: &std::process::Output) -> String {
@@ -215,7 +216,7 @@ fn status_and_metrics_tell_what_is_up_and_why() {
 fn a_stop_announces_serves_what_runs_and_ends() {
     let backend = Backend::start("e");
     backend.set(Mode::Echo);
-    let mut proxy = Proxy::start(&yaml(&[backend.address], "", "shutdown: { announce: 500ms, drain: 20s }"));
+    let mut proxy = Proxy::start(&yaml(&[backend.address], "", "shutdown: { announce: 3s, drain: 20s }"));
     proxy.wait_health(&backend.address.to_string(), "up", Duration::from_secs(5));
     let address = proxy.address(0);
     let mut running = TcpStream::connect(address).unwrap();
@@ -226,7 +227,7 @@ fn a_stop_announces_serves_what_runs_and_ends() {
         (proxy.ask("GET", "/readyz").unwrap().0 == 503).then_some(())
     });
     assert!(TcpStream::connect(address).is_ok(), "while it announces it still serves");
-    eventually("the listener closes", Duration::from_secs(5), || TcpStream::connect(address).is_err().then_some(()));
+    eventually("the listener closes", Duration::from_secs(10), || TcpStream::connect(address).is_err().then_some(()));
     running.write_all(b"two").unwrap();
     running.read_exact(&mut [0; 3]).unwrap();
     assert!(proxy.child.try_wait().unwrap().is_none());
@@ -241,7 +242,7 @@ fn a_stop_announces_serves_what_runs_and_ends() {
     });
     proxy.signal(Signal::TERM);
     assert!(
-        eventually("the second signal ends it", Duration::from_secs(1), || proxy.child.try_wait().unwrap()).success()
+        eventually("the second signal ends it", Duration::from_secs(5), || proxy.child.try_wait().unwrap()).success()
     );
 }
 
@@ -277,15 +278,15 @@ fn at_its_cap_a_listener_lets_wait_then_resets_and_is_not_ready() {
         stream.read_exact(&mut [0; 1]).unwrap();
         stream
     };
+    let begin = Instant::now();
     let mut held: Vec<TcpStream> = (0..2).map(open).collect();
     let mut waiting = TcpStream::connect(address).unwrap();
-    let begin = Instant::now();
     waiting.write_all(b"y").unwrap();
     eventually("readyz says so", Duration::from_secs(2), || {
         (proxy.ask("GET", "/readyz").unwrap().0 == 503).then_some(())
     });
     assert!(read_all(&mut waiting).is_err(), "it was reset");
-    assert!(begin.elapsed() >= Duration::from_millis(250));
+    assert!(begin.elapsed() >= Duration::from_millis(300));
     assert!(proxy.metric("sailover_connections_total", &["end=\"cap\""]) >= 1.0);
     // One that waits gets the place that becomes free.
     let mut waiting = TcpStream::connect(address).unwrap();
@@ -362,6 +363,61 @@ fn sessions_that_the_end_cuts_have_their_lines() {
     assert!(proxy.log().contains("\"end\":\"stopped\""), "{}", proxy.log());
 }
 
+/// The same for requests: those that wait, those whose answer is under way, and those whose client takes nothing. A second signal
+/// does not wait for them.
+#[test]
+fn requests_that_the_end_cuts_have_their_lines_and_never_look_whole() {
+    // Its answers end with the connection, and never do.
+    let endless = crate::http::by_hand(|mut stream| {
+        let _ = crate::http::read_request(&mut stream);
+        let mut more = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nx");
+        while more.is_ok() {
+            std::thread::park_timeout(Duration::from_millis(5));
+            more = stream.write_all(b"x");
+        }
+    });
+    let (slow, big) = (Backend::start("s"), Backend::start("b"));
+    slow.set(Mode::Slow(60_000));
+    for (signals, drain) in [(1, "100ms"), (2, "60s")] {
+        let pool = |name: &str, at| format!("{name}: {{ probe: off, cells: {{ c: [ '{at}' ] }} }}");
+        let pools = [pool("slow", slow.address), pool("endless", endless), pool("big", big.address)].join(", ");
+        let routes = ["slow", "endless", "big"].map(|name| format!("{{ path: /{name}, pool: {name} }}")).join(", ");
+        let mut proxy = Proxy::start(&format!(
+            "pools: {{ {pools} }}\nlisteners: [ {{ bind: '127.0.0.1:0', http: {{ routes: [ {routes} ] }} }} ]\nlog: {{ access: stdout }}\nshutdown: {{ announce: 0s, drain: {drain} }}\n"
+        ));
+        let address = proxy.address(0);
+        let ask = |path: &str, version: u8| {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.write_all(format!("GET {path} HTTP/1.{version}\r\nHost: a\r\n\r\n").as_bytes()).unwrap();
+            stream
+        };
+        let before = slow.received.load(Relaxed);
+        let (mut waits, mut reads, takes_nothing) = (ask("/slow", 1), ask("/endless", 0), ask("/big", 1));
+        let mut chunks = ask("/endless", 1);
+        eventually("it waits", Duration::from_secs(5), || (slow.received.load(Relaxed) > before).then_some(()));
+        reads.read_exact(&mut [0; 20]).unwrap();
+        settled_queues(Some(address.port()), takes_nothing.local_addr().unwrap().port());
+        proxy.signal(Signal::TERM);
+        if signals == 2 {
+            proxy.wait_log("\"stopping");
+            proxy.signal(Signal::TERM);
+        }
+        assert!(read_all(&mut reads).is_err(), "what ends with the connection must not look whole");
+        assert!(!read_all(&mut chunks).unwrap_or_default().ends_with(b"0\r\n\r\n"), "there are more chunks");
+        let said = String::from_utf8(read_all(&mut waits).unwrap_or_default()).unwrap();
+        assert!(said.is_empty() || said.starts_with("HTTP/1.1 503"), "{said}");
+        let code = eventually("it ends", Duration::from_secs(5), || proxy.child.try_wait().unwrap());
+        assert!(code.success());
+        let log = proxy.log();
+        for path in ["/slow", "/endless", "/big"] {
+            let mut lines = log.lines().filter(|line| line.contains(&format!("\"path\":\"{path}\""))).peekable();
+            assert!(lines.peek().is_some(), "{path} {signals} {log}");
+            assert!(lines.all(|line| line.contains("\"end\":\"stopped\"")), "{path} {signals} {log}");
+        }
+        assert!(!log.contains("\"to\":\"down\""), "none of it is a backend's failure: {log}");
+    }
+}
+
 #[test]
 fn an_error_that_is_passed_on_has_its_line() {
     let backend = Backend::start("a");
@@ -396,4 +452,23 @@ fn a_listener_that_was_given_up_can_be_taken_back_at_once() {
         std::thread::park_timeout(Duration::from_millis(100));
         (0..20).all(|_| get(free).is_ok()).then_some(())
     });
+}
+
+#[test]
+fn a_backend_that_is_probed_no_more_shows_no_probe() {
+    let backend = Backend::start("a");
+    let pool = |name: &str, probe: &str| format!("{name}: {{ {probe} cells: {{ c: [ '{}' ] }} }}", backend.address);
+    let file = |of_b: &str| {
+        let pools = [pool("a", ""), pool("b", of_b)].join(", ");
+        format!(
+            "pools: {{ {pools} }}\nlisteners: [ {{ bind: '127.0.0.1:0', tcp: a }}, {{ bind: '127.0.0.2:0', tcp: b }} ]"
+        )
+    };
+    let proxy = Proxy::start(&file(""));
+    let next = |pool: usize| proxy.status()["pools"][pool]["cells"][0]["backends"][0]["next_probe_in_ms"].clone();
+    eventually("both are probed", Duration::from_secs(5), || (0..2).all(|pool| next(pool).is_u64()).then_some(()));
+    proxy.write(&file("probe: off,"));
+    assert!(proxy.command(&["reload"]).status.success());
+    assert!(next(1).is_null(), "{}", next(1));
+    eventually("the other one is", Duration::from_secs(5), || next(0).is_u64().then_some(()));
 }

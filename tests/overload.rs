@@ -79,7 +79,7 @@ fn survivors_do_what_they_can_by_what_was_declared() {
 fn a_burst_now_and_then_is_served() {
     let a = Backend::start("a");
     let proxy = Proxy::start(&format!(
-        "pools: {{ shop: {{ cells: {{ a: {{ capacity: 60/s, backends: [ '{}' ] }} }} }} }}\n\
+        "pools: {{ shop: {{ cells: {{ a: {{ capacity: 80/s, backends: [ '{}' ] }} }} }} }}\n\
          listeners: [ {{ bind: 127.0.0.1:0, http: {{ routes: [ {{ pool: shop }} ] }} }} ]",
         a.address
     ));

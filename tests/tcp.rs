@@ -140,6 +140,7 @@ fn a_reset_is_passed_on_in_both_directions() {
 
 #[test]
 fn an_idle_connection_costs_little_memory() {
+    sailover::sys::raise_open_files().unwrap();
     let (_backend, proxy) = echo("");
     let address = proxy.address(0);
     let count = 4_000;

@@ -1,6 +1,6 @@
 //! What the backends of one pool share.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -41,8 +41,10 @@ pub struct PoolShared {
     pub uplink: Arc<Uplink>,
     /// The cell that probes alone took out last, and when.
     probe_removal: Mutex<Option<(usize, Time)>>,
-    /// Races begun, and races won by the later attempt.
-    pub races: [Counter; 2],
+    /// Races begun; and clients that had one, by whether the later attempt won it.
+    pub races: Counter,
+    /// See `races`: no, yes.
+    pub raced: [Counter; 2],
     /// Sessions carried to another backend because the first did not answer.
     pub replays: Counter,
     /// Clients refused because the pool was at its cap, or all backends were full.
@@ -56,7 +58,8 @@ pub struct PoolShared {
 impl PoolShared {
     /// What shares follow from has changed.
     pub fn changed(&self) {
-        self.epoch.fetch_add(1, Relaxed);
+        // Whoever sees the new number sees what was stored before it.
+        self.epoch.fetch_add(1, Release);
     }
 
     /// Whether probes alone may take out a backend of this cell: only one cell in `between`.
@@ -87,7 +90,8 @@ impl PoolShared {
             answers: Tally::default(),
             uplink,
             probe_removal: Mutex::default(),
-            races: Default::default(),
+            races: Counter::default(),
+            raced: Default::default(),
             replays: Counter::default(),
             refused_full: Counter::default(),
             refused_unreachable: Counter::default(),

@@ -162,7 +162,7 @@ async fn a_refusal_goes_to_the_next_at_once_and_costs_no_budget() {
     assert!(begin.elapsed() < Duration::from_millis(10));
     assert_eq!((story.attempts, story.raced, story.failures.len()), (2, false, 1));
     assert_eq!((rig.record(0), rig.record(1)), ((REFUSED, true), (OK, false)));
-    assert_eq!(rig.pool.shared.races[0].get(), 0);
+    assert_eq!(rig.pool.shared.races.get(), 0);
 }
 
 #[tokio::test(start_paused = true)]

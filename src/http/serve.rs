@@ -2,7 +2,6 @@
 
 use std::cell::OnceCell;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -25,7 +24,6 @@ use crate::host::Host;
 use crate::listen::Admission;
 use crate::listen::Stop;
 use crate::log::{AccessRecord, HttpRecord};
-use crate::sys;
 use crate::table::{End, Face, Listener, ListenerShared};
 use crate::tcp;
 use crate::tls::Stream;
@@ -59,7 +57,6 @@ pub struct Connection {
     /// What survives the listener's table.
     pub shared: Arc<ListenerShared>,
     bind: SocketAddr,
-    descriptor: RawFd,
     /// The listener, and the generation of the table it was taken from.
     seen: Mutex<(u64, Option<Arc<Listener>>)>,
 }
@@ -72,11 +69,6 @@ pub struct Secured {
 }
 
 impl Connection {
-    /// Whether the client has left; to be asked by its own requests alone.
-    pub fn is_left(&self) -> bool {
-        sys::has_finished(self.descriptor)
-    }
-
     /// The listener as the live table has it; one that is gone serves its last requests as it stood.
     pub fn listener(&self, host: &Host) -> Option<Arc<Listener>> {
         let table = host.live.load();
@@ -229,7 +221,6 @@ async fn run(
         name: listener.name.clone(),
         shared: listener.shared.clone(),
         bind,
-        descriptor: stream.socket().as_raw_fd(),
         seen: Mutex::new((0, Some(listener))),
     });
     let shared = connection.shared.clone();
@@ -245,6 +236,8 @@ async fn run(
         tokio::select! {
             _ = engine.process_new(Box::new(edge), &going) => {}
             () = send_off(&link, patience.keepalive, &mut stop, &go) => {}
+            // Its exchanges see the connection end, and write their lines.
+            () = link.ends() => {}
         }
     } else {
         let told = async {

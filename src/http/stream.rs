@@ -4,6 +4,7 @@
 //! until the next may begin. A request that the framer refuses never reaches the engine; it is answered here, the
 //! connection is closed so that the answer arrives, and the engine sees an end.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
@@ -11,7 +12,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -23,13 +24,14 @@ use pingora_core::protocols::{
     UniqueIDType,
 };
 use pingora_http::ResponseHeader;
+use slab::Slab;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::answer;
 use super::framer::{Framer, Refusal};
+use super::{answer, upstream};
 use crate::config::http::Page;
-use crate::{tcp, tls};
+use crate::{sys, tcp, tls};
 
 /// Bytes on their way to the client are gathered up to this many, until the engine says that they should go.
 const GATHER: usize = 16 * 1024;
@@ -88,6 +90,10 @@ pub struct Link {
     pub until_close: AtomicBool,
     /// See `until_close`.
     pub cut: AtomicBool,
+    /// The program ends, and what has not ended by itself is cut.
+    ended: AtomicBool,
+    /// The client's socket; 0: it is closed.
+    descriptor: AtomicI32,
     waker: Mutex<Option<Waker>>,
     refused: Mutex<Option<(Refusal, Option<String>)>>,
 }
@@ -131,6 +137,32 @@ impl Link {
     /// The connection ends as soon as no request is being served.
     pub fn close_when_idle(&self) {
         self.closing.store(true, Relaxed);
+        self.wake();
+    }
+
+    /// Whether the client has finished sending, or more.
+    pub fn is_left(&self) -> bool {
+        match self.descriptor.load(Relaxed) {
+            0 => true,
+            descriptor => sys::has_finished(descriptor),
+        }
+    }
+
+    /// Whether the program has ended under it.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Relaxed)
+    }
+
+    /// Waits until the program ends under it.
+    pub async fn ends(&self) {
+        poll_fn(|context| {
+            self.wake_by(context.waker());
+            if self.has_ended() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    fn wake(&self) {
         if let Some(waker) = self.waker.lock().unwrap_or_else(PoisonError::into_inner).take() {
             waker.wake();
         }
@@ -158,6 +190,20 @@ impl Link {
     }
 }
 
+thread_local! {
+    /// The connections of this worker.
+    static OPEN: RefCell<Slab<Arc<Link>>> = const { RefCell::new(Slab::new()) };
+}
+
+/// Cuts what is left of this worker's exchanges, because the program ends: each has its line, and none looks whole.
+pub fn end_all() {
+    let open: Vec<Arc<Link>> = OPEN.with_borrow(|open| open.iter().map(|(_, link)| link.clone()).collect());
+    open.iter().for_each(|link| link.ended.store(true, Relaxed));
+    upstream::break_all();
+    // Who waits for its client is told of by that.
+    open.iter().for_each(|link| link.wake());
+}
+
 /// See the module.
 pub struct Edge {
     inner: tls::Stream,
@@ -182,6 +228,8 @@ pub struct Edge {
     /// Sum of bytes when the timer last ran during a request; `None`: it has not run since the request began.
     seen: Option<u64>,
     ending: Option<Ending>,
+    /// In the list of this worker's connections.
+    place: usize,
 }
 
 /// The last steps of a connection that was refused.
@@ -213,6 +261,8 @@ impl Edge {
         about: Box<dyn std::any::Any + Send + Sync>,
     ) -> io::Result<Edge> {
         let response = ResponseHeader::build(200, Some(0)).map_err(|error| io::Error::other(error.to_string()))?;
+        link.descriptor.store(inner.socket().as_raw_fd(), Relaxed);
+        let place = OPEN.with_borrow_mut(|open| open.insert(link.clone()));
         Ok(Edge {
             inner,
             link,
@@ -233,6 +283,7 @@ impl Edge {
             timer: None,
             seen: None,
             ending: None,
+            place,
         })
     }
 
@@ -536,6 +587,18 @@ impl Edge {
         Poll::Pending
     }
 
+    /// The client takes no more for now: the error that ends the wait for it.
+    fn blocked(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
+        self.link.wake_by(context.waker());
+        if self.link.has_ended() {
+            return Poll::Ready(io::ErrorKind::ConnectionAborted.into());
+        }
+        match self.overdue(context) {
+            true => Poll::Ready(io::ErrorKind::TimedOut.into()),
+            false => Poll::Pending,
+        }
+    }
+
     /// Writes out what was gathered.
     fn poll_gathered(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut at = 0;
@@ -556,8 +619,8 @@ impl Edge {
         } else {
             self.out.drain(..at);
         }
-        if result.is_pending() && self.overdue(context) {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        if result.is_pending() {
+            return self.blocked(context).map(Err);
         }
         result
     }
@@ -565,6 +628,10 @@ impl Edge {
 
 impl Drop for Edge {
     fn drop(&mut self) {
+        // On the same thread as whoever asks about the descriptor, which is open until this has returned.
+        self.link.descriptor.store(0, Relaxed);
+        // At the end of the thread the list may be gone before the last connection.
+        let _ = OPEN.try_with(|open| open.borrow_mut().try_remove(self.place));
         if self.link.cut.load(Relaxed) && self.link.until_close.load(Relaxed) {
             tcp::reset(self.inner.socket());
         }
@@ -602,10 +669,7 @@ impl AsyncWrite for Edge {
                 }
                 Poll::Pending => {
                     edge.burst = 0;
-                    match edge.overdue(context) {
-                        true => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-                        false => Poll::Pending,
-                    }
+                    edge.blocked(context).map(Err)
                 }
                 other => other,
             };

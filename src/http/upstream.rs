@@ -198,6 +198,11 @@ pub fn cut(place: Place) {
     }
 }
 
+/// Breaks all connections of this worker's engine. An answer that ends with its connection has not ended by that.
+pub fn break_all() {
+    LINES.with_borrow(|lines| lines.keys().for_each(|descriptor| sys::dissolve(*descriptor)));
+}
+
 /// Whether answers are under way on the connection of this exchange, which a cut would end.
 pub fn others_talk(place: Place) -> bool {
     with(place, |line| line.talking > 0).unwrap_or(false)

@@ -50,6 +50,8 @@ pub enum Verdict {
     Move,
     /// Its time is up.
     TimedOut,
+    /// Its client has not gone on with its body for too long.
+    Stalled,
 }
 
 /// A request that waits, as [`Wait::begin`] is told.
@@ -72,6 +74,8 @@ pub struct Request {
     pub prefix: u32,
     /// Its own time.
     pub timeout: Duration,
+    /// How long its client may take for the next bytes of its body, where the connection does not look after that.
+    pub idle: Duration,
     /// Whether it may be sent twice.
     pub movable: bool,
     /// Its kind, for the record.
@@ -233,8 +237,10 @@ fn look(now: Time, late: bool) {
             // While a client takes its time with its body the backend has nothing to answer for.
             let asked = |client: &Connection| client.link.awaits_body() && !client.link.expects.load(Relaxed);
             let clients_turn = !entry.complete && request.body.as_ref().is_none_or(|client| asked(client));
-            if waited >= request.timeout && !clients_turn {
-                entry.verdict = Verdict::TimedOut;
+            // Any byte keeps a connection of HTTP/2, so each of its bodies has a bound of its own.
+            let stalled = clients_turn && request.body.is_none() && waited >= request.idle;
+            if stalled || waited >= request.timeout && !clients_turn {
+                entry.verdict = if stalled { Verdict::Stalled } else { Verdict::TimedOut };
                 steps.push(match request.shared {
                     true => Step::Overdue(request.place, backend.id),
                     false => Step::Cut(request.place),

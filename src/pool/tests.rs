@@ -146,7 +146,7 @@ fn a_drain_moves_share_inside_the_tier_and_opens_the_next_only_when_nothing_is_l
     let pool = pool(Policy::default(), &[(0, 1, 1), (0, 1, 1), (1, 1, 1)]);
     let drain = |m: usize| {
         pool.members[m].backend.drained.store(true, Relaxed);
-        pool.shared.epoch.fetch_add(1, Relaxed);
+        pool.shared.changed();
     };
     drain(0);
     assert_eq!(shares(&pool), [0.0, 1.0, 0.0]);
@@ -339,13 +339,13 @@ fn with_affinity_a_drain_opens_no_later_tier_either() {
     for m in 0..12 {
         pool.members[m].backend.drained.store(true, Relaxed);
     }
-    pool.shared.epoch.fetch_add(1, Relaxed);
+    pool.shared.changed();
     let counts = picks(&pool, true);
     assert!(!counts.contains_key(&24) && counts.keys().all(|m| *m >= 12), "{counts:?}");
     for m in 0..6 {
         pool.members[m].backend.drained.store(false, Relaxed);
     }
-    pool.shared.epoch.fetch_add(1, Relaxed);
+    pool.shared.changed();
     assert!(!picks(&pool, true).contains_key(&24));
 }
 

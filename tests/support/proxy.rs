@@ -23,6 +23,8 @@ impl Directory {
     pub fn new() -> Directory {
         let name = format!("sailover-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(name);
+        // A killed run of another time may have left one of this name.
+        let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path).unwrap();
         Directory(path)
     }
