@@ -407,10 +407,8 @@ impl Admin {
 /// The first worker whose beat is stale.
 pub fn stale_worker(host: &Host) -> Option<usize> {
     let now = clock::now().0 / 1_000;
-    host.beats.iter().position(|beat| {
-        let last = beat[0].load(Relaxed);
-        last > 0 && now.saturating_sub(last) > BEAT_STALE.as_millis() as u64
-    })
+    // Time begins with the process: one that has never beaten is stale as soon.
+    host.beats.iter().position(|beat| now.saturating_sub(beat[0].load(Relaxed)) > BEAT_STALE.as_millis() as u64)
 }
 
 /// Reads the JSON body of an order.

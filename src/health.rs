@@ -7,10 +7,13 @@
 //!      │ fall probes failed     │ └────────────────────────────────────────┘  │ a probe agrees,
 //!      ▼                        │ ramp over                                    │ or it goes on
 //!    down ◀─────────────────────┼──────────────────────────────────────────────┘
-//!      │  ▲                     │        (a suspicion older than a hold returns by a ramp too)
-//!      │  └─────────────── returning
-//!      └── hold over and rise successes ──▲
+//!      │                        │        (a suspicion older than a hold returns by a ramp too)
+//!      └─ hold over, and ──▶ returning
+//!         rise successes
 //! ```
+//!
+//! Besides, `fall` probes take a backend from `up` to `down` where no client says otherwise; and what is `unknown` or
+//! `returning` is judged like what is `up`.
 //!
 //! Evidence has depth: what was seen at one depth is cleared only by success at that depth or deeper. `suspect`
 //! is cheap and entered quickly, because a suspect backend is only last in its tier; `down` needs agreement.

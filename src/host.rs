@@ -39,7 +39,7 @@ pub struct Host {
     pub accept_paused: [Counter; 2],
     /// One line per connection.
     pub access: AccessLog,
-    /// Bytes that went through `splice`, and bulk directions that had to use the buffer.
+    /// Bytes that went through `splice`.
     pub spliced: Counter,
     /// Bulk directions that had to use the buffer for want of a pipe.
     pub splice_refused: Counter,
@@ -51,7 +51,7 @@ pub struct Host {
     pub probe_late: Histogram,
     /// Whether the listeners are going to close.
     pub stopping: AtomicBool,
-    /// Per worker: the last beat in milliseconds, share of the last second spent busy (in 1/1000), last lag (in us), sessions.
+    /// Per worker: the last beat in milliseconds, share of the last second spent busy (in 1/1000), worst lag of it (in us), connections.
     pub beats: Vec<[AtomicU64; 4]>,
 }
 

@@ -5,7 +5,8 @@
 //! accept loop of `listen` takes permits (`limits`), takes the listener of the live `table`, and spawns `tcp`,
 //! which asks `dial` for a backend. `dial` asks `pool` for a candidate, opens it, races another when it is silent,
 //! and records what it saw in `backend`, where `health` decides. Then `relay` moves bytes (`splice` when there are
-//! many), and `tcp` counts the end and writes the access line (`log`).
+//! many), and `tcp` counts the end and writes the access line (`log`). A connection of an `http` listener goes to `http`
+//! instead, which asks `pool` and `dial` in the same way for each of its requests.
 //!
 //! **The life of a configuration.** `config` reads and judges the file, `table` builds a generation that takes over
 //! every unchanged backend, `reload` reports the difference, and `server` swaps one pointer. `probe` asks the

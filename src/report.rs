@@ -43,7 +43,7 @@ pub struct Info {
     pub at_next_start: Vec<String>,
 }
 
-/// A backend is in its cell's sum when it counts for the cell's state.
+/// What is said of a cell of which so many backends of all that count are fit.
 fn cell_state(fit: usize, all: usize) -> &'static str {
     match fit {
         0 => "down",
@@ -189,7 +189,7 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
         "cause": cause,
         "hold_ms": (health.state() == State::Down).then(|| until.since(now).as_millis() as u64),
         "waits_for_operator": health.waits_for_operator(&pool.policy.health, now),
-        "next_hold_ms": hold.as_millis() as u64,
+        "last_hold_ms": hold.as_millis() as u64,
         "in_flight": in_flight,
         "attempts": { "ok": count(Outcome::Ok), "failed": count(Outcome::Refused) + count(Outcome::Silent) },
         "handshake_ms": { "p50": quantile(|(p50, _)| p50), "p99": quantile(|(_, p99)| p99) },
@@ -537,113 +537,145 @@ pub fn metrics(host: &Host, info: &Info) -> String {
             t.sample("sailover_bytes_total", &[("listener", &listener.name), ("direction", direction)], counter.get());
         }
     }
+    backends_metrics(t, &table, now);
+    certificates_metrics(t, &table);
     pools_metrics(t, &table, now);
     process_metrics(t, host);
     text.0
 }
 
-fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
-    let members = || {
-        table.pools.iter().flat_map(|pool| {
-            pool.members.iter().map(move |member| {
-                let labels = [
-                    ("pool", &*pool.name),
-                    ("cell", &*pool.cells[member.cell].name),
-                    ("backend", &*member.backend.name),
-                ];
-                (labels, &member.backend)
-            })
-        })
-    };
-    let with =
-        |labels: [(&'static str, &str); 3], key: &'static str, value: &'static str| -> Vec<(&'static str, String)> {
-            labels.iter().map(|(k, v)| (*k, (*v).to_owned())).chain([(key, value.to_owned())]).collect()
-        };
-    let sample = |t: &mut Text, name: &str, labels: Vec<(&'static str, String)>, value: u64| {
-        let labels: Vec<(&str, &str)> = labels.iter().map(|(k, v)| (*k, v.as_str())).collect();
-        t.sample(name, &labels, value);
-    };
-    t.family("sailover_attempts_total", "counter", "Attempts at backends for clients, by result.");
-    for (labels, backend) in members() {
-        for outcome in Outcome::ALL {
-            let count = backend.counters.attempts[outcome as usize].get();
-            sample(t, "sailover_attempts_total", with(labels, "result", outcome.word()), count);
-        }
-    }
-    t.family("sailover_backend_state", "gauge", "1 for the state that the backend is in.");
-    for (labels, backend) in members() {
-        let now = backend.view().state;
-        for state in State::ALL {
-            sample(t, "sailover_backend_state", with(labels, "state", state.word()), u64::from(state == now));
-        }
-    }
-    t.family("sailover_backend_drained", "gauge", "1 while an operator keeps new clients away.");
-    for (labels, backend) in members() {
-        t.sample("sailover_backend_drained", &labels, u8::from(backend.drained.load(Relaxed)));
-    }
-    t.family("sailover_backend_data_old", "gauge", "1 while a backend gets no clients because its data are too old.");
-    for (labels, backend) in members().filter(|(_, backend)| backend.version.least().is_some()) {
-        t.sample(
-            "sailover_backend_data_old",
-            &labels,
-            u8::from(backend.version.said().is_some() && backend.version.is_old()),
-        );
-    }
-    t.family(
+/// What has one sample for each backend: name, type, help, and the value where it has one.
+type OfBackend = (&'static str, &'static str, &'static str, fn(&Backend, clock::Time) -> Option<f64>);
+
+const OF_BACKENDS: [OfBackend; 9] = [
+    ("sailover_backend_drained", "gauge", "1 while an operator keeps new clients away.", |backend, _| {
+        Some(flag(backend.drained.load(Relaxed)))
+    }),
+    (
+        "sailover_backend_data_old",
+        "gauge",
+        "1 while a backend gets no clients because its data are too old.",
+        |backend, _| {
+            backend.version.least().map(|_| flag(backend.version.said().is_some() && backend.version.is_old()))
+        },
+    ),
+    (
         "sailover_backend_most_waiting",
         "gauge",
         "Clients that may wait for answers at once, where that was learned.",
-    );
-    for (labels, backend) in members() {
-        if let Some(most) = backend.most_waiting() {
-            t.sample("sailover_backend_most_waiting", &labels, most);
-        }
-    }
-    for (name, help, count) in [
-        (
-            "sailover_class_failures_total",
-            "How often one class of requests began to fail alone.",
-            (|backend| backend.counters.class_failures.get()) as fn(&Backend) -> u64,
-        ),
-        ("sailover_paced_total", "How often a share was cut for slowness or loss.", |backend| {
-            backend.counters.paced.get()
-        }),
-        ("sailover_contradictions_total", "Probes that failed while clients were served.", |backend| {
-            backend.counters.contradictions.get()
-        }),
-    ] {
-        t.family(name, "counter", help);
-        for (labels, backend) in members() {
-            t.sample(name, &labels, count(backend));
-        }
-    }
-    t.family("sailover_uplink_dark", "gauge", "Whether nothing answers from any cell, which is held against none.");
-    t.sample("sailover_uplink_dark", &[], u8::from(table.uplink.dark().is_some()));
-    t.family(
+        |backend, _| backend.most_waiting().map(f64::from),
+    ),
+    (
+        "sailover_class_failures_total",
+        "counter",
+        "How often one class of requests began to fail alone.",
+        |backend, _| Some(backend.counters.class_failures.get() as f64),
+    ),
+    ("sailover_paced_total", "counter", "How often a share was cut for slowness or loss.", |backend, _| {
+        Some(backend.counters.paced.get() as f64)
+    }),
+    ("sailover_contradictions_total", "counter", "Probes that failed while clients were served.", |backend, _| {
+        Some(backend.counters.contradictions.get() as f64)
+    }),
+    (
         "sailover_backend_contradiction",
         "gauge",
         "Whether probes of a backend fail while its clients are served; the clients are believed.",
-    );
-    for (labels, backend) in members() {
-        t.sample("sailover_backend_contradiction", &labels, u8::from(backend.contradicts_probes(clock::now())));
-    }
-    t.family(
+        |backend, now| Some(flag(backend.contradicts_probes(now))),
+    ),
+    (
         "sailover_backend_pace_ratio",
         "gauge",
         "Share of its clients that a backend keeps for how it does against its own past.",
-    );
-    for (labels, backend) in members() {
-        t.sample("sailover_backend_pace_ratio", &labels, backend.pace_share());
-    }
-    t.family("sailover_transitions_total", "counter", "Changes of state, by the state entered.");
-    for (labels, backend) in members() {
-        for state in State::ALL {
-            let count = backend.counters.transitions[state as usize].get();
-            sample(t, "sailover_transitions_total", with(labels, "to", state.word()), count);
+        |backend, _| Some(backend.pace_share()),
+    ),
+    (
+        "sailover_denial_bursts_total",
+        "counter",
+        "Bursts of 401, 403 and 429 from a backend where they were rare; reported, not acted on.",
+        |backend, _| Some(backend.counters.denial_bursts.get() as f64),
+    ),
+];
+
+/// The same for each pool.
+const OF_POOLS: [(&str, &str, &str, fn(&Pool) -> u64); 4] = [
+    ("sailover_queue_length", "gauge", "Clients that wait for a place because all are taken.", |pool| {
+        u64::from(pool.shared.queue.length())
+    }),
+    ("sailover_queue_refused_total", "counter", "Clients that found no place in the queue, or none in time.", |pool| {
+        pool.shared.queue.refused()
+    }),
+    (
+        "sailover_replays_total",
+        "counter",
+        "Sessions carried to another backend because the first did not answer.",
+        |pool| pool.shared.replays.get(),
+    ),
+    ("sailover_budget_refused_total", "counter", "Extra attempts that the pool's budget did not allow.", |pool| {
+        pool.shared.budget.refused()
+    }),
+];
+
+fn flag(is: bool) -> f64 {
+    f64::from(u8::from(is))
+}
+
+/// Backends with the labels that name them.
+fn members(table: &Table) -> impl Iterator<Item = ([(&'static str, &str); 3], &Arc<Backend>)> {
+    table.pools.iter().flat_map(|pool| {
+        pool.members.iter().map(move |member| {
+            let cell = &*pool.cells[member.cell].name;
+            ([("pool", &*pool.name), ("cell", cell), ("backend", &*member.backend.name)], &member.backend)
+        })
+    })
+}
+
+fn backends_metrics(t: &mut Text, table: &Table, now: clock::Time) {
+    for (name, kind, help, value) in OF_BACKENDS {
+        t.family(name, kind, help);
+        for (labels, backend) in members(table) {
+            if let Some(value) = value(backend, now) {
+                t.sample(name, &labels, value);
+            }
         }
     }
+    let by = |t: &mut Text, name: &str, labels: [(&str, &str); 3], key: &str, word: &str, value: u64| {
+        let [pool, cell, backend] = labels;
+        t.sample(name, &[pool, cell, backend, (key, word)], value);
+    };
+    t.family("sailover_attempts_total", "counter", "Attempts at backends for clients, by result.");
+    for (labels, backend) in members(table) {
+        for outcome in Outcome::ALL {
+            let count = backend.counters.attempts[outcome as usize].get();
+            by(t, "sailover_attempts_total", labels, "result", outcome.word(), count);
+        }
+    }
+    t.family("sailover_probes_total", "counter", "Probes by result.");
+    for (labels, backend) in members(table) {
+        for (result, counter) in ["ok", "failed"].into_iter().zip(&backend.counters.probes) {
+            by(t, "sailover_probes_total", labels, "result", result, counter.get());
+        }
+    }
+    t.family("sailover_backend_state", "gauge", "1 for the state that the backend is in.");
+    for (labels, backend) in members(table) {
+        let now = backend.view().state;
+        for state in State::ALL {
+            by(t, "sailover_backend_state", labels, "state", state.word(), u64::from(state == now));
+        }
+    }
+    t.family("sailover_transitions_total", "counter", "Changes of state, by the state entered.");
+    for (labels, backend) in members(table) {
+        for state in State::ALL {
+            let count = backend.counters.transitions[state as usize].get();
+            by(t, "sailover_transitions_total", labels, "to", state.word(), count);
+        }
+    }
+}
+
+fn certificates_metrics(t: &mut Text, table: &Table) {
+    const NAME: &str = "sailover_certificate_expiry_timestamp_seconds";
     t.family(
-        "sailover_certificate_expiry_timestamp_seconds",
+        NAME,
         "gauge",
         "When a certificate ends: one that a listener serves, or that a TLS probe of the backend saw last.",
     );
@@ -653,56 +685,32 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
     for listener in served {
         for (number, identity) in listener.tls.iter().flat_map(|tls| &tls.identities).enumerate() {
             let name = identity.names.first().map_or("", String::as_str);
-            let number = number.to_string();
-            let labels = [("listener", &*listener.name), ("certificate", &*number), ("name", name)];
-            t.sample("sailover_certificate_expiry_timestamp_seconds", &labels, identity.valid.1);
+            let labels = [("listener", &*listener.name), ("certificate", &*number.to_string()), ("name", name)];
+            t.sample(NAME, &labels, identity.valid.1);
         }
     }
-    for (labels, backend) in members() {
+    for (labels, backend) in members(table) {
         let expiry = backend.certificate_expiry.load(Relaxed);
         if expiry != 0 {
-            t.sample("sailover_certificate_expiry_timestamp_seconds", &labels, expiry);
+            t.sample(NAME, &labels, expiry);
         }
     }
-    t.family("sailover_probes_total", "counter", "Probes by result.");
-    for (labels, backend) in members() {
-        for (result, counter) in ["ok", "failed"].into_iter().zip(&backend.counters.probes) {
-            sample(t, "sailover_probes_total", with(labels, "result", result), counter.get());
+}
+
+fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
+    t.family("sailover_uplink_dark", "gauge", "Whether nothing answers from any cell, which is held against none.");
+    t.sample("sailover_uplink_dark", &[], u8::from(table.uplink.dark().is_some()));
+    for (name, kind, help, value) in OF_POOLS {
+        t.family(name, kind, help);
+        for pool in &table.pools {
+            t.sample(name, &[("pool", &pool.name)], value(pool));
         }
-    }
-    t.family(
-        "sailover_denial_bursts_total",
-        "counter",
-        "Bursts of 401, 403 and 429 from a backend where they were rare; reported, not acted on.",
-    );
-    for (labels, backend) in members() {
-        t.sample("sailover_denial_bursts_total", &labels, backend.counters.denial_bursts.get());
     }
     t.family("sailover_races_total", "counter", "Clients for whom attempts raced, by whether the later attempt won.");
     for pool in &table.pools {
         for (won, counter) in ["false", "true"].into_iter().zip(&pool.shared.raced) {
             t.sample("sailover_races_total", &[("pool", &pool.name), ("won", won)], counter.get());
         }
-    }
-    t.family("sailover_queue_length", "gauge", "Clients that wait for a place because all are taken.");
-    for pool in &table.pools {
-        t.sample("sailover_queue_length", &[("pool", &pool.name)], pool.shared.queue.length());
-    }
-    t.family("sailover_queue_refused_total", "counter", "Clients that found no place in the queue, or none in time.");
-    for pool in &table.pools {
-        t.sample("sailover_queue_refused_total", &[("pool", &pool.name)], pool.shared.queue.refused());
-    }
-    t.family(
-        "sailover_replays_total",
-        "counter",
-        "Sessions carried to another backend because the first did not answer.",
-    );
-    for pool in &table.pools {
-        t.sample("sailover_replays_total", &[("pool", &pool.name)], pool.shared.replays.get());
-    }
-    t.family("sailover_budget_refused_total", "counter", "Extra attempts that the pool's budget did not allow.");
-    for pool in &table.pools {
-        t.sample("sailover_budget_refused_total", &[("pool", &pool.name)], pool.shared.budget.refused());
     }
     t.family("sailover_pool_refused_total", "counter", "Clients that no backend could be given, by reason.");
     for pool in &table.pools {
@@ -711,35 +719,30 @@ fn pools_metrics(t: &mut Text, table: &Table, now: clock::Time) {
             t.sample("sailover_pool_refused_total", &[("pool", &pool.name), ("reason", reason)], counter.get());
         }
     }
+    t.family("sailover_detect_seconds", "histogram", "From the first failed evidence to leaving up.");
+    for pool in &table.pools {
+        t.histogram("sailover_detect_seconds", &[("pool", &pool.name)], &pool.shared.detect);
+    }
+    cells_metrics(t, table, now);
+}
+
+fn cells_metrics(t: &mut Text, table: &Table, now: clock::Time) {
     t.family("sailover_cell_share_ratio", "gauge", "Share of the pool's new clients that the cell gets now.");
     for pool in &table.pools {
         for (cell, (_, share)) in pool.cells.iter().zip(pool.shares(now)) {
             t.sample("sailover_cell_share_ratio", &[("pool", &pool.name), ("cell", &cell.name)], share);
         }
     }
+    let cells = || table.pools.iter().flat_map(|pool| pool.cells.iter().map(move |cell| (pool, cell)));
     t.family("sailover_handshake_seconds", "histogram", "Handshakes as the kernel measured them.");
-    for pool in &table.pools {
-        for cell in &pool.cells {
-            t.histogram(
-                "sailover_handshake_seconds",
-                &[("pool", &pool.name), ("cell", &cell.name)],
-                &cell.shared.handshake,
-            );
-        }
+    for (pool, cell) in cells() {
+        let labels = [("pool", &*pool.name), ("cell", &*cell.name)];
+        t.histogram("sailover_handshake_seconds", &labels, &cell.shared.handshake);
     }
     t.family("sailover_first_byte_seconds", "histogram", "From the client's bytes to the first byte of an answer.");
-    for pool in &table.pools {
-        for cell in &pool.cells {
-            t.histogram(
-                "sailover_first_byte_seconds",
-                &[("pool", &pool.name), ("cell", &cell.name)],
-                &cell.shared.first_byte,
-            );
-        }
-    }
-    t.family("sailover_detect_seconds", "histogram", "From the first failed evidence to leaving up.");
-    for pool in &table.pools {
-        t.histogram("sailover_detect_seconds", &[("pool", &pool.name)], &pool.shared.detect);
+    for (pool, cell) in cells() {
+        let labels = [("pool", &*pool.name), ("cell", &*cell.name)];
+        t.histogram("sailover_first_byte_seconds", &labels, &cell.shared.first_byte);
     }
 }
 

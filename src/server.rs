@@ -318,12 +318,12 @@ impl Control {
         }
         let table = self.host.live.load_full();
         (report.generation, report.hash) = (table.generation, table.hash.clone());
-        if let Ok(mut info) = self.info.lock() {
+        self.with_info(|info| {
             if report.ok {
                 info.loaded_at = report.at.clone();
             }
             info.last_reload = Some(report.clone());
-        }
+        });
         self.publish();
         notify(&[sd_notify::NotifyState::Ready]);
         for waiting in self.reloading.waiting.drain(..) {
@@ -399,9 +399,7 @@ impl Control {
             later.push(format!("admin.socket: {}", table.config.admin.socket.display()));
         }
         report.warnings.extend(later.iter().map(|key| format!("{key} takes effect at the next start")));
-        if let Ok(mut info) = self.info.lock() {
-            info.at_next_start = later;
-        }
+        self.with_info(|info| info.at_next_start = later);
         Ok(())
     }
 

@@ -55,8 +55,9 @@ const DEAD_WITHIN: Duration = Duration::from_millis(50);
 const LOOK: Duration = Duration::from_millis(20);
 /// The priority of sessions in a queue.
 const NORMAL: usize = 1;
-/// With nothing learned.
+/// The first byte of an answer is waited for so long where nothing was learned.
 const FIRST_BYTE_COLD: Duration = Duration::from_secs(1);
+
 thread_local! {
     static RNG: RefCell<Rng> = RefCell::new(Rng::new());
 }

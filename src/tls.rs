@@ -1,4 +1,4 @@
-//! TLS: the client's side of a probe towards backends, and the server's side towards clients.
+//! TLS: what listeners serve with, what pools and probes ask backends with, and a stream that is either TLS or plain.
 
 use std::collections::HashMap;
 use std::io;

@@ -5,7 +5,6 @@ use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -63,8 +62,6 @@ pub struct Sessions {
 /// Control's end of one worker.
 pub struct Worker {
     commands: UnboundedSender<Command>,
-    /// The thread; it ends only when this end is dropped, or by a bug.
-    pub thread: JoinHandle<()>,
 }
 
 impl Worker {
@@ -75,11 +72,12 @@ impl Worker {
     pub fn start(number: usize, host: Arc<Host>, ended: UnboundedSender<usize>) -> io::Result<Worker> {
         let (commands, receiver) = unbounded_channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+        // It ends only when our end is dropped, or by a bug.
+        std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
             let _tell = TellEnd(number, ended);
             runtime.block_on(run(number, host, receiver));
         })?;
-        Ok(Worker { commands, thread })
+        Ok(Worker { commands })
     }
 
     /// Tells it something; a worker that has ended hears nothing, and its end is noticed elsewhere.
@@ -102,7 +100,7 @@ static RESETS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
 
 async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Command>) {
     let mut next = Instant::now() + TICK;
-    let mut ticks = 0;
+    let (mut ticks, mut worst_lag) = (0, Duration::ZERO);
     let (mut cpu, mut wall) = (sys::thread_cpu(), Instant::now());
     let mut accepting = JoinSet::new();
     // If it ended by a panic no request would have its time any more.
@@ -129,6 +127,7 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
             () = sleep_until(next) => {
                 let lag = next.elapsed();
                 host.lag.record(lag);
+                worst_lag = worst_lag.max(lag);
                 next = (next + TICK).max(Instant::now());
                 ticks += 1;
                 if session::any_doomed() {
@@ -144,8 +143,8 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
                     let beat = &host.beats[number];
                     beat[0].store(clock::now().0 / 1_000, Relaxed);
                     beat[1].store((busy * 1_000.0) as u64, Relaxed);
-                    beat[2].store(lag.as_micros() as u64, Relaxed);
-                    beat[3].store(session::count() as u64, Relaxed);
+                    beat[2].store(std::mem::take(&mut worst_lag).as_micros() as u64, Relaxed);
+                    beat[3].store((session::count() + http::stream::count()) as u64, Relaxed);
                 }
             }
         }

@@ -289,9 +289,6 @@ impl<'v> Fields<'v> {
     }
 }
 
-/// Keys of later versions, each with what would have to exist before it means something.
-type Later = &'static [&'static str];
-
 /// Second pass: values to the file model, all problems by path.
 struct Reader<'a> {
     index: &'a Index,
@@ -305,7 +302,7 @@ impl Reader<'_> {
         let root = Node { value, path: String::new() };
         let known = ["version", "cells", "pools", "listeners", "include", "workers", "admin", "log", "shutdown"];
         let known = if part == Part::Main { &known[..] } else { &known[..4] };
-        let Some(fields) = self.fields(&root, known, &[]) else { return file };
+        let Some(fields) = self.fields(&root, known) else { return file };
         if let Some(node) = fields.get("include") {
             let items = if node.value.is_sequence() { self.list(&node) } else { vec![node] };
             for item in items {
@@ -407,7 +404,7 @@ impl Reader<'_> {
 
     fn cell_facts(&mut self, node: &Node<'_>) -> FileCellFacts {
         let mut facts = FileCellFacts::default();
-        if let Some(fields) = self.fields(node, &["cloud", "region"], &[]) {
+        if let Some(fields) = self.fields(node, &["cloud", "region"]) {
             facts.cloud = fields.get("cloud").and_then(|node| self.text(&node));
             facts.region = fields.get("region").and_then(|node| self.text(&node));
         }
@@ -437,7 +434,7 @@ impl Reader<'_> {
             "rebalance",
             "data_version",
         ];
-        let Some(fields) = self.fields(node, &known, &[]) else { return pool };
+        let Some(fields) = self.fields(node, &known) else { return pool };
         match fields.get("cells") {
             Some(node) => pool.cells = self.entries(&node, Self::cell),
             None => self.missing(&fields, "cells", "a pool is served by at least one cell"),
@@ -452,7 +449,7 @@ impl Reader<'_> {
         pool.affinity = fields.get("affinity").and_then(|node| self.affinity(&node));
         pool.probe = fields.get("probe").map(|node| self.probe(&node));
         if let Some(node) = fields.get("connect")
-            && let Some(fields) = self.fields(&node, &["timeout", "attempts", "race", "source"], &[])
+            && let Some(fields) = self.fields(&node, &["timeout", "attempts", "race", "source"])
         {
             pool.connect_timeout = self.duration_at(&fields, "timeout", 1, 60_000);
             pool.attempts = fields.get("attempts").and_then(|node| self.number(&node, 1, 32));
@@ -470,7 +467,7 @@ impl Reader<'_> {
             });
         }
         if let Some(node) = fields.get("timeouts")
-            && let Some(fields) = self.fields(&node, &["request", "idle", "half_close", "unacked", "first_byte"], &[])
+            && let Some(fields) = self.fields(&node, &["request", "idle", "half_close", "unacked", "first_byte"])
         {
             pool.request = self.duration_at(&fields, "request", 10, DAY);
             pool.idle = self.duration_at(&fields, "idle", 10, 30 * DAY);
@@ -487,7 +484,7 @@ impl Reader<'_> {
             self.word(&node, &[("try_all", TryAll), ("refuse", Refuse)])
         });
         if let Some(node) = fields.get("hold")
-            && let Some(fields) = self.fields(&node, &["first", "longest", "between_probe_removals"], &[])
+            && let Some(fields) = self.fields(&node, &["first", "longest", "between_probe_removals"])
         {
             pool.probe_removal = self.duration_at(&fields, "between_probe_removals", 0, DAY);
             pool.hold_first = self.duration_at(&fields, "first", 10, DAY);
@@ -497,7 +494,7 @@ impl Reader<'_> {
             .get("send_proxy")
             .and_then(|node| self.word(&node, &[("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)]));
         if let Some(node) = fields.get("http")
-            && let Some(fields) = self.fields(&node, &["version"], &[])
+            && let Some(fields) = self.fields(&node, &["version"])
         {
             pool.http = fields.get("version").and_then(|node| self.http_version(&node));
         }
@@ -515,7 +512,7 @@ impl Reader<'_> {
         pool.data_version = fields.get("data_version").and_then(|node| self.data_version(&node));
         pool.ramp = self.duration_at(&fields, "ramp", 0, DAY);
         if let Some(node) = fields.get("limits")
-            && let Some(fields) = self.fields(&node, &["max_connections", "queue", "queue_timeout"], &[])
+            && let Some(fields) = self.fields(&node, &["max_connections", "queue", "queue_timeout"])
         {
             pool.queue = fields.get("queue").and_then(|node| self.number(&node, 0, MAX_QUEUE));
             pool.queue_timeout = self.duration_at(&fields, "queue_timeout", 1, 60_000);
@@ -526,7 +523,7 @@ impl Reader<'_> {
     }
 
     fn replay(&mut self, node: &Node<'_>) -> Option<super::Replay> {
-        let fields = self.fields(node, &["up_to", "for"], &[])?;
+        let fields = self.fields(node, &["up_to", "for"])?;
         let up_to = match fields.get("up_to") {
             Some(node) => self.size(&node, 1, 65_536)? as u32,
             None => 16 << 10,
@@ -540,14 +537,14 @@ impl Reader<'_> {
     }
 
     fn affinity(&mut self, node: &Node<'_>) -> Option<super::Affinity> {
-        let fields = self.fields(node, &["by"], &[])?;
+        let fields = self.fields(node, &["by"])?;
         let Some(node) = fields.get("by") else {
             self.missing(&fields, "by", "expected none, client_ip, sni, { header: NAME } or { cookie: NAME }");
             return None;
         };
         use super::Affinity;
         if node.value.is_mapping() {
-            let fields = self.fields(&node, &["header", "cookie"], &[])?;
+            let fields = self.fields(&node, &["header", "cookie"])?;
             return match (fields.get("header"), fields.get("cookie")) {
                 (Some(node), None) => self.affinity_header(&node).map(Affinity::Header),
                 (None, Some(node)) => self.affinity_cookie(&node).map(Affinity::Cookie),
@@ -572,8 +569,7 @@ impl Reader<'_> {
             cell.backends = self.backends(node);
             return cell;
         }
-        let Some(fields) = self.fields(node, &["weight", "tier", "max_connections", "capacity", "backends"], &[])
-        else {
+        let Some(fields) = self.fields(node, &["weight", "tier", "max_connections", "capacity", "backends"]) else {
             return cell;
         };
         cell.max_connections = fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
@@ -605,7 +601,7 @@ impl Reader<'_> {
             let address = self.address(node, false)?;
             return Some(FileBackend { address, name: None, weight: None, max_connections: None });
         }
-        let fields = self.fields(node, &["address", "name", "weight", "max_connections"], &[])?;
+        let fields = self.fields(node, &["address", "name", "weight", "max_connections"])?;
         let name = fields.get("name").and_then(|node| self.name(&node));
         let weight = fields.get("weight").and_then(|node| self.number(&node, 1, MAX_WEIGHT));
         let max_connections = fields.get("max_connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
@@ -619,7 +615,7 @@ impl Reader<'_> {
 
     fn admin(&mut self, node: &Node<'_>) -> FileAdmin {
         let mut admin = FileAdmin::default();
-        let Some(fields) = self.fields(node, &["socket", "http", "hosts"], &[]) else { return admin };
+        let Some(fields) = self.fields(node, &["socket", "http", "hosts"]) else { return admin };
         admin.socket = fields.get("socket").and_then(|node| {
             let text = self.text(&node)?;
             // sockaddr_un holds 108 bytes with the closing zero.
@@ -643,7 +639,7 @@ impl Reader<'_> {
 
     fn log(&mut self, node: &Node<'_>) -> FileLog {
         let mut log = FileLog::default();
-        let Some(fields) = self.fields(node, &["level", "format", "access"], &[]) else { return log };
+        let Some(fields) = self.fields(node, &["level", "format", "access"]) else { return log };
         log.level = fields.get("level").and_then(|node| {
             use super::Level::*;
             self.word(&node, &[("error", Error), ("warn", Warn), ("info", Info), ("debug", Debug), ("trace", Trace)])
@@ -664,7 +660,7 @@ impl Reader<'_> {
 
     fn shutdown(&mut self, node: &Node<'_>) -> FileShutdown {
         let mut shutdown = FileShutdown::default();
-        let Some(fields) = self.fields(node, &["announce", "drain"], &[]) else { return shutdown };
+        let Some(fields) = self.fields(node, &["announce", "drain"]) else { return shutdown };
         shutdown.announce = self.duration_at(&fields, "announce", 0, DAY);
         shutdown.drain = self.duration_at(&fields, "drain", 0, DAY);
         shutdown
@@ -693,7 +689,7 @@ impl Reader<'_> {
     }
 
     /// The map at `node`, after every unknown key has been reported.
-    fn fields<'v>(&mut self, node: &Node<'v>, known: &[&str], later: Later) -> Option<Fields<'v>> {
+    fn fields<'v>(&mut self, node: &Node<'v>, known: &[&str]) -> Option<Fields<'v>> {
         let Value::Mapping(map) = node.value else {
             let wanted =
                 if known.is_empty() { "a map, here {}".to_owned() } else { format!("a map with {}", listed(known)) };
@@ -709,10 +705,6 @@ impl Reader<'_> {
                 continue;
             }
             let path = join(&node.path, key);
-            if later.contains(&key) {
-                self.error(&path, format!("`{key}` is not in this version of sailover; take it out"));
-                continue;
-            }
             let message = match nearest(key, known) {
                 None if node.path.is_empty() && MAIN_ONLY.contains(&key) => {
                     format!("`{key}` belongs into the main file, not into an included one")

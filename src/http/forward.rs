@@ -10,6 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 use pingora_core::Result;
 use pingora_http::RequestHeader;
 
+use super::framer::is_token;
 use super::hops::remove_alike;
 use crate::config::http::{Forwarded, Send};
 
@@ -156,10 +157,6 @@ fn end_of_quoted(text: &[u8]) -> Option<usize> {
         }
     }
     None
-}
-
-fn is_token(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 /// The value of a cookie, as a client sends it back. Of two of the same name the first counts.

@@ -195,6 +195,11 @@ thread_local! {
     static OPEN: RefCell<Slab<Arc<Link>>> = const { RefCell::new(Slab::new()) };
 }
 
+/// How many connections this worker has.
+pub fn count() -> usize {
+    OPEN.with_borrow(Slab::len)
+}
+
 /// Cuts what is left of this worker's exchanges, because the program ends: each has its line, and none looks whole.
 pub fn end_all() {
     let open: Vec<Arc<Link>> = OPEN.with_borrow(|open| open.iter().map(|(_, link)| link.clone()).collect());

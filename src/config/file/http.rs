@@ -7,6 +7,7 @@ use serde_yaml::Value;
 use super::super::HttpVersion;
 use super::super::http::{Action, Changes, Cookie, Forwarded, Http, Page, Priority, Route, Send};
 use super::{DAY, Fields, FileBackendTls, Node, Reader, describe, join};
+use crate::http::framer::is_token;
 use crate::http::route;
 use crate::sniff;
 
@@ -36,7 +37,7 @@ pub struct FileHttp {
 impl Reader<'_> {
     pub(super) fn http(&mut self, node: &Node<'_>) -> FileHttp {
         let mut found = FileHttp::default();
-        let Some(fields) = self.fields(node, &["routes", "h2c", "forwarded", "errors"], &[]) else { return found };
+        let Some(fields) = self.fields(node, &["routes", "h2c", "forwarded", "errors"]) else { return found };
         match fields.get("routes") {
             Some(routes) => {
                 let items = self.list(&routes);
@@ -79,7 +80,7 @@ impl Reader<'_> {
             "response",
             "idempotency_key",
         ];
-        let fields = self.fields(node, &known, &[])?;
+        let fields = self.fields(node, &known)?;
         let actions = ["pool", "redirect", "respond"].into_iter().filter(|key| fields.get(key).is_some());
         let actions = actions.collect::<Vec<_>>();
         let action = match actions[..] {
@@ -147,7 +148,7 @@ impl Reader<'_> {
         }
         let request = self.changes(&fields);
         let response = fields.get("response").and_then(|node| {
-            let fields = self.fields(&node, &["add", "remove"], &[])?;
+            let fields = self.fields(&node, &["add", "remove"])?;
             Some(self.changes(&fields))
         });
         Some(Route {
@@ -166,7 +167,7 @@ impl Reader<'_> {
     }
 
     fn redirect(&mut self, node: &Node<'_>) -> Option<Action> {
-        let fields = self.fields(node, &["scheme", "host", "path", "status"], &[])?;
+        let fields = self.fields(node, &["scheme", "host", "path", "status"])?;
         let scheme = fields.get("scheme").and_then(|node| self.word(&node, &[("http", "http"), ("https", "https")]));
         let host = fields.get("host").and_then(|node| {
             let text = self.text(&node)?;
@@ -192,7 +193,7 @@ impl Reader<'_> {
     }
 
     fn respond(&mut self, node: &Node<'_>) -> Option<Action> {
-        let fields = self.fields(node, &["status", "body", "type"], &[])?;
+        let fields = self.fields(node, &["status", "body", "type"])?;
         let status = fields.get("status").and_then(|node| self.number(&node, 200, 599)).unwrap_or(200);
         Some(Action::Respond { status: status as u16, page: self.page(&fields) })
     }
@@ -230,7 +231,7 @@ impl Reader<'_> {
                 self.error(&path, format!("found {}; expected a status from 400 to 599", describe(key)));
                 continue;
             };
-            if let Some(fields) = self.fields(&Node { value, path }, &["body", "type"], &[]) {
+            if let Some(fields) = self.fields(&Node { value, path }, &["body", "type"]) {
                 pages.push((status, self.page(&fields)));
             }
         }
@@ -239,7 +240,7 @@ impl Reader<'_> {
 
     fn forwarded(&mut self, node: &Node<'_>) -> Forwarded {
         let mut forwarded = Forwarded::default();
-        let Some(fields) = self.fields(node, &["send", "trust"], &[]) else { return forwarded };
+        let Some(fields) = self.fields(node, &["send", "trust"]) else { return forwarded };
         let words = [
             ("both", Send::Both),
             ("x_forwarded", Send::XForwarded),
@@ -314,7 +315,7 @@ impl Reader<'_> {
     pub(super) fn backend_tls(&mut self, node: &Node<'_>) -> FileBackendTls {
         let mut tls = FileBackendTls { verify: true, ..FileBackendTls::default() };
         let known = ["server_name", "verify", "ca", "certificate", "key"];
-        let Some(fields) = self.fields(node, &known, &[]) else { return tls };
+        let Some(fields) = self.fields(node, &known) else { return tls };
         match fields.get("server_name") {
             Some(node) => {
                 tls.server_name = self.text(&node).and_then(|text| match ServerName::try_from(text.as_str()) {
@@ -374,20 +375,18 @@ impl Reader<'_> {
             return self.cookie_name(node).map(plain);
         }
         let known = ["name", "path", "domain", "max_age", "secure", "http_only", "same_site"];
-        let fields = self.fields(node, &known, &[])?;
+        let fields = self.fields(node, &known)?;
         let Some(name) = fields.get("name") else {
             self.missing(&fields, "name", "it names the cookie");
             return None;
         };
         let mut cookie = plain(self.cookie_name(&name)?);
-        for (key, place) in [("path", &mut cookie.path)] {
-            if let Some(node) = fields.get(key) {
-                let text = self.text(&node)?;
-                if !text.starts_with('/') || !text.bytes().all(is_cookie_text) {
-                    return self.refuse(&node, "a path such as /");
-                }
-                *place = text;
+        if let Some(node) = fields.get("path") {
+            let text = self.text(&node)?;
+            if !text.starts_with('/') || !text.bytes().all(is_cookie_text) {
+                return self.refuse(&node, "a path such as /");
             }
+            cookie.path = text;
         }
         cookie.domain = fields.get("domain").and_then(|node| {
             let text = self.text(&node)?;
@@ -405,8 +404,7 @@ impl Reader<'_> {
 
     fn cookie_name(&mut self, node: &Node<'_>) -> Option<String> {
         let text = self.text(node)?;
-        let token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
-        let good = !text.is_empty() && text.len() <= 64 && text.bytes().all(token);
+        let good = !text.is_empty() && text.len() <= 64 && text.bytes().all(is_token);
         if good { Some(text) } else { self.refuse(node, "the name of a cookie, at most 64 letters, digits and -_.") }
     }
 }

@@ -11,7 +11,7 @@ impl Reader<'_> {
         let mut listener = FileListener { path: node.path.clone(), ..FileListener::default() };
         let known =
             ["name", "bind", "tcp", "sni", "http", "tls", "proxy_protocol", "allow", "deny", "limits", "timeouts"];
-        let Some(fields) = self.fields(node, &known, &[]) else { return listener };
+        let Some(fields) = self.fields(node, &known) else { return listener };
         listener.name = fields.get("name").and_then(|node| self.name(&node));
         match fields.get("bind") {
             Some(node) if node.value.is_sequence() => {
@@ -46,7 +46,7 @@ impl Reader<'_> {
             listener.tls = Some(self.tls(&node));
         }
         if let Some(node) = fields.get("proxy_protocol")
-            && let Some(fields) = self.fields(&node, &["accept_from"], &[])
+            && let Some(fields) = self.fields(&node, &["accept_from"])
         {
             match fields.get("accept_from") {
                 Some(node) => listener.proxy_from = Some(self.networks(&node)),
@@ -56,16 +56,16 @@ impl Reader<'_> {
         listener.allow = fields.get("allow").map(|node| self.networks(&node));
         listener.deny = fields.get("deny").map(|node| self.networks(&node));
         if let Some(node) = fields.get("limits")
-            && let Some(fields) = self.fields(&node, &["max_connections", "wait", "per_client"], &[])
+            && let Some(fields) = self.fields(&node, &["max_connections", "wait", "per_client"])
         {
             if let Some(node) = fields.get("per_client")
-                && let Some(fields) = self.fields(&node, &["connections", "rate", "prefix"], &[])
+                && let Some(fields) = self.fields(&node, &["connections", "rate", "prefix"])
             {
                 listener.client_connections =
                     fields.get("connections").and_then(|node| self.number(&node, 1, MAX_CONNECTIONS));
                 listener.client_rate = fields.get("rate").and_then(|node| self.rate(&node));
                 if let Some(node) = fields.get("prefix")
-                    && let Some(fields) = self.fields(&node, &["ipv4", "ipv6"], &[])
+                    && let Some(fields) = self.fields(&node, &["ipv4", "ipv6"])
                 {
                     listener.client_prefix.0 = fields.get("ipv4").and_then(|node| self.number(&node, 8, 32));
                     listener.client_prefix.1 = fields.get("ipv6").and_then(|node| self.number(&node, 16, 128));
@@ -76,7 +76,7 @@ impl Reader<'_> {
             listener.wait = self.duration_at(&fields, "wait", 0, 60_000);
         }
         if let Some(node) = fields.get("timeouts")
-            && let Some(fields) = self.fields(&node, &["handshake", "header", "keepalive", "idle"], &[])
+            && let Some(fields) = self.fields(&node, &["handshake", "header", "keepalive", "idle"])
         {
             listener.handshake = self.duration_at(&fields, "handshake", 10, DAY);
             if listener.handshake.is_some()
@@ -116,7 +116,7 @@ impl Reader<'_> {
 
     fn tls(&mut self, node: &Node<'_>) -> FileTls {
         let mut tls = FileTls::default();
-        let Some(fields) = self.fields(node, &["certificates", "min_version", "client"], &[]) else { return tls };
+        let Some(fields) = self.fields(node, &["certificates", "min_version", "client"]) else { return tls };
         match fields.get("certificates") {
             Some(node) => {
                 let items = self.list(&node);
@@ -124,7 +124,7 @@ impl Reader<'_> {
                     self.error(&node.path, "the list is empty; a listener that ends TLS has at least one certificate");
                 }
                 for item in items {
-                    let Some(fields) = self.fields(&item, &["certificate", "key"], &[]) else { continue };
+                    let Some(fields) = self.fields(&item, &["certificate", "key"]) else { continue };
                     let files = ["certificate", "key"].map(|key| match fields.get(key) {
                         Some(node) => self.text(&node),
                         None => {
@@ -153,7 +153,7 @@ impl Reader<'_> {
             }
         }
         if let Some(node) = fields.get("client")
-            && let Some(fields) = self.fields(&node, &["ca", "require", "header"], &[])
+            && let Some(fields) = self.fields(&node, &["ca", "require", "header"])
         {
             match fields.get("ca") {
                 Some(node) => tls.client_ca = self.text(&node),
@@ -167,7 +167,7 @@ impl Reader<'_> {
 
     fn sni(&mut self, node: &Node<'_>) -> FileSni {
         let mut sni = FileSni::default();
-        let Some(fields) = self.fields(node, &["routes", "default"], &[]) else { return sni };
+        let Some(fields) = self.fields(node, &["routes", "default"]) else { return sni };
         sni.default = fields.get("default").and_then(|node| self.name(&node));
         let Some(routes) = fields.get("routes") else {
             self.missing(&fields, "routes", "a map from server name to pool, such as { shop.example: shop }");

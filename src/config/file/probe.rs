@@ -17,7 +17,7 @@ impl Reader<'_> {
             return probe;
         }
         let known = ["tcp", "http", "tls", "grpc", "exchange", "interval", "timeout", "fall", "rise", "port"];
-        let Some(fields) = self.fields(node, &known, &[]) else { return probe };
+        let Some(fields) = self.fields(node, &known) else { return probe };
         let kinds = ["tcp", "http", "tls", "grpc", "exchange"]
             .into_iter()
             .filter(|kind| fields.get(kind).is_some())
@@ -26,7 +26,7 @@ impl Reader<'_> {
             self.error(&node.path, format!("{} stand side by side; a pool has one kind of probe", kinds.join(" and ")));
         }
         if let Some(node) = fields.get("tcp") {
-            self.fields(&node, &[], &[]);
+            self.fields(&node, &[]);
             probe.kind = Some(FileProbeKind::Whole(ProbeKind::Tcp));
         }
         if let Some(node) = fields.get("tls") {
@@ -36,7 +36,7 @@ impl Reader<'_> {
             probe.kind = self.probe_http(&node).map(FileProbeKind::Whole);
         }
         if let Some(node) = fields.get("grpc")
-            && let Some(fields) = self.fields(&node, &["service"], &[])
+            && let Some(fields) = self.fields(&node, &["service"])
         {
             let service = fields.get("service").and_then(|node| self.text(&node));
             if service.as_ref().is_some_and(|name| name.len() > 256) {
@@ -56,7 +56,7 @@ impl Reader<'_> {
     }
 
     fn probe_http(&mut self, node: &Node<'_>) -> Option<ProbeKind> {
-        let fields = self.fields(node, &["method", "path", "host", "status", "body", "digest"], &[])?;
+        let fields = self.fields(node, &["method", "path", "host", "status", "body", "digest"])?;
         let method = fields
             .get("method")
             .and_then(|node| self.word(&node, &[("GET", "GET"), ("HEAD", "HEAD"), ("OPTIONS", "OPTIONS")]));
@@ -89,7 +89,7 @@ impl Reader<'_> {
     }
 
     fn probe_tls(&mut self, node: &Node<'_>) -> Option<FileProbeKind> {
-        let fields = self.fields(node, &["server_name", "verify", "ca"], &[])?;
+        let fields = self.fields(node, &["server_name", "verify", "ca"])?;
         let server_name = fields.get("server_name").and_then(|node| {
             let text = self.text(&node)?;
             match rustls::pki_types::ServerName::try_from(text.as_str()) {
@@ -106,7 +106,7 @@ impl Reader<'_> {
     }
 
     fn probe_exchange(&mut self, node: &Node<'_>) -> Option<ProbeKind> {
-        let fields = self.fields(node, &["send", "expect"], &[])?;
+        let fields = self.fields(node, &["send", "expect"])?;
         let send = fields.get("send").and_then(|node| self.fragment(&node));
         let Some(expect) = fields.get("expect") else {
             self.missing(&fields, "expect", "it names the bytes the backend must answer with");
@@ -144,7 +144,7 @@ impl Reader<'_> {
 
     /// `data_version`, which its pool's probe reads.
     pub(super) fn data_version(&mut self, node: &Node<'_>) -> Option<DataVersion> {
-        let fields = self.fields(node, &["header", "at_least"], &[])?;
+        let fields = self.fields(node, &["header", "at_least"])?;
         let header = match fields.get("header") {
             Some(node) => self.text(&node).and_then(|text| match http::HeaderName::try_from(text) {
                 Ok(name) => Some(name.as_str().to_owned()),
