@@ -238,7 +238,7 @@ impl Backend {
         let in_flight: Arc<Gauge> = Arc::default();
         in_flight.tells(&shared.queue);
         let health = Health::new(policy, now);
-        let view = View { state: health.state(), since: health.since(), open_run: None };
+        let view = health.view();
         Backend {
             id: NEXT_ID.fetch_add(1, Relaxed),
             name: name.into(),
@@ -879,6 +879,9 @@ impl Backend {
             locked.hits_known = known;
         }
         let transition = locked.health.step(policy, &evidence, now);
+        if transition.is_some_and(|transition| matches!(transition.to, State::Up | State::Returning)) {
+            self.silence.begins_anew();
+        }
         self.publish(&locked.health, policy);
         drop(locked);
         if let Some(transition) = &transition {
@@ -932,8 +935,7 @@ impl Backend {
     }
 
     fn publish(&self, health: &Health, policy: &Policy) {
-        let view = View { state: health.state(), since: health.since(), open_run: health.open_run() };
-        self.view.store(view.pack(), Relaxed);
+        self.view.store(health.view().pack(), Relaxed);
         let trial = health.trial_at(policy).map_or(u64::MAX, |at| at.0 / 1_000);
         // Whether it awaits one belongs to the plan.
         if (self.trial_ms.swap(trial, Relaxed) == u64::MAX) != (trial == u64::MAX) {

@@ -53,6 +53,8 @@ const TRIAL_LONGEST: Duration = Duration::from_secs(8);
 const TRIAL_LONGEST_OF_ERRORS: Duration = Duration::from_secs(2);
 /// Good answers in a row that a backend owes which was doubted for its errors: one alone proves little of a ratio.
 const PROOF: u32 = 8;
+/// And so many times as quick is its ramp, where errors were all that was seen of it.
+const QUICKER: u32 = 3;
 /// A doubt of traffic's that comes back this soon after a probe denied it is for traffic to settle.
 const DENIAL: Duration = Duration::from_secs(10);
 /// A return to `down` within this many holds of the last return is a relapse.
@@ -127,32 +129,34 @@ pub struct View {
     pub since: Time,
     /// How deep what failed in a row went, while nothing has cleared it.
     pub open_run: Option<Depth>,
+    /// Whether it returns without having been away.
+    pub quick: bool,
 }
 
 impl View {
     /// In one word.
     pub fn pack(self) -> u64 {
         let run = self.open_run.map_or(0, |depth| depth as u64 + 1);
-        (self.since.0 / 1_000) << 8 | run << 4 | self.state as u64
+        (self.since.0 / 1_000) << 8 | u64::from(self.quick) << 7 | run << 4 | self.state as u64
     }
 
     /// Out of one word.
     pub fn unpack(bits: u64) -> View {
         let state = State::ALL[(bits & 0xf) as usize % State::ALL.len()];
-        let open_run = match bits >> 4 & 0xf {
+        let open_run = match bits >> 4 & 0x7 {
             0 => None,
             1 => Some(Depth::Connect),
             2 => Some(Depth::FirstByte),
             _ => Some(Depth::Answer),
         };
-        View { state, since: Time((bits >> 8) * 1_000), open_run }
+        View { state, since: Time((bits >> 8) * 1_000), open_run, quick: bits & 0x80 != 0 }
     }
 
     /// Share of its full weight that a backend in this state gets, 0 to 1.
     pub fn ramp_share(self, policy: &Policy, now: Time) -> f64 {
         match self.state {
             State::Up => 1.0,
-            State::Returning => ramp_share(self.since, policy.ramp, now),
+            State::Returning => ramp_share(self.since, ramp(policy, self.quick), now),
             _ => 0.0,
         }
     }
@@ -375,6 +379,9 @@ pub struct Health {
     successes: u32,
     /// Good answers to clients that must come before a return; 0: the rest decides.
     proof: u32,
+    /// Whether anything but errors was seen of it since it was last well; and whether it returns from errors alone.
+    was_away: bool,
+    quick: bool,
     loss_quick: f64,
     loss_slow: f64,
     hold: Duration,
@@ -414,6 +421,8 @@ impl Health {
             probe_distrusted: false,
             successes: 0,
             proof: 0,
+            was_away: false,
+            quick: false,
             loss_quick: 0.0,
             loss_slow: 0.0,
             hold: policy.hold_first,
@@ -478,6 +487,11 @@ impl Health {
     /// The learned loss of the path with its margin, 0.01 to 0.30.
     pub fn loss(&self) -> f64 {
         (self.loss_quick.max(self.loss_slow) * LOSS_MARGIN).clamp(LOSS_LEAST, LOSS_MOST)
+    }
+
+    /// What the data plane reads of it.
+    pub fn view(&self) -> View {
+        View { state: self.state, since: self.since, open_run: self.open_run(), quick: self.quick }
     }
 
     /// Deepest depth at which a run of failures is open: a success that deep must come through [`Health::step`].
@@ -574,7 +588,9 @@ impl Health {
             State::Unknown if self.newcomer => self.enter(State::Returning, cause(1), policy, now),
             State::Unknown => self.enter(State::Up, cause(1), policy, now),
             State::Up => None,
-            State::Returning if now.since(self.since) >= policy.ramp => self.enter(State::Up, cause(1), policy, now),
+            State::Returning if now.since(self.since) >= ramp(policy, self.quick) => {
+                self.enter(State::Up, cause(1), policy, now)
+            }
             State::Returning => None,
             State::Suspect | State::Down if self.proof > 0 => {
                 if evidence.source == Source::Probe || evidence.depth < self.blamed {
@@ -623,6 +639,9 @@ impl Health {
         } else {
             self.last_failure = now;
         }
+        let settled = matches!(self.state, State::Unknown | State::Up | State::Returning);
+        self.was_away &= !settled;
+        self.was_away |= !matches!(evidence.seen, Seen::Errors | Seen::Wrong | Seen::Corrupt);
         let (kind, times) = match evidence.seen {
             Seen::Refused => {
                 self.refusals += 1;
@@ -767,6 +786,8 @@ impl Health {
             self.blamed = Depth::Connect;
             self.seen_by_traffic = false;
             self.probe_distrusted = false;
+            self.quick = self.proof > 0 && !self.was_away;
+            self.was_away = false;
             self.proof = 0;
             self.tls_failures = 0;
         }
@@ -836,6 +857,11 @@ impl Health {
 
 fn is_silence(evidence: &Evidence) -> bool {
     evidence.seen == Seen::Silent && evidence.depth == Depth::Connect
+}
+
+/// How long a backend returns: one that has only answered errors was there all the time, and needs less.
+fn ramp(policy: &Policy, quick: bool) -> Duration {
+    if quick { policy.ramp / QUICKER } else { policy.ramp }
 }
 
 /// Share of its full weight that a returning backend gets: grows in a straight line from a tenth.

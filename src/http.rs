@@ -13,6 +13,7 @@ pub mod answer;
 #[cfg(test)]
 mod contract;
 mod direct;
+mod exchange;
 pub mod forward;
 pub mod framer;
 mod hops;
@@ -30,7 +31,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{self, HeaderValue};
+use http::header;
 use http::{HeaderMap, Version};
 use pingora_core::modules::http::HttpModules;
 use pingora_core::protocols::Digest;
@@ -40,22 +41,21 @@ use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use self::direct::{Direction, says};
+use self::exchange::Exchange;
 use self::forward::Client;
-use self::route::{Action, Route};
+use self::route::Action;
 use self::serve::Connection;
-use self::upstream::{Dialler, InUse, Won};
-use self::wait::{Request, Verdict, Wait};
-use crate::backend::Backend;
-use crate::clock::{self, Time};
-use crate::dial::{DialError, Failure, First, Story};
+use self::upstream::{Dialler, InUse};
+use self::wait::{Answer, Body, Request, Verdict, Wait};
+use crate::clock;
+use crate::dial::{DialError, First};
 use crate::health::{Depth, Evidence, Seen, Source};
 use crate::host::Host;
-use crate::limits::Permit;
 use crate::log::{AccessRecord, HttpRecord, Served};
 use crate::poison::KILLS_WITHIN;
-use crate::pool::{CellShared, Policy, Pool, Trial, Want};
+use crate::pool::{Trial, Want};
 use crate::sniff;
-use crate::table::{self, End, Listener};
+use crate::table::{self, End};
 use crate::{tcp, tls, witness};
 
 /// Passes through the engine for one request, those that only hand over a race's winner included.
@@ -69,126 +69,6 @@ const NOT_NOW: ErrorType = ErrorType::new("NotNow");
 /// What the engine asks, on one worker.
 pub struct Gateway {
     host: Arc<Host>,
-}
-
-/// One request, and what became of it.
-#[derive(Default)]
-pub struct Exchange {
-    connection: Option<Arc<Connection>>,
-    listener: Option<Arc<Listener>>,
-    route: Option<Arc<Route>>,
-    pool: Option<Arc<Pool>>,
-    pool_name: Option<Arc<str>>,
-    /// Of the pool, and for all but the first stream of a connection of the process.
-    permits: [Option<Permit>; 2],
-    began: Time,
-    prefix: u32,
-    h2_client: bool,
-    /// It speaks HTTP/1.0.
-    old_client: bool,
-    /// It asks for a WebSocket.
-    tunnel: bool,
-    /// The host that it asks for, as it came.
-    host: String,
-    pin: Option<u64>,
-    home: Option<usize>,
-    /// What goes to the backend, when it is not what came.
-    target: Option<String>,
-    request_id: Option<HeaderValue>,
-    /// May be sent twice.
-    repeatable: bool,
-    /// A kind of request, for the record; and its class, for its health.
-    kind: u64,
-    class: u64,
-
-    // One attempt.
-    member: usize,
-    backend: Option<Arc<Backend>>,
-    policy: Option<Arc<Policy>>,
-    cell: Option<Arc<CellShared>>,
-    dialler: Option<Arc<Dialler>>,
-    /// One of the backend's connections.
-    permit: Option<Permit>,
-    line: Option<InUse>,
-    wait: Option<Wait>,
-    attempt_began: Time,
-    sent: Option<Time>,
-    shared: bool,
-    /// The verdict on a gRPC call, which comes behind its answer, is still to be given.
-    owed: bool,
-    /// The backend that died when it had just been given this request.
-    suspected_of: Option<Arc<Backend>>,
-
-    // All attempts.
-    tried: Vec<usize>,
-    /// The same with those where its class fails; empty when it fails nowhere.
-    avoided: Vec<usize>,
-    aside: Option<Won>,
-    story: Story,
-    retries: u32,
-    served: Option<Served>,
-    status: u16,
-    took: Option<Duration>,
-    body: [u64; 2],
-    end: Option<End>,
-    refused: Option<&'static str>,
-}
-
-impl Exchange {
-    fn link(&self) -> Option<&stream::Link> {
-        self.connection.as_ref().map(|connection| &*connection.link)
-    }
-
-    /// Whether it cannot go to every member.
-    fn is_choosy(&self) -> bool {
-        !self.tried.is_empty() || !self.avoided.is_empty()
-    }
-
-    /// Forgets the attempt, and gives back what it held.
-    fn leave_attempt(&mut self) {
-        self.wait = None;
-        self.line = None;
-        self.sent = None;
-        self.permit = None;
-        if let Some(dialler) = self.dialler.take() {
-            let (_, story) = dialler.take();
-            self.story_goes_on(story);
-        }
-    }
-
-    /// The story is at the dialler's while it dials.
-    fn story_goes_on(&mut self, story: Story) {
-        if story.attempts >= self.story.attempts {
-            self.story = story;
-        }
-    }
-
-    fn fail(&mut self, cause: &str) {
-        let backend = self.backend.as_ref().map_or_else(|| "".into(), |backend| backend.name.clone());
-        self.story.failures.push(Failure { backend, cause: cause.into() });
-    }
-
-    /// Whether the request may be sent once more now; takes a token for it, unless one was taken. `better` asks for a
-    /// backend that is not in doubt: the present answer is at hand.
-    fn another(&mut self, session: &Session, better: bool, paid: bool) -> bool {
-        let (Some(pool), Some(policy)) = (&self.pool, &self.policy) else { return false };
-        let unheard = session.response_written().is_none_or(|head| head.status.is_informational());
-        let more = self.story.attempts < policy.attempts && pool.has_untried(&self.tried, !better, |_| true);
-        unheard
-            && !session.as_ref().retry_buffer_truncated()
-            && more
-            && (paid || pool.shared.budget.extra(clock::now()))
-    }
-
-    /// Gives the verdict on an answer whose own word comes at its end.
-    fn settle(&mut self, error: bool) {
-        if !std::mem::take(&mut self.owed) {
-            return;
-        }
-        if let (Some(backend), Some(policy)) = (&self.backend, &self.policy) {
-            backend.replied(&policy.health, self.prefix, self.class, error, self.attempt_began, clock::now());
-        }
-    }
 }
 
 #[async_trait]
@@ -570,9 +450,16 @@ impl ProxyHttp for Gateway {
         }
         // A gRPC call says how it ended behind its body.
         let grpc = meaning::is_grpc(&response.headers);
-        exchange.owed = grpc && status == 200 && meaning::grpc_status(&response.headers).is_none();
+        let error = meaning::is_error(status) || meaning::is_grpc_error(&response.headers);
+        let length = meaning::has_length(&response.headers) && !meaning::is_bodiless(session, status) && !error;
+        exchange.owed = grpc && status == 200 && meaning::grpc_status(&response.headers).is_none() || length;
+        if let (true, Some(client)) = (length, exchange.connection.clone()) {
+            let (prefix, class, began, h2) =
+                (exchange.prefix, exchange.class, exchange.attempt_began, exchange.h2_client);
+            let (backend, policy) = (backend.clone(), policy.clone());
+            exchange.answer = Some(Answer::begin(Body { backend, policy, client, prefix, class, began, h2 }, now));
+        }
         if !exchange.owed {
-            let error = meaning::is_error(status) || meaning::is_grpc_error(&response.headers);
             backend.replied(&policy.health, exchange.prefix, exchange.class, error, exchange.attempt_began, now);
         }
         if let (Some(cell), Some(took)) = (&exchange.cell, took) {
@@ -677,11 +564,16 @@ impl ProxyHttp for Gateway {
         &self,
         _session: &mut Session,
         body: &mut Option<Bytes>,
-        _end: bool,
+        end: bool,
         exchange: &mut Box<Exchange>,
     ) -> Result<Option<Duration>> {
         let bytes = body.as_ref().map_or(0, Bytes::len) as u64;
         exchange.body[1] += bytes;
+        match &exchange.answer {
+            Some(_) if end || exchange.body[1] >= wait::SHOWN => exchange.settle(false),
+            Some(answer) => answer.goes_on(clock::now()),
+            None => {}
+        }
         exchange.line.iter_mut().for_each(|line| line.carries(bytes));
         Ok(None)
     }
@@ -714,22 +606,25 @@ impl ProxyHttp for Gateway {
         exchange.wait = None;
         exchange.line = None;
         exchange.permit = None;
-        exchange.owed = false;
         error.set_retry(false);
         if exchange.link().is_some_and(stream::Link::has_ended) {
             exchange.end = Some(End::Stopped);
+            exchange.forgive();
             return error;
         }
         if *error.esource() == ErrorSource::Downstream {
             exchange.end.get_or_insert(End::ClientGone);
+            exchange.forgive();
             return error;
         }
         if answered {
+            exchange.is_cut();
             // The answer has begun, so nobody else can finish it.
             exchange.end = Some(End::BackendReset);
             return error;
         }
         if not_now {
+            exchange.forgive();
             exchange.took = None;
             exchange.status = 0;
             exchange.retries += 1;

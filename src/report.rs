@@ -598,7 +598,9 @@ const OF_BACKENDS: [OfBackend; 9] = [
 ];
 
 /// The same for each pool.
-const OF_POOLS: [(&str, &str, &str, fn(&Pool) -> u64); 4] = [
+type OfPool = (&'static str, &'static str, &'static str, fn(&Pool) -> u64);
+
+const OF_POOLS: [OfPool; 4] = [
     ("sailover_queue_length", "gauge", "Clients that wait for a place because all are taken.", |pool| {
         u64::from(pool.shared.queue.length())
     }),

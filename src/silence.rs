@@ -132,6 +132,11 @@ impl Silence {
         self.heard.store(now.0, Relaxed);
     }
 
+    /// It is believed again: what was written before tells nothing about it any more, and what is written next is a beginning.
+    pub fn begins_anew(&self) {
+        self.written.store(0, Relaxed);
+    }
+
     /// Accuses it once more, and says how often that makes since the last first byte.
     pub fn accused(&self) -> u32 {
         self.accused.fetch_add(1, Relaxed) + 1
@@ -319,6 +324,19 @@ mod tests {
         silence.heard(None, START + LIMIT * 4);
         silence.wrote(1, START + LIMIT * 5);
         assert_eq!(silence.mute(LIMIT, START + LIMIT * 10), None);
+    }
+
+    #[test]
+    fn once_believed_again_it_is_judged_by_what_is_written_next() {
+        let silence = Silence::default();
+        (0..5).for_each(|_| silence.wrote(1, START));
+        silence.begins_anew();
+        assert_eq!(silence.mute(LIMIT, START + LIMIT * 9), None);
+        let later = START + LIMIT * 10;
+        (0..3).for_each(|_| silence.wrote(1, later));
+        assert_eq!(silence.mute(LIMIT, later + LIMIT), Some(Mute { since: later, only: Some(1) }));
+        silence.left(START, false);
+        assert!(silence.mute(LIMIT, later + LIMIT).is_some(), "one of those before is no witness that leaves");
     }
 
     #[test]

@@ -11,6 +11,8 @@ mod commands;
 mod confine;
 /// Files judged right and wrong, from the outside.
 mod files;
+/// What looks well, and is not.
+mod gray;
 /// What a client sends first: server names, PROXY headers.
 mod hello;
 /// HTTP: bodies, refusals, routes, headers, times, stickiness.

@@ -387,6 +387,27 @@ fn errors_that_a_probe_sees_too_are_still_cleared_by_trials_and_not_for_ever_fat
     }
 }
 
+/// What has only answered errors was there all the time. What was away as well is cold, and has its whole ramp.
+#[test]
+fn who_returns_from_errors_alone_has_a_third_of_the_ramp() {
+    for (also, quick) in [(None, true), (Some((Depth::Connect, Seen::Refused)), false)] {
+        let mut bench = Bench::new(Policy::default());
+        assert_eq!(bench.see(Source::Traffic, Depth::Answer, Seen::Errors), Some(State::Suspect));
+        assert_eq!(bench.after(20).see(Source::Traffic, Depth::Answer, Seen::Errors), Some(State::Down));
+        also.into_iter().for_each(|(depth, seen)| _ = bench.after(20).see(Source::Traffic, depth, seen));
+        bench.after(60_000);
+        (1..PROOF).for_each(|_| assert_eq!(bench.after(10).ok(Source::Traffic, Depth::Answer), None));
+        assert_eq!(bench.after(10).ok(Source::Traffic, Depth::Answer), Some(State::Returning));
+        let view = View::unpack(bench.health.view().pack());
+        assert_eq!((view.quick, view.open_run), (quick, None));
+        let third = bench.policy.ramp / 3;
+        let share = view.ramp_share(&bench.policy, bench.now + third);
+        assert_eq!(share > 0.99, quick, "{share}");
+        let up = bench.after(third.as_millis() as u64 + 1).ok(Source::Traffic, Depth::Answer);
+        assert_eq!(up, quick.then_some(State::Up));
+    }
+}
+
 #[test]
 fn who_is_doubted_for_errors_is_tried_every_two_seconds_and_for_silence_less_and_less() {
     let pause = |seen: Seen, depth: Depth| {

@@ -16,6 +16,11 @@ pub fn is_bodiless(session: &Session, status: u16) -> bool {
     session.req_header().method == http::Method::HEAD || matches!(status, 204 | 304)
 }
 
+/// Whether an answer says how many bytes it has, and has any.
+pub fn has_length(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_LENGTH).is_some_and(|length| length.as_bytes() != b"0")
+}
+
 /// Whether a status is an error of the backend's: not one that says what it is not made for.
 pub fn is_error(status: u16) -> bool {
     status >= 500 && !matches!(status, 501 | 505)

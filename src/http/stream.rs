@@ -90,6 +90,8 @@ pub struct Link {
     pub until_close: AtomicBool,
     /// See `until_close`.
     pub cut: AtomicBool,
+    /// The client takes nothing for now.
+    blocked: AtomicBool,
     /// The program ends, and what has not ended by itself is cut.
     ended: AtomicBool,
     /// The client's socket; 0: it is closed.
@@ -146,6 +148,11 @@ impl Link {
             0 => true,
             descriptor => sys::has_finished(descriptor),
         }
+    }
+
+    /// Whether the client takes nothing for now.
+    pub fn is_blocked(&self) -> bool {
+        self.blocked.load(Relaxed)
     }
 
     /// Whether the program has ended under it.
@@ -595,6 +602,7 @@ impl Edge {
     /// The client takes no more for now: the error that ends the wait for it.
     fn blocked(&mut self, context: &mut Context<'_>) -> Poll<io::Error> {
         self.link.wake_by(context.waker());
+        self.link.blocked.store(true, Relaxed);
         if self.link.has_ended() {
             return Poll::Ready(io::ErrorKind::ConnectionAborted.into());
         }
@@ -627,6 +635,7 @@ impl Edge {
         if result.is_pending() {
             return self.blocked(context).map(Err);
         }
+        self.link.blocked.store(false, Relaxed);
         result
     }
 }
@@ -669,6 +678,7 @@ impl AsyncWrite for Edge {
             return match Pin::new(&mut edge.inner).poll_write(context, bytes) {
                 Poll::Ready(Ok(written)) => {
                     edge.link.bytes[1].fetch_add(written as u64, Relaxed);
+                    edge.link.blocked.store(false, Relaxed);
                     edge.burst += written;
                     Poll::Ready(Ok(written))
                 }

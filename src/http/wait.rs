@@ -40,6 +40,11 @@ const RECORD_FLOOR: Duration = Duration::from_millis(50);
 const RECORD_WINDOW: u32 = 1_000;
 /// Kinds of request on record in one worker.
 const KINDS: usize = 4_096;
+/// The body of an answer has stalled when nothing of it came for so long, or for as long as makes a silence; of one that has
+/// shown so many bytes nothing more is asked.
+const STALLED: Duration = Duration::from_secs(1);
+/// See `STALLED`.
+pub const SHOWN: u64 = 64 << 10;
 
 /// What was decided about a request that waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,8 +106,36 @@ struct Record {
     longest: [Duration; 2],
 }
 
+/// An answer whose body is under way, as [`Answer::begin`] is told.
+pub struct Body {
+    /// Whose it is.
+    pub backend: Arc<Backend>,
+    /// By which policy.
+    pub policy: Arc<Policy>,
+    /// The client, and its prefix.
+    pub client: Arc<Connection>,
+    /// See `client`.
+    pub prefix: u32,
+    /// The class of its request.
+    pub class: u64,
+    /// When its attempt began.
+    pub began: Time,
+    /// Whether its client speaks HTTP/2, whose streams have windows that we do not see.
+    pub h2: bool,
+}
+
+struct Coming {
+    body: Body,
+    /// When some of it came last, or its head did.
+    since: Time,
+    /// Whether any of it came.
+    begun: bool,
+    stalled: bool,
+}
+
 thread_local! {
     static WAITING: RefCell<Slab<Entry>> = const { RefCell::new(Slab::new()) };
+    static COMING: RefCell<Slab<Coming>> = const { RefCell::new(Slab::new()) };
     static RECORDS: RefCell<HashMap<u64, Record>> = RefCell::default();
     static BEGUN: Arc<Notify> = Arc::new(Notify::new());
 }
@@ -167,6 +200,43 @@ impl Drop for Wait {
     }
 }
 
+/// An answer's place among those whose bodies are under way; dropping it takes it out. Stays on its worker's thread.
+#[derive(Debug)]
+pub struct Answer(usize);
+
+impl Answer {
+    /// The head of an answer has come that says how long its body is.
+    pub fn begin(body: Body, now: Time) -> Answer {
+        let coming = Coming { body, since: now, begun: false, stalled: false };
+        COMING.with_borrow_mut(|answers| {
+            if answers.is_empty() {
+                BEGUN.with(|begun| begun.notify_one());
+            }
+            Answer(answers.insert(coming))
+        })
+    }
+
+    /// Some of the body came.
+    pub fn goes_on(&self, now: Time) {
+        COMING.with_borrow_mut(|answers| {
+            if let Some(coming) = answers.get_mut(self.0) {
+                (coming.since, coming.begun) = (now, true);
+            }
+        });
+    }
+
+    /// Whether it has stalled, and was held against its backend.
+    pub fn has_stalled(&self) -> bool {
+        COMING.with_borrow(|answers| answers.get(self.0).is_some_and(|coming| coming.stalled))
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        let _ = COMING.try_with(|answers| answers.borrow_mut().try_remove(self.0));
+    }
+}
+
 /// Puts the time of an answer on record.
 pub fn learn(kind: u64, took: Duration) {
     RECORDS.with_borrow_mut(|records| {
@@ -206,12 +276,30 @@ pub async fn watch() {
         loop {
             let due = Instant::now() + LOOK;
             sleep_until(due).await;
-            if WAITING.with_borrow(Slab::is_empty) {
+            if WAITING.with_borrow(Slab::is_empty) && COMING.with_borrow(Slab::is_empty) {
                 break;
             }
-            look(clock::now(), due.elapsed() > LATE);
+            let (now, late) = (clock::now(), due.elapsed() > LATE);
+            look(now, late);
+            if !late {
+                look_at_bodies(now);
+            }
         }
     }
+}
+
+/// Finds answers that have stalled behind their heads. Each is an error of its backend, unless it is the client that takes nothing.
+fn look_at_bodies(now: Time) {
+    COMING.with_borrow_mut(|answers| {
+        for (_, coming) in answers.iter_mut().filter(|(_, coming)| !coming.stalled) {
+            let body = &coming.body;
+            let clients = if body.h2 { coming.begun } else { body.client.link.is_blocked() };
+            if !clients && now.since(coming.since) >= STALLED.max(silent_after(&body.backend)) {
+                coming.stalled = true;
+                body.backend.replied(&body.policy.health, body.prefix, body.class, true, body.began, now);
+            }
+        }
+    });
 }
 
 enum Step {
@@ -223,7 +311,6 @@ enum Step {
 fn look(now: Time, late: bool) {
     let mut mute: Vec<(Arc<Backend>, Arc<Policy>, Time, bool)> = Vec::new();
     let mut steps = Vec::new();
-    let mut unusual_ones = Vec::new();
     WAITING.with_borrow_mut(|waiting| {
         // Those to whom a backend is silent: judged once for each backend.
         let mut judged: HashMap<u64, (Duration, bool, bool, bool)> = HashMap::new();
@@ -298,15 +385,13 @@ fn look(now: Time, late: bool) {
             entry.verdict = Verdict::Move;
             steps.push(Step::Cut(request.place));
             if unusual && !silent && !doubted && !vanished {
+                // Where it takes as long, its answer makes the record longer: what has become slower is not moved for ever.
                 backend.moved_slow(waited);
-                unusual_ones.push((request.kind, waited));
             } else {
                 backend.moved_silent(now);
             }
         }
     });
-    // What was moved for its slowness makes the record longer, or a request that became slower would be moved for ever.
-    unusual_ones.into_iter().for_each(|(kind, waited)| learn(kind, waited));
     for (backend, policy, began, evidence) in mute {
         if evidence {
             let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Mute, began };

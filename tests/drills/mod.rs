@@ -323,6 +323,9 @@ fn begin_fault(
             }
             Fault::SlowMs(ms) => backend.set(Mode::Slow(ms)),
             Fault::FailPercent(percent) => backend.set(Mode::Fail(percent)),
+            Fault::StopPercent(percent) => backend.set(Mode::Stop(percent)),
+            Fault::CutPercent(percent) => backend.set(Mode::Cut(percent)),
+            Fault::HangPercent(percent) => backend.set(Mode::Hang(percent)),
             Fault::FailVerbs { post, get } => backend.set(Mode::FailVerbs(post, get)),
             Fault::DataVersion(version) => backend.set(Mode::Data(version, true)),
             Fault::UnhealthyPercent(percent) => backend.set(Mode::Unhealthy(percent)),

@@ -161,6 +161,12 @@ pub enum Fault {
     SlowMs(u16),
     /// 503 to so many requests of a hundred.
     FailPercent(u8),
+    /// So many answers of a hundred stop behind their heads.
+    StopPercent(u8),
+    /// So many answers of a hundred end within their bodies.
+    CutPercent(u8),
+    /// So many requests of a hundred are never answered.
+    HangPercent(u8),
     /// 500 to so many POST requests of a hundred, and to so many GET requests.
     FailVerbs { post: u8, get: u8 },
     /// It serves, with data of this version; without a fault they are of version 1.

@@ -39,8 +39,14 @@ pub enum Mode {
     Strict,
     /// Sends bytes without end.
     Pour,
-    /// Reads requests, on old connections too, and answers none.
+    /// Reads requests, on old connections too, and answers none but those for /healthz.
     Mute,
+    /// Says the heads of so many of a hundred answers, and nothing of their bodies.
+    Stop(u8),
+    /// Ends so many of a hundred answers within their bodies.
+    Cut(u8),
+    /// Never answers so many of a hundred requests.
+    Hang(u8),
     /// Answers 503 to so many of a hundred requests.
     Fail(u8),
     /// Answers 500 to so many of a hundred POST and of a hundred GET requests.
@@ -313,6 +319,7 @@ async fn connection(
                         Mode::Fail(percent) => one_of(percent),
                         Mode::FailVerbs(post, _) if head.starts_with("POST ") => one_of(post),
                         Mode::FailVerbs(_, get) => one_of(get),
+                        Mode::Stop(percent) | Mode::Cut(percent) | Mode::Hang(percent) => one_of(percent),
                         Mode::Unhealthy(percent) => healthz && fastrand::u8(..100) < percent,
                         _ => false,
                     };
@@ -321,7 +328,8 @@ async fn connection(
                             let _ = stream.set_zero_linger();
                             return;
                         }
-                        Mode::Mute => std::future::pending::<()>().await,
+                        Mode::Mute if !healthz => std::future::pending::<()>().await,
+                        Mode::Hang(_) if failing => std::future::pending::<()>().await,
                         Mode::Work(workers, ms) | Mode::Stall(workers, ms) => {
                             while matches!(*state.lock().unwrap(), Mode::Stall(..)) {
                                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -335,7 +343,9 @@ async fn connection(
                     if head.starts_with("GET /slow") {
                         tokio::time::sleep(Duration::from_secs(3)).await;
                     }
+                    let halves = failing && matches!(now, Mode::Stop(_) | Mode::Cut(_));
                     let status = match (failing, now) {
+                        (_, Mode::Stop(_) | Mode::Cut(_)) => "200 OK",
                         (true, Mode::FailVerbs(..)) => "500 Sick",
                         (true, _) => "503 Sick",
                         _ => "200 OK",
@@ -353,8 +363,17 @@ async fn connection(
                     };
                     let answer = format!(
                         "HTTP/1.1 {status}\r\n{about}Content-Length: {}\r\nConnection: {connection}\r\n\r\n",
-                        body.len()
+                        body.len() + usize::from(halves)
                     );
+                    if halves {
+                        // Of a body of one byte more half is said, or nothing.
+                        let said = if now == Mode::Stop(100) { b"" } else { body };
+                        let _ = stream.write_all(&[answer.as_bytes(), said].concat()).await;
+                        match now {
+                            Mode::Cut(_) => return,
+                            _ => std::future::pending::<()>().await,
+                        }
+                    }
                     let whole = [answer.as_bytes(), if body.len() < 4096 { body } else { b"" }].concat();
                     let rest = if body.len() < 4096 { b"" } else { body };
                     if stream.write_all(&whole).await.is_err() || stream.write_all(rest).await.is_err() || close {

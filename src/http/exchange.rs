@@ -1,0 +1,161 @@
+//! One request on its way through the phases of the engine: what they tell each other of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::header::HeaderValue;
+use pingora_proxy::Session;
+
+use super::route::Route;
+use super::serve::Connection;
+use super::stream;
+use super::upstream::{Dialler, InUse, Won};
+use super::wait::{Answer, Wait};
+use crate::backend::Backend;
+use crate::clock::{self, Time};
+use crate::dial::{Failure, Story};
+use crate::limits::Permit;
+use crate::log::Served;
+use crate::pool::{CellShared, Policy, Pool};
+use crate::table::{End, Listener};
+
+/// An answer that has gone on for so long may be cut without an error.
+const LONG: Duration = Duration::from_secs(10);
+
+/// One request, and what became of it.
+#[derive(Default)]
+pub struct Exchange {
+    pub(super) connection: Option<Arc<Connection>>,
+    pub(super) listener: Option<Arc<Listener>>,
+    pub(super) route: Option<Arc<Route>>,
+    pub(super) pool: Option<Arc<Pool>>,
+    pub(super) pool_name: Option<Arc<str>>,
+    /// Of the pool, and for all but the first stream of a connection of the process.
+    pub(super) permits: [Option<Permit>; 2],
+    pub(super) began: Time,
+    pub(super) prefix: u32,
+    pub(super) h2_client: bool,
+    /// It speaks HTTP/1.0.
+    pub(super) old_client: bool,
+    /// It asks for a WebSocket.
+    pub(super) tunnel: bool,
+    /// The host that it asks for, as it came.
+    pub(super) host: String,
+    pub(super) pin: Option<u64>,
+    pub(super) home: Option<usize>,
+    /// What goes to the backend, when it is not what came.
+    pub(super) target: Option<String>,
+    pub(super) request_id: Option<HeaderValue>,
+    /// May be sent twice.
+    pub(super) repeatable: bool,
+    /// A kind of request, for the record; and its class, for its health.
+    pub(super) kind: u64,
+    pub(super) class: u64,
+
+    // One attempt.
+    pub(super) member: usize,
+    pub(super) backend: Option<Arc<Backend>>,
+    pub(super) policy: Option<Arc<Policy>>,
+    pub(super) cell: Option<Arc<CellShared>>,
+    pub(super) dialler: Option<Arc<Dialler>>,
+    /// One of the backend's connections.
+    pub(super) permit: Option<Permit>,
+    pub(super) line: Option<InUse>,
+    pub(super) wait: Option<Wait>,
+    pub(super) attempt_began: Time,
+    pub(super) sent: Option<Time>,
+    pub(super) shared: bool,
+    /// The verdict is still to be given: on a gRPC call, which comes behind its answer, or on one that has to come whole.
+    pub(super) owed: bool,
+    pub(super) answer: Option<Answer>,
+    /// The backend that died when it had just been given this request.
+    pub(super) suspected_of: Option<Arc<Backend>>,
+
+    // All attempts.
+    pub(super) tried: Vec<usize>,
+    /// The same with those where its class fails; empty when it fails nowhere.
+    pub(super) avoided: Vec<usize>,
+    pub(super) aside: Option<Won>,
+    pub(super) story: Story,
+    pub(super) retries: u32,
+    pub(super) served: Option<Served>,
+    pub(super) status: u16,
+    pub(super) took: Option<Duration>,
+    pub(super) body: [u64; 2],
+    pub(super) end: Option<End>,
+    pub(super) refused: Option<&'static str>,
+}
+
+impl Exchange {
+    pub(super) fn link(&self) -> Option<&stream::Link> {
+        self.connection.as_ref().map(|connection| &*connection.link)
+    }
+
+    /// Whether it cannot go to every member.
+    pub(super) fn is_choosy(&self) -> bool {
+        !self.tried.is_empty() || !self.avoided.is_empty()
+    }
+
+    /// Forgets the attempt, and gives back what it held.
+    pub(super) fn leave_attempt(&mut self) {
+        self.wait = None;
+        self.line = None;
+        self.sent = None;
+        self.permit = None;
+        if let Some(dialler) = self.dialler.take() {
+            let (_, story) = dialler.take();
+            self.story_goes_on(story);
+        }
+    }
+
+    /// The story is at the dialler's while it dials.
+    pub(super) fn story_goes_on(&mut self, story: Story) {
+        if story.attempts >= self.story.attempts {
+            self.story = story;
+        }
+    }
+
+    pub(super) fn fail(&mut self, cause: &str) {
+        let backend = self.backend.as_ref().map_or_else(|| "".into(), |backend| backend.name.clone());
+        self.story.failures.push(Failure { backend, cause: cause.into() });
+    }
+
+    /// Whether the request may be sent once more now; takes a token for it, unless one was taken. `better` asks for a
+    /// backend that is not in doubt: the present answer is at hand.
+    pub(super) fn another(&mut self, session: &Session, better: bool, paid: bool) -> bool {
+        let (Some(pool), Some(policy)) = (&self.pool, &self.policy) else { return false };
+        let unheard = session.response_written().is_none_or(|head| head.status.is_informational());
+        let more = self.story.attempts < policy.attempts && pool.has_untried(&self.tried, !better, |_| true);
+        unheard
+            && !session.as_ref().retry_buffer_truncated()
+            && more
+            && (paid || pool.shared.budget.extra(clock::now()))
+    }
+
+    /// No verdict is given on the answer.
+    pub(super) fn forgive(&mut self) {
+        (self.owed, self.answer) = (false, None);
+    }
+
+    /// The backend has ended its answer before its time. A long one may end with the backend's life, which says nothing of others.
+    pub(super) fn is_cut(&mut self) {
+        let long = clock::now().since(self.attempt_began) > LONG;
+        if self.tunnel || long {
+            return self.forgive();
+        }
+        // An answer without a length was well when its head came, and is not after all.
+        self.owed |= self.answer.is_none();
+        self.settle(true);
+    }
+
+    /// Gives the verdict on an answer whose own word comes at its end.
+    pub(super) fn settle(&mut self, error: bool) {
+        let stalled = self.answer.take().is_some_and(|answer| answer.has_stalled());
+        if !std::mem::take(&mut self.owed) || stalled {
+            return;
+        }
+        if let (Some(backend), Some(policy)) = (&self.backend, &self.policy) {
+            backend.replied(&policy.health, self.prefix, self.class, error, self.attempt_began, clock::now());
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Backends that look well to whoever does not look closely: to a probe, to whoever reads no further than the head of an answer.
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use crate::http::raw;
+use crate::support::backend::{Backend, Mode, get};
+use crate::support::eventually;
+use crate::support::proxy::Proxy;
+
+const PROBED: &str = "probe: { http: { path: /healthz }, interval: 200ms }";
+
+fn start(face: &str, more: &str, backends: [&Backend; 2]) -> Proxy {
+    let [a, b] = backends.map(|backend| backend.address);
+    let proxy = Proxy::start(&format!(
+        "pools: {{ p: {{ cells: {{ a: [ '{a}' ], b: [ '{b}' ] }}, {PROBED}{more} }} }}\n\
+         listeners: [ {{ bind: '127.0.0.1:0', {face} }} ]\nlog: {{ access: stdout }}"
+    ));
+    backends.iter().for_each(|b| proxy.wait_health(&b.address.to_string(), "up", Duration::from_secs(5)));
+    proxy
+}
+
+/// A POST that waits for its answer.
+fn asks(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").unwrap();
+    stream
+}
+
+/// Its probe says at once that it answers, each time that it comes into doubt.
+#[test]
+fn a_probe_does_not_hide_for_ever_that_clients_get_no_answers() {
+    for face in ["tcp: p", "http: { routes: [ { pool: p } ] }"] {
+        for learned in [0, 100] {
+            let (a, b) = (Backend::start("a"), Backend::start("b"));
+            let proxy = start(face, "", [&a, &b]);
+            (0..learned).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+            a.set(Mode::Mute);
+            let address = a.address.to_string();
+            let mut open = Vec::new();
+            eventually("it is out", Duration::from_secs(20), || {
+                open.push(asks(proxy.address(0)));
+                std::thread::park_timeout(Duration::from_millis(10));
+                (proxy.health(&address) == "down").then_some(())
+            });
+            assert_eq!(proxy.health(&b.address.to_string()), "up", "{face} {learned}");
+            assert_eq!(get(proxy.address(0)).unwrap(), "b");
+        }
+    }
+}
+
+#[test]
+fn what_fails_behind_the_head_of_an_answer_is_seen() {
+    for mode in [Mode::Stop(100), Mode::Cut(100)] {
+        let (a, b) = (Backend::start("a"), Backend::start("b"));
+        let proxy = start("http: { routes: [ { pool: p } ] }", "", [&a, &b]);
+        (0..50).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+        a.set(mode);
+        let address = proxy.address(0);
+        let clients: Vec<_> = (0..40).map(|_| std::thread::spawn(move || get(address))).collect();
+        eventually("it is in doubt", Duration::from_secs(10), || {
+            (proxy.health(&a.address.to_string()) != "up").then_some(())
+        });
+        assert_eq!(proxy.health(&b.address.to_string()), "up", "{mode:?}");
+        a.set(Mode::Serve);
+        drop(clients);
+        eventually("it is back", Duration::from_secs(30), || {
+            let _ = get(address);
+            (proxy.health(&a.address.to_string()) == "up").then_some(())
+        });
+    }
+}
+
+/// It is the client that takes nothing: its backend has sent all that it had.
+#[test]
+fn a_client_that_does_not_read_is_no_stall_of_its_backend() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = start("http: { routes: [ { pool: p } ] }", "", [&a, &b]);
+    (0..50).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+    let idle: Vec<TcpStream> = (0..12)
+        .map(|_| {
+            let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
+            stream.write_all(b"GET /big HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+            stream
+        })
+        .collect();
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(3) {
+        get(proxy.address(0)).unwrap();
+    }
+    for backend in [&a, &b] {
+        assert_eq!(proxy.health(&backend.address.to_string()), "up");
+    }
+    assert_eq!(proxy.metric("sailover_transitions_total", &["to=\"suspect\""]), 0.0);
+    drop(idle);
+}
+
+/// One worker of five is deadlocked. Who meets it is sent elsewhere in a moment, the last of them no later than the first.
+#[test]
+fn some_requests_that_hang_do_not_become_what_is_usual() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = start("http: { routes: [ { pool: p } ] }", "", [&a, &b]);
+    let address = proxy.address(0);
+    let ask =
+        move || raw(address, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").starts_with("HTTP/1.1 200");
+    (0..300).for_each(|_| assert!(ask()));
+    a.set(Mode::Hang(20));
+    let times: Vec<Duration> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let one = || {
+                        let begin = Instant::now();
+                        assert!(ask());
+                        begin.elapsed()
+                    };
+                    (0..150).map(|_| one()).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    let worst = times.iter().max().unwrap();
+    assert!(*worst < Duration::from_secs(1), "{worst:?}");
+}
