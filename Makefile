@@ -21,7 +21,10 @@ test: packages-build packages-test
 	$(CARGO) test --locked --profile fast --test tests -- --nocapture --skip drills:: --skip overload:: --test-threads 2
 	$(CARGO) test --locked --profile fast --test tests -- --nocapture drills:: overload:: --test-threads 1
 
-check: format lint test licences fuzz smoke
+# What needs no quiet machine is done two at a time.
+check: format lint test licences packages-fuzz packages-deb packages-smoke
+	$(MAKE) --jobs=2 --output-sync fuzz deb
+	$(MAKE) smoke
 
 format:
 	$(CARGO) fmt --all --check

@@ -41,7 +41,7 @@ use pingora_http::{RequestHeader, ResponseHeader};
 use pingora_proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 
 use self::direct::{Direction, says};
-use self::exchange::Exchange;
+use self::exchange::{Exchange, Judged};
 use self::forward::Client;
 use self::route::Action;
 use self::serve::Connection;
@@ -62,6 +62,10 @@ use crate::{tcp, tls, witness};
 pub const PASSES: usize = 32;
 /// A request's body is drained for this long when the answer did not need it.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// A piece of an answer, of 64 KiB at most, may take a client of HTTP/2 so long beyond the idle time: one that takes a kilobyte a
+/// second is slow, and lives.
+const SLOW_PIECE: Duration = Duration::from_secs(64);
 
 /// Marks an answer that is not passed on because the request goes elsewhere.
 const NOT_NOW: ErrorType = ErrorType::new("NotNow");
@@ -110,8 +114,8 @@ impl ProxyHttp for Gateway {
             session.set_ignore_info_resp(true);
         }
         if let (true, Some(listener), Some(pool)) = (exchange.h2_client, &exchange.listener, &exchange.pool) {
-            // Any byte keeps its connection, so each of its answers has a bound of its own.
-            session.set_write_timeout(Some(listener.idle(pool)));
+            // Any byte keeps its connection, so each of its answers has a bound of its own; by pieces, which a client takes slowly.
+            session.set_write_timeout(Some(listener.idle(pool) + SLOW_PIECE));
         }
         match direction {
             Ok(Direction::Pool) => match direct::place(exchange).await {
@@ -452,14 +456,22 @@ impl ProxyHttp for Gateway {
         let grpc = meaning::is_grpc(&response.headers);
         let error = meaning::is_error(status) || meaning::is_grpc_error(&response.headers);
         let length = meaning::has_length(&response.headers) && !meaning::is_bodiless(session, status) && !error;
-        exchange.owed = grpc && status == 200 && meaning::grpc_status(&response.headers).is_none() || length;
-        if let (true, Some(client)) = (length, exchange.connection.clone()) {
+        let word = grpc && status == 200 && meaning::grpc_status(&response.headers).is_none();
+        exchange.judged = match () {
+            () if error => Judged::Done,
+            () if word => Judged::Word,
+            () if length => Judged::Whole,
+            () => Judged::Well,
+        };
+        // While its client still sends the backend may wait for that.
+        let watched = exchange.judged == Judged::Whole && exchange.sent.is_some();
+        if let (true, Some(client)) = (watched, exchange.connection.clone()) {
             let (prefix, class, began, h2) =
                 (exchange.prefix, exchange.class, exchange.attempt_began, exchange.h2_client);
             let (backend, policy) = (backend.clone(), policy.clone());
             exchange.answer = Some(Answer::begin(Body { backend, policy, client, prefix, class, began, h2 }, now));
         }
-        if !exchange.owed {
+        if matches!(exchange.judged, Judged::Done | Judged::Well) {
             backend.replied(&policy.health, exchange.prefix, exchange.class, error, exchange.attempt_began, now);
         }
         if let (Some(cell), Some(took)) = (&exchange.cell, took) {
@@ -570,7 +582,7 @@ impl ProxyHttp for Gateway {
         let bytes = body.as_ref().map_or(0, Bytes::len) as u64;
         exchange.body[1] += bytes;
         match &exchange.answer {
-            Some(_) if end || exchange.body[1] >= wait::SHOWN => exchange.settle(false),
+            _ if exchange.judged == Judged::Whole && (end || exchange.body[1] >= wait::SHOWN) => exchange.settle(false),
             Some(answer) => answer.goes_on(clock::now()),
             None => {}
         }
@@ -603,6 +615,7 @@ impl ProxyHttp for Gateway {
         let not_now = error.etype() == &NOT_NOW;
         let answered = exchange.took.is_some() && !not_now;
         let sent = exchange.sent.take();
+        let cut = exchange.line.as_ref().is_some_and(InUse::is_cut);
         exchange.wait = None;
         exchange.line = None;
         exchange.permit = None;
@@ -614,11 +627,15 @@ impl ProxyHttp for Gateway {
         }
         if *error.esource() == ErrorSource::Downstream {
             exchange.end.get_or_insert(End::ClientGone);
-            exchange.forgive();
+            exchange.is_left();
             return error;
         }
         if answered {
-            exchange.is_cut();
+            // What we have cut, or could not pass on, is not the backend's doing.
+            if *error.esource() == ErrorSource::Upstream && !cut {
+                exchange.is_cut();
+            }
+            exchange.forgive();
             // The answer has begun, so nobody else can finish it.
             exchange.end = Some(End::BackendReset);
             return error;

@@ -135,6 +135,9 @@ impl Silence {
     /// It is believed again: what was written before tells nothing about it any more, and what is written next is a beginning.
     pub fn begins_anew(&self) {
         self.written.store(0, Relaxed);
+        self.gave_up.store(0, Relaxed);
+        self.accused.store(0, Relaxed);
+        self.found.store(false, Relaxed);
     }
 
     /// Accuses it once more, and says how often that makes since the last first byte.
@@ -330,10 +333,18 @@ mod tests {
     fn once_believed_again_it_is_judged_by_what_is_written_next() {
         let silence = Silence::default();
         (0..5).for_each(|_| silence.wrote(1, START));
+        (0..2).for_each(|_| silence.left(START, true));
+        assert!(silence.mute(LIMIT, START + LIMIT).is_some() && silence.accused() == 1);
         silence.begins_anew();
         assert_eq!(silence.mute(LIMIT, START + LIMIT * 9), None);
         let later = START + LIMIT * 10;
-        (0..3).for_each(|_| silence.wrote(1, later));
+        silence.wrote(1, later);
+        assert!(
+            silence.mute(LIMIT, later + LIMIT).is_none() && !silence.stays_mute(LIMIT, later + LIMIT),
+            "one is slow"
+        );
+        assert_eq!(silence.accused(), 1, "and nothing before is held against it");
+        (0..2).for_each(|_| silence.wrote(1, later));
         assert_eq!(silence.mute(LIMIT, later + LIMIT), Some(Mute { since: later, only: Some(1) }));
         silence.left(START, false);
         assert!(silence.mute(LIMIT, later + LIMIT).is_some(), "one of those before is no witness that leaves");

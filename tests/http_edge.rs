@@ -374,7 +374,10 @@ fn a_client_of_http_1_0_gets_no_chunks_and_no_half_answer_that_looks_whole() {
     let pools = pool("two", &[two.address], "http: { version: 2 }") + &pool("half", &[half], "probe: off");
     let proxy = proxy(&pools, "routes: [ { path: /two, pool: two }, { path: /half, pool: half } ]", "");
     proxy.wait_health(&two.address.to_string(), "up", Duration::from_secs(5));
-    assert!(raw(proxy.address(0), b"GET /two HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 505"));
+    for _ in 0..12 {
+        assert!(raw(proxy.address(0), b"GET /two HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 505"));
+    }
+    assert_eq!(proxy.health(&two.address.to_string()), "up", "what we cannot pass on is no error of its own");
     let counted = raw(proxy.address(0), b"GET /two HTTP/1.0\r\nX-Answer: length\r\n\r\n");
     assert!(counted.starts_with("HTTP/1.1 200") && !counted.contains("chunked"), "{counted}");
     let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
@@ -480,7 +483,7 @@ impl ByHand {
     fn pings_until_the_end(&mut self) -> Vec<(u8, Vec<u8>)> {
         let (mut bytes, mut seen) = (Vec::new(), Vec::new());
         let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(20) {
+        while begin.elapsed() < Duration::from_secs(90) {
             self.0.write_all(&frame(6, 0, 0, &[0; 8])).unwrap();
             let mut part = [0; 16 << 10];
             match self.0.read(&mut part) {
@@ -508,18 +511,24 @@ impl ByHand {
 
 #[test]
 fn a_stream_has_its_time_however_alive_its_connection_is() {
-    let backend = Backend::start("x");
     let listens = by_hand(|mut stream| while matches!(stream.read(&mut [0; 4096]), Ok(1..)) {});
-    let bound = "probe: off, timeouts: { idle: 500ms }";
-    let pools = pool("p", &[backend.address], bound) + &pool("listens", &[listens], bound);
-    let proxy = proxy(&pools, "h2c: true, routes: [ { path: /stalled, pool: listens }, { pool: p } ]", "");
+    let pools = pool("listens", &[listens], "probe: off, timeouts: { idle: 500ms }");
+    let proxy = proxy(&pools, "h2c: true, routes: [ { pool: listens } ]", "");
     // A body that does not go on.
     let mut client = ByHand::new(&proxy, &[]);
     client.ask("POST", "/stalled", false);
     client.0.write_all(&frame(0, 0, 1, b"abc")).unwrap();
     client.pings_until_the_end();
     proxy.wait_log("\"path\":\"/stalled\",\"status\":408");
-    // An answer that is not taken: SETTINGS_INITIAL_WINDOW_SIZE is 0.
+}
+
+#[test]
+#[ignore = "a minute; make show"]
+fn an_answer_over_http_2_that_is_not_taken_has_its_time() {
+    let backend = Backend::start("x");
+    let pools = pool("p", &[backend.address], "probe: off, timeouts: { idle: 500ms }");
+    let proxy = proxy(&pools, "h2c: true, routes: [ { pool: p } ]", "");
+    // SETTINGS_INITIAL_WINDOW_SIZE is 0.
     let mut client = ByHand::new(&proxy, &[0, 4, 0, 0, 0, 0]);
     client.ask("GET", "/big", true);
     client.pings_until_the_end();

@@ -64,7 +64,9 @@ pub async fn place(exchange: &Exchange) -> std::result::Result<Option<Permit>, R
 /// What `ask` gives when it is the request's turn in the pool's queue.
 pub async fn in_turn<T>(exchange: &Exchange, pool: &Pool, lane: usize, ask: impl FnMut() -> Option<T>) -> Option<T> {
     let queue = pool.policy.queue;
-    let gone = || exchange.connection.as_ref().is_some_and(|connection| connection.link.is_left());
+    let gone = || {
+        exchange.connection.as_ref().is_some_and(|connection| connection.link.is_left() || connection.link.has_ended())
+    };
     if exchange.is_choosy() {
         return pool.shared.queue.take_some(queue.length, queue.timeout, gone, ask).await;
     }

@@ -10,7 +10,7 @@ use super::route::Route;
 use super::serve::Connection;
 use super::stream;
 use super::upstream::{Dialler, InUse, Won};
-use super::wait::{Answer, Wait};
+use super::wait::{Answer, Left, Wait};
 use crate::backend::Backend;
 use crate::clock::{self, Time};
 use crate::dial::{Failure, Story};
@@ -21,6 +21,22 @@ use crate::table::{End, Listener};
 
 /// An answer that has gone on for so long may be cut without an error.
 const LONG: Duration = Duration::from_secs(10);
+
+/// What was said of an answer to the health of its backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Judged {
+    /// Nothing.
+    #[default]
+    No,
+    /// Nothing yet: it has to come whole.
+    Whole,
+    /// Nothing yet: it says behind its body how it ended.
+    Word,
+    /// That it was well when its head came, which says not how long it is.
+    Well,
+    /// All that there is to say.
+    Done,
+}
 
 /// One request, and what became of it.
 #[derive(Default)]
@@ -65,8 +81,8 @@ pub struct Exchange {
     pub(super) attempt_began: Time,
     pub(super) sent: Option<Time>,
     pub(super) shared: bool,
-    /// The verdict is still to be given: on a gRPC call, which comes behind its answer, or on one that has to come whole.
-    pub(super) owed: bool,
+    /// What was said of the answer to its backend's health.
+    pub(super) judged: Judged,
     pub(super) answer: Option<Answer>,
     /// The backend that died when it had just been given this request.
     pub(super) suspected_of: Option<Arc<Backend>>,
@@ -132,29 +148,46 @@ impl Exchange {
             && (paid || pool.shared.budget.extra(clock::now()))
     }
 
-    /// No verdict is given on the answer.
+    /// No verdict is given on the answer any more.
     pub(super) fn forgive(&mut self) {
-        (self.owed, self.answer) = (false, None);
+        (self.judged, self.answer) = (Judged::No, None);
     }
 
-    /// The backend has ended its answer before its time. A long one may end with the backend's life, which says nothing of others.
+    /// The backend has ended its answer before its time. A long one may end with the backend's life, which says nothing of others,
+    /// and a backend may lose its patience with a client that takes nothing.
     pub(super) fn is_cut(&mut self) {
         let long = clock::now().since(self.attempt_began) > LONG;
-        if self.tunnel || long {
+        // What the windows of HTTP/2 hold back is not known here; before the end of a short answer it is nothing.
+        let clients = match self.h2_client {
+            true => self.judged == Judged::Well,
+            false => self.link().is_some_and(stream::Link::is_blocked),
+        };
+        if self.tunnel || long || clients {
             return self.forgive();
         }
-        // An answer without a length was well when its head came, and is not after all.
-        self.owed |= self.answer.is_none();
+        if self.judged == Judged::Well {
+            self.judged = Judged::Whole;
+        }
         self.settle(true);
     }
 
-    /// Gives the verdict on an answer whose own word comes at its end.
+    /// Its client has left before the end of the answer.
+    pub(super) fn is_left(&mut self) {
+        match self.answer.as_ref().map(|answer| answer.left(clock::now())) {
+            Some(Left::Waiting) => self.settle(true),
+            Some(Left::Served) => self.settle(false),
+            Some(Left::Nothing) | None => self.forgive(),
+        }
+    }
+
+    /// Gives the verdict on an answer, where it is due.
     pub(super) fn settle(&mut self, error: bool) {
         let stalled = self.answer.take().is_some_and(|answer| answer.has_stalled());
-        if !std::mem::take(&mut self.owed) || stalled {
+        if !matches!(self.judged, Judged::Whole | Judged::Word) {
             return;
         }
-        if let (Some(backend), Some(policy)) = (&self.backend, &self.policy) {
+        self.judged = Judged::Done;
+        if let (false, Some(backend), Some(policy)) = (stalled, &self.backend, &self.policy) {
             backend.replied(&policy.health, self.prefix, self.class, error, self.attempt_began, clock::now());
         }
     }

@@ -696,7 +696,14 @@ impl AsyncWrite for Edge {
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let edge = self.get_mut();
         ready!(edge.poll_gathered(context))?;
-        Pin::new(&mut edge.inner).poll_flush(context)
+        // Under TLS what was written may wait here.
+        match Pin::new(&mut edge.inner).poll_flush(context) {
+            Poll::Pending => edge.blocked(context).map(Err),
+            ready => {
+                edge.link.blocked.store(false, Relaxed);
+                ready
+            }
+        }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {

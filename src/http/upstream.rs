@@ -81,6 +81,8 @@ struct Line {
     /// The kernel takes no more than [`RECEIVE`] for us; and bytes of answers that came so.
     bounded: bool,
     carried: u64,
+    /// We have ended it.
+    cut: bool,
 }
 
 /// An exchange on a connection.
@@ -168,6 +170,11 @@ impl InUse {
         }
     }
 
+    /// Whether we have ended the connection.
+    pub fn is_cut(&self) -> bool {
+        with(self.place, |line| line.cut).unwrap_or(false)
+    }
+
     /// Its answer has begun.
     pub fn talks(&mut self) {
         if !self.talking {
@@ -193,7 +200,7 @@ impl Drop for InUse {
 
 /// Ends a connection from outside of the engine, which then sees an end and decides what it means.
 pub fn cut(place: Place) {
-    if with(place, |_| ()).is_some() {
+    if with(place, |line| line.cut = true).is_some() {
         sys::shut_down(place.descriptor);
     }
 }
@@ -434,7 +441,7 @@ impl L4Connect for Dialler {
         let descriptor = socket.as_raw_fd();
         let serial = next();
         let bounded = sys::bound_receiving(socket.as_fd(), RECEIVE);
-        let line = Line { serial, active: 0, talking: 0, late: Vec::new(), bounded, carried: 0 };
+        let line = Line { serial, active: 0, talking: 0, late: Vec::new(), bounded, carried: 0, cut: false };
         LINES.with_borrow_mut(|lines| lines.insert(descriptor, line));
         let mut stream = Stream::from(socket);
         stream.tracer = Some(Tracer(Box::new(Watch { descriptor, serial })));

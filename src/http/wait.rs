@@ -45,6 +45,8 @@ const KINDS: usize = 4_096;
 const STALLED: Duration = Duration::from_secs(1);
 /// See `STALLED`.
 pub const SHOWN: u64 = 64 << 10;
+/// A client that leaves after so long without more of a body, or as long as makes a silence, left for that.
+const LEAVES: Duration = Duration::from_millis(250);
 
 /// What was decided about a request that waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +126,17 @@ pub struct Body {
     pub h2: bool,
 }
 
+/// How a client left an answer that was not whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// It had waited for more of it.
+    Waiting,
+    /// It had got some of it, and more was coming.
+    Served,
+    /// It was too early to tell.
+    Nothing,
+}
+
 struct Coming {
     body: Body,
     /// When some of it came last, or its head did.
@@ -131,6 +144,13 @@ struct Coming {
     /// Whether any of it came.
     begun: bool,
     stalled: bool,
+}
+
+impl Coming {
+    /// Whether it is the client that takes nothing, as far as can be seen.
+    fn is_clients(&self) -> bool {
+        if self.body.h2 { self.begun } else { self.body.client.link.is_blocked() }
+    }
 }
 
 thread_local! {
@@ -225,6 +245,19 @@ impl Answer {
         });
     }
 
+    /// Its client leaves it.
+    pub fn left(&self, now: Time) -> Left {
+        COMING.with_borrow(|answers| {
+            let Some(coming) = answers.get(self.0) else { return Left::Nothing };
+            let late = LEAVES.max(silent_after(&coming.body.backend));
+            match now.since(coming.since) >= late && !coming.is_clients() {
+                true => Left::Waiting,
+                false if coming.begun => Left::Served,
+                false => Left::Nothing,
+            }
+        })
+    }
+
     /// Whether it has stalled, and was held against its backend.
     pub fn has_stalled(&self) -> bool {
         COMING.with_borrow(|answers| answers.get(self.0).is_some_and(|coming| coming.stalled))
@@ -292,10 +325,10 @@ pub async fn watch() {
 fn look_at_bodies(now: Time) {
     COMING.with_borrow_mut(|answers| {
         for (_, coming) in answers.iter_mut().filter(|(_, coming)| !coming.stalled) {
-            let body = &coming.body;
-            let clients = if body.h2 { coming.begun } else { body.client.link.is_blocked() };
-            if !clients && now.since(coming.since) >= STALLED.max(silent_after(&body.backend)) {
+            let limit = STALLED.max(silent_after(&coming.body.backend));
+            if !coming.is_clients() && now.since(coming.since) >= limit {
                 coming.stalled = true;
+                let body = &coming.body;
                 body.backend.replied(&body.policy.health, body.prefix, body.class, true, body.began, now);
             }
         }
