@@ -452,16 +452,19 @@ impl ProxyHttp for Gateway {
         if let Some(line) = &mut exchange.line {
             line.talks();
         }
-        // A gRPC call says how it ended behind its body.
+        // A gRPC call says how it ended behind its body, and what says how long it is has to come whole.
         let grpc = meaning::is_grpc(&response.headers);
         let error = meaning::is_error(status) || meaning::is_grpc_error(&response.headers);
         let length = meaning::has_length(&response.headers) && !meaning::is_bodiless(session, status) && !error;
         let word = grpc && status == 200 && meaning::grpc_status(&response.headers).is_none();
-        exchange.judged = match () {
-            () if error => Judged::Done,
-            () if word => Judged::Word,
-            () if length => Judged::Whole,
-            () => Judged::Well,
+        exchange.judged = if error {
+            Judged::Done
+        } else if word {
+            Judged::Word
+        } else if length {
+            Judged::Whole
+        } else {
+            Judged::Well
         };
         // While its client still sends the backend may wait for that.
         let watched = exchange.judged == Judged::Whole && exchange.sent.is_some();
