@@ -630,13 +630,13 @@ impl ProxyHttp for Gateway {
         }
         if *error.esource() == ErrorSource::Downstream {
             exchange.end.get_or_insert(End::ClientGone);
-            exchange.is_left();
+            exchange.judge_left();
             return error;
         }
         if answered {
             // What we have cut, or could not pass on, is not the backend's doing.
             if *error.esource() == ErrorSource::Upstream && !cut {
-                exchange.is_cut();
+                exchange.judge_cut();
             }
             exchange.forgive();
             // The answer has begun, so nobody else can finish it.

@@ -4,8 +4,8 @@
 //! turn. A reload keeps every prober whose address and probe stay, and only changes whom it reports to. Probes
 //! close with a reset, so that they leave nothing behind. A verdict that came late by our own fault is discarded.
 
+use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
 use std::error::Error;
 use std::io;
 use std::net::SocketAddr;
@@ -126,12 +126,11 @@ impl Probers {
     /// Makes the running probers the wanted ones; returns how many were started and stopped.
     pub fn apply(&mut self, Wanted(mut wanted): Wanted, host: &Arc<Host>) -> (usize, usize) {
         let mut stopped = 0;
-        let kept: HashSet<u64> =
-            wanted.values().flat_map(|(_, targets)| targets).map(|target| target.backend.id).collect();
         self.running.retain(|key, prober| {
             // A prober that goes on may have lost some of its backends.
+            let kept = |id: u64| wanted.get(key).is_some_and(|(_, targets)| targets.iter().any(|t| t.backend.id == id));
             for target in prober.targets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-                if kept.contains(&target.backend.id) && wanted.contains_key(key) {
+                if kept(target.backend.id) {
                     continue;
                 }
                 *target.backend.prober.lock().unwrap_or_else(PoisonError::into_inner) = None;

@@ -1,10 +1,10 @@
 //! Backends that look well to whoever does not look closely: to a probe, to whoever reads no further than the head of an answer.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use crate::http::raw;
+use crate::http::{by_hand, pool, proxy, raw, read_request};
 use crate::support::backend::{Backend, Mode, get};
 use crate::support::eventually;
 use crate::support::proxy::Proxy;
@@ -72,28 +72,62 @@ fn what_fails_behind_the_head_of_an_answer_is_seen() {
     }
 }
 
-/// It is the client that takes nothing: its backend has sent all that it had.
+/// It is their clients that take nothing, while the backend has some more to say later.
 #[test]
 fn a_client_that_does_not_read_is_no_stall_of_its_backend() {
-    let (a, b) = (Backend::start("a"), Backend::start("b"));
-    let proxy = start("http: { routes: [ { pool: p } ] }", "", [&a, &b]);
-    (0..50).for_each(|_| drop(get(proxy.address(0)).unwrap()));
-    let idle: Vec<TcpStream> = (0..12)
+    let backend = |pauses: bool| {
+        by_hand(move |mut stream| {
+            while let Some(head) = read_request(&mut stream) {
+                let long = head.starts_with("get /long");
+                let (first, more) = if long { (50_000, 10_000) } else { (1, 0) };
+                let said = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{}", first + more, "x".repeat(first));
+                let _ = stream.write_all(said.as_bytes());
+                if long {
+                    std::thread::park_timeout(Duration::from_secs(if pauses { 4 } else { 0 }));
+                    let _ = stream.write_all(&vec![b'x'; more]);
+                }
+            }
+        })
+    };
+    let proxy = proxy(&pool("p", &[backend(true), backend(false)], "probe: off"), "routes: [ { pool: p } ]", "");
+    let address = proxy.address(0);
+    let ask = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    (0..50).for_each(|_| assert!(raw(address, ask("/").as_bytes()).starts_with("HTTP/1.1 200")));
+    // Small segments, so that the kernel takes little for them.
+    let idle: Vec<TcpStream> = (0..24)
         .map(|_| {
-            let mut stream = TcpStream::connect(proxy.address(0)).unwrap();
-            stream.write_all(b"GET /big HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+            let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            socket.set_tcp_mss(536).unwrap();
+            socket.set_recv_buffer_size(2_048).unwrap();
+            socket.connect(&address.into()).unwrap();
+            let mut stream: TcpStream = socket.into();
+            stream.write_all(ask("/long").as_bytes()).unwrap();
             stream
         })
         .collect();
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(3) {
-        get(proxy.address(0)).unwrap();
+        assert!(raw(address, ask("/").as_bytes()).starts_with("HTTP/1.1 200"));
     }
-    for backend in [&a, &b] {
-        assert_eq!(proxy.health(&backend.address.to_string()), "up");
-    }
-    assert_eq!(proxy.metric("sailover_transitions_total", &["to=\"suspect\""]), 0.0);
+    assert_eq!(proxy.metric("sailover_transitions_total", &["to=\"suspect\""]), 0.0, "{}", proxy.log());
     drop(idle);
+}
+
+/// Nobody waits for long enough that a stall could be told by its own time.
+#[test]
+fn clients_who_leave_a_body_that_has_stopped_are_witnesses() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = start("http: { routes: [ { pool: p } ] }", "", [&a, &b]);
+    (0..50).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+    a.set(Mode::Stop(100));
+    eventually("it is in doubt", Duration::from_secs(20), || {
+        let mut client = TcpStream::connect(proxy.address(0)).unwrap();
+        client.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        let _ = client.read_to_end(&mut Vec::new());
+        (proxy.health(&a.address.to_string()) != "up").then_some(())
+    });
+    assert_eq!(proxy.health(&b.address.to_string()), "up");
 }
 
 /// One worker of five is deadlocked. Who meets it is sent elsewhere in a moment, the last of them no later than the first.

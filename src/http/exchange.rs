@@ -155,7 +155,7 @@ impl Exchange {
 
     /// The backend has ended its answer before its time. A long one may end with the backend's life, which says nothing of others,
     /// and a backend may lose its patience with a client that takes nothing.
-    pub(super) fn is_cut(&mut self) {
+    pub(super) fn judge_cut(&mut self) {
         let long = clock::now().since(self.attempt_began) > LONG;
         // What the windows of HTTP/2 hold back is not known here; before the end of a short answer it is nothing.
         let clients = match self.h2_client {
@@ -172,7 +172,7 @@ impl Exchange {
     }
 
     /// Its client has left before the end of the answer.
-    pub(super) fn is_left(&mut self) {
+    pub(super) fn judge_left(&mut self) {
         match self.answer.as_ref().map(|answer| answer.left(clock::now())) {
             Some(Left::Waiting) => self.settle(true),
             Some(Left::Served) => self.settle(false),
