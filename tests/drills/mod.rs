@@ -313,6 +313,9 @@ fn begin_fault(
     }
     for (i, backend) in whom(event, backends) {
         match event.fault {
+            // A listener that closes resets whoever is between its handshake and its first byte, which over TCP nobody can
+            // save: the network refuses in its place. Over HTTP that is a part of the drill.
+            Fault::Refuse if drill.through == Through::Tcp => rig.refuse(i),
             Fault::Refuse => backend.set(Mode::Refuse),
             Fault::Reset => backend.set(Mode::Reset),
             Fault::ResetLate => backend.set(Mode::ResetLate),
@@ -356,6 +359,7 @@ fn end_fault(
         match event.fault {
             Fault::Swallow | Fault::Unreachable | Fault::LosePercent(_) | Fault::BreakOneFlowIn(_) => rig.heal(i),
             Fault::AwayMs(_) => delays[i - 1].set(Duration::from_secs_f64(drill.away_ms[i - 1] / 2e3)),
+            Fault::Refuse if drill.through == Through::Tcp => rig.heal(i),
             _ => backend.set(base),
         }
     }

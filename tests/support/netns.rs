@@ -108,6 +108,16 @@ impl Rig {
         );
     }
 
+    /// Refuses every handshake of the cell as a closed port does, and leaves the connections that there are.
+    pub fn refuse(&self, i: usize) {
+        self.nft(
+            i,
+            "table ip fault {
+                chain in { type filter hook input priority 0; tcp flags & (syn | ack) == syn reject with tcp reset; }
+            }",
+        );
+    }
+
     /// Answers every packet to the cell with ICMP: host unreachable.
     pub fn refuse_by_icmp(&self, i: usize) {
         self.nft(
