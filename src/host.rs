@@ -43,7 +43,7 @@ pub struct Host {
     pub spliced: Counter,
     /// Bulk directions that had to use the buffer for want of a pipe.
     pub splice_refused: Counter,
-    /// Connections that ended by a panic: bugs of ours.
+    /// Connections and probers that ended by a panic: bugs of ours.
     pub panics: Counter,
     /// How late timers of the workers and of control ran.
     pub lag: Histogram,

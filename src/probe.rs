@@ -66,9 +66,19 @@ struct Target {
 
 struct Prober {
     id: u64,
+    tls: Tls,
     targets: Arc<Mutex<Vec<Target>>>,
     wake: Arc<Notify>,
     task: JoinHandle<()>,
+}
+
+impl Prober {
+    fn start(key: &Key, tls: Tls, host: &Arc<Host>) -> Prober {
+        let targets: Arc<Mutex<Vec<Target>>> = Arc::default();
+        let wake = Arc::new(Notify::new());
+        let task = tokio::spawn(run(key.clone(), tls.clone(), targets.clone(), wake.clone(), host.clone()));
+        Prober { id: NEXT_ID.fetch_add(1, Relaxed), tls, targets, wake, task }
+    }
 }
 
 /// All probers of the process.
@@ -148,10 +158,7 @@ impl Probers {
         for (key, (tls, targets)) in wanted.drain() {
             let prober = self.running.entry(key).or_insert_with_key(|key| {
                 started += 1;
-                let shared: Arc<Mutex<Vec<Target>>> = Arc::default();
-                let wake = Arc::new(Notify::new());
-                let task = tokio::spawn(run(key.clone(), tls, shared.clone(), wake.clone(), host.clone()));
-                Prober { id: NEXT_ID.fetch_add(1, Relaxed), targets: shared, wake, task }
+                Prober::start(key, tls, host)
             });
             for target in &targets {
                 let mut slot = target.backend.prober.lock().unwrap_or_else(PoisonError::into_inner);
@@ -160,6 +167,17 @@ impl Probers {
             *prober.targets.lock().unwrap_or_else(PoisonError::into_inner) = targets;
         }
         (started, stopped)
+    }
+
+    /// Starts those anew that a bug of ours has ended, which is counted. Without it their backends would keep for ever what their
+    /// last probe said.
+    pub fn mend(&mut self, host: &Arc<Host>) {
+        for (key, prober) in self.running.iter_mut().filter(|(_, prober)| prober.task.is_finished()) {
+            tracing::error!(address = %key.address, "a prober ended, which is a bug of sailover; it begins anew");
+            host.panics.add(1);
+            let (targets, wake) = (prober.targets.clone(), prober.wake.clone());
+            prober.task = tokio::spawn(run(key.clone(), prober.tls.clone(), targets, wake, host.clone()));
+        }
     }
 
     /// Identity of the prober of each backend, by the backend's own identity.
@@ -566,6 +584,33 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_prober_that_a_bug_has_ended_begins_anew() {
+        let port = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let file = format!(
+            "pools: {{ p: {{ probe: {{ interval: 1h }}, cells: {{ a: [ {} ] }} }} }}\nlisteners: [ {{ bind: 127.0.0.1:0, tcp: p }} ]",
+            port.local_addr().expect("it is bound")
+        );
+        let config = Arc::new(crate::config::parse(file.as_bytes(), 1 << 20).expect("a good file").config);
+        let built = crate::table::build(config, String::new(), None, 1_000, clock::now());
+        let table = Arc::new(built.expect("nothing to read").0);
+        let host = Arc::new(Host::new(table.clone(), 1, crate::log::AccessLog::off()));
+        let mut probers = Probers::default();
+        probers.apply(wanted(&table).expect("probers"), &host);
+        let ids = probers.ids();
+        port.accept().await.expect("its first probe");
+        probers.mend(&host);
+        assert_eq!(host.panics.get(), 0, "nothing to mend");
+
+        probers.running.values().for_each(|prober| prober.task.abort());
+        while !probers.running.values().all(|prober| prober.task.is_finished()) {
+            tokio::task::yield_now().await;
+        }
+        probers.mend(&host);
+        port.accept().await.expect("the first probe of the new one");
+        assert_eq!((host.panics.get(), probers.ids()), (1, ids));
+    }
 
     #[test]
     fn what_comes_in_pieces_is_found_across_them() {

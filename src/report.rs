@@ -771,6 +771,6 @@ fn process_metrics(t: &mut Text, host: &Host) {
     t.sample("sailover_splice_refused_total", &[], host.splice_refused.get());
     t.family("sailover_log_dropped_total", "counter", "Log lines dropped because a sink was slow.");
     t.sample("sailover_log_dropped_total", &[], log::DROPPED.get());
-    t.family("sailover_panics_total", "counter", "Connections lost to a bug of the program.");
+    t.family("sailover_panics_total", "counter", "Connections and probers that a bug of the program ended.");
     t.sample("sailover_panics_total", &[], host.panics.get());
 }

@@ -569,6 +569,7 @@ impl Control {
         if admin::stale_worker(&self.host).is_none() {
             notify(&[sd_notify::NotifyState::Watchdog]);
         }
+        self.probers.mend(&self.host);
         let now = clock::now();
         let table = self.host.live.load_full();
         for pool in &table.pools {

@@ -257,7 +257,8 @@ fn alarms(status: &Value) -> Vec<String> {
     let own = status["local_errors"].as_object().into_iter().flatten();
     alarms.extend(own.map(|(errno, count)| format!("errors of this machine: {errno} {count} times")));
     if status["panics"].as_u64().unwrap_or(0) > 0 {
-        alarms.push(format!("{} connections were lost to bugs of sailover; please report them", status["panics"]));
+        alarms
+            .push(format!("{} connections or probers ended by bugs of sailover; please report them", status["panics"]));
     }
     alarms
 }
