@@ -69,6 +69,20 @@ pub fn prepare(
     let loaded = config::load(&origin.file, origin.max_bytes).map_err(|refused| {
         refused.problems.iter().map(|problem| problem.with_file(&origin.file)).collect::<Vec<_>>()
     })?;
+    build(origin, loaded, previous, open_files, workers)
+}
+
+/// The same of a file that has been read.
+///
+/// # Errors
+/// Every problem that its table has, one line each.
+pub fn build(
+    origin: &Origin,
+    loaded: config::Loaded,
+    previous: Option<&Table>,
+    open_files: u64,
+    workers: usize,
+) -> Result<Prepared, Vec<String>> {
     let mut warnings: Vec<String> = loaded.warnings.iter().map(|problem| problem.with_file(&origin.file)).collect();
     // One that has ended is no reason to give up one that has not. But where it is served already, or nothing is, a door
     // that some clients refuse is better than none, and no other change must wait for it.

@@ -123,7 +123,7 @@ pub fn run(file: PathBuf, max_bytes: usize) -> Result<(), Fatal> {
     let logger = Logger::start(&loaded.config.log);
     let flush = logger.flusher();
     let prepared =
-        reload::prepare(&origin, None, open_files, workers).map_err(|errors| Fatal::Config(errors.join("\n")))?;
+        reload::build(&origin, loaded, None, open_files, workers).map_err(|errors| Fatal::Config(errors.join("\n")))?;
     let result = runtime.block_on(serve(origin, open_files, logger, workers, prepared));
     // Helper threads that wait for a stalled disk are left behind.
     runtime.shutdown_background();
