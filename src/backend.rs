@@ -54,6 +54,11 @@ const LATE_FOR: u32 = 8;
 const TOOK_FOR: Duration = Duration::from_secs(1);
 /// First bytes that take as long as can be learned are no sign of anything.
 pub const TOO_LONG: Duration = Duration::from_secs(3);
+/// One that has not answered often enough to know how long it takes may take so many times as long as the slowest of its pool
+/// that has, at least so long, and its way besides; no longer than this, which is all that is known where no other has answered either.
+const STRANGER_TIMES: u32 = 10;
+const STRANGER_LEAST: Duration = Duration::from_millis(250);
+const STRANGER_MOST: Duration = Duration::from_secs(1);
 /// What is known to be slow is silent after this at the latest.
 const SLOW_FOR: Duration = Duration::from_secs(1);
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
@@ -396,6 +401,17 @@ impl Backend {
     /// For how long one that is known to be slow is no more silent than it was, a second at most; nothing otherwise.
     pub fn slow_for(&self) -> Duration {
         if self.pace_share() < 1.0 { (self.silence.took() * 2).min(SLOW_FOR) } else { Duration::ZERO }
+    }
+
+    /// After how long without a first byte to anybody it is silent, where it has never answered often enough to tell by that.
+    pub fn stranger_silent_after(&self) -> Duration {
+        let usual = Duration::from_micros(self.shared.usual.load(Relaxed).into());
+        match self.handshake.learned() {
+            Some((_, way)) if !usual.is_zero() => {
+                ((usual * STRANGER_TIMES).max(STRANGER_LEAST) + way * 2).min(STRANGER_MOST)
+            }
+            _ => STRANGER_MOST,
+        }
     }
 
     fn late_after(&self, floor: Duration) -> Duration {

@@ -2,6 +2,7 @@
 //! own past and against the others of its pool ([`crate::pace`]), and its share follows.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
@@ -61,6 +62,9 @@ fn look(pool: &Pool, late: bool) {
         .iter()
         .map(|member| member.backend.look(shifted, late, lost_known_after(&member.backend), now))
         .collect();
+    let known = pool.members.iter().filter_map(|member| member.backend.first_byte.learned());
+    let usual = known.map(|(_, p99)| p99.as_micros() as u32).max().unwrap_or(0);
+    pool.shared.usual.store(usual, Relaxed);
     let mut alike = Alike::default();
     looks.iter().enumerate().for_each(|(i, look)| look.iter().for_each(|look| alike.add(i, *look, now)));
     // With nobody to send to instead there is nothing to decide.
@@ -104,5 +108,50 @@ fn ask_one(table: &Table, looks: usize) {
     let members = &pool.members[cell.members.clone()];
     if let Some(member) = members.get(looks / cells.len() % members.len().max(1)) {
         member.backend.probe_now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Backend, Counters};
+    use crate::pool::{Member, NewCell, Policy};
+
+    #[test]
+    fn a_stranger_is_given_the_time_of_those_who_are_known() {
+        let shared = Arc::new(crate::backend::PoolShared::new("p", Arc::default()));
+        let policy = Arc::new(Policy::default());
+        let member = |i: usize| {
+            let address = format!("10.0.0.{i}:80").parse().expect("an address");
+            let counters = Arc::new(Counters::default());
+            let backend = Backend::new(shared.clone(), "b", address, counters, &policy.health, clock::now());
+            Member { backend: Arc::new(backend), cell: 0, weight: 1, max_connections: u32::MAX }
+        };
+        let cell = NewCell {
+            name: Arc::from("c"),
+            tier: 0,
+            weight: 1,
+            count: 3,
+            max_connections: u32::MAX,
+            capacity: None,
+            shared: Arc::default(),
+        };
+        let pool = Pool::new(shared.clone(), policy.clone(), vec![cell], (0..3).map(member).collect());
+        let ms = Duration::from_millis;
+        let given = |known: u64, way: u64| {
+            if known > 0 {
+                (0..2_000).for_each(|_| pool.members[1].backend.first_byte.record(ms(known)));
+            }
+            if way > 0 {
+                (0..2_000).for_each(|_| pool.members[0].backend.handshake.record(ms(way)));
+            }
+            look(&pool, false);
+            pool.members[0].backend.stranger_silent_after()
+        };
+        assert_eq!(given(0, 1), ms(1_000), "nobody is known");
+        assert!((ms(250)..ms(260)).contains(&given(2, 0)), "the least, and its way");
+        assert!((ms(400)..ms(700)).contains(&given(50, 0)), "they take their time");
+        assert!((ms(560)..ms(900)).contains(&given(0, 80)), "it is far");
+        assert_eq!(given(500, 0), ms(1_000), "nobody is waited for longer");
     }
 }

@@ -27,8 +27,8 @@ const LATE: Duration = Duration::from_millis(10);
 /// A backend is silent no earlier than this, nor than so many learned 99th percentiles of its first bytes.
 const FLOOR: Duration = Duration::from_millis(50);
 const FACTOR: u32 = 5;
-/// With nothing learned, where a first byte is expected all the same; and for whoever tries a doubted backend.
-const COLD: Duration = Duration::from_secs(1);
+/// For whoever tries a doubted backend.
+const TRIED: Duration = Duration::from_secs(1);
 
 struct Watched {
     backend: Arc<Backend>,
@@ -130,10 +130,10 @@ fn silent_after(backend: &Backend, policy: &Policy) -> Option<Duration> {
         (_, FirstByte::Ignore) => None,
         (Some((_, p99)), FirstByte::Learn) if p99 >= TOO_LONG => None,
         (Some((_, p99)), _) => Some((p99 * FACTOR).max(FLOOR).max(backend.slow_for()).min(longest)),
-        (None, FirstByte::Expect) => Some(COLD.min(longest)),
+        (None, FirstByte::Expect) => Some(backend.stranger_silent_after().min(longest)),
         // It has answered nobody yet, and the others of its pool have shown that they do.
         (None, FirstByte::Learn) if backend.shared.manner.owes(FirstByte::Learn) != Owes::Nothing => {
-            Some(COLD.min(longest))
+            Some(backend.stranger_silent_after().min(longest))
         }
         (None, FirstByte::Learn) => None,
     }
@@ -166,7 +166,7 @@ fn look(now: Time) {
             let doubted = backend.doubted_since();
             let quiet = doubted.is_some() && backend.silence.quiet(limit, now);
             // Whoever tries a doubted backend has his answer. One that has become slow may give it late.
-            let unanswered = |tried: Time| now.since(tried) >= limit.max(COLD) && backend.silence.heard_at() < tried;
+            let unanswered = |tried: Time| now.since(tried) >= limit.max(TRIED) && backend.silence.heard_at() < tried;
             let tried =
                 watched.tried.filter(|tried| doubted.is_some_and(|since| *tried >= since) && unanswered(*tried));
             if let Some(tried) = tried {

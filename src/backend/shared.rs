@@ -27,6 +27,8 @@ pub struct PoolShared {
     pub failing: Failing,
     /// How its sessions begin.
     pub manner: Manner,
+    /// How long the slowest of those whose time is known takes for its first byte, in microseconds (99th percentile); 0: none is.
+    pub usual: AtomicU32,
     /// Backends at which a class of requests fails.
     pub classes_failing: AtomicU32,
     /// When the next session may be ended for the balance.
@@ -86,6 +88,7 @@ impl PoolShared {
             epoch: AtomicU64::new(1),
             failing: Failing::default(),
             manner: Manner::default(),
+            usual: AtomicU32::new(0),
             poison: Poison::default(),
             answers: Tally::default(),
             uplink,

@@ -30,8 +30,8 @@ const LATE: Duration = Duration::from_millis(10);
 /// A backend is silent no earlier than this, nor than so many learned 99th percentiles of its first bytes.
 const SILENT_FLOOR: Duration = Duration::from_millis(50);
 const SILENT_FACTOR: u32 = 5;
-/// With nothing learned; and for whoever tries a doubted backend, which may be slow and not silent.
-const SILENT_COLD: Duration = Duration::from_secs(1);
+/// For whoever tries a doubted backend, which may be slow and not silent.
+const TRIED: Duration = Duration::from_secs(1);
 /// Answers of one kind of request that make a record, and how many times its longest is too long.
 const RECORD: u32 = 50;
 const RECORD_FACTOR: u32 = 3;
@@ -297,7 +297,7 @@ fn record(kind: u64) -> Option<Duration> {
 fn silent_after(backend: &Backend) -> Duration {
     match backend.first_byte.learned() {
         Some((_, p99)) => SILENT_FLOOR.max(p99 * SILENT_FACTOR).max(backend.slow_for()),
-        None => SILENT_COLD,
+        None => backend.stranger_silent_after(),
     }
 }
 
@@ -391,7 +391,7 @@ fn look(now: Time, late: bool) {
             let tries = in_doubt.is_some_and(|since| entry.since >= since);
             let doubted = in_doubt.is_some() && backend.silence.quiet(limit, now);
             let silent = found || stays_mute && !tries;
-            let patience = SILENT_COLD.min(request.timeout / 2);
+            let patience = TRIED.min(request.timeout / 2);
             let limit = if tries && !silent { limit.max(patience) } else { limit };
             if doubted && !silent && waited >= limit && !mute.iter().any(|(known, ..)| known.id == backend.id) {
                 // The one client that tries a doubted backend has its answer.
