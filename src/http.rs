@@ -855,6 +855,7 @@ impl Gateway {
             idle: exchange.listener.as_ref().map_or(policy.idle, |listener| listener.idle(pool)),
             movable: exchange.repeatable && exchange.story.attempts < policy.attempts,
             kind: exchange.kind,
+            class: exchange.class,
         };
         exchange.sent = complete.then_some(now);
         exchange.wait = Some(Wait::begin(request, complete, now));

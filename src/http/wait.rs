@@ -87,6 +87,8 @@ pub struct Request {
     pub movable: bool,
     /// Its kind, for the record.
     pub kind: u64,
+    /// Its class.
+    pub class: u64,
 }
 
 struct Entry {
@@ -97,6 +99,8 @@ struct Entry {
     complete: bool,
     /// When its record says that it takes too long.
     unusual_at: Option<Time>,
+    /// Whether that was held against its backend.
+    accused: bool,
     verdict: Verdict,
     /// Whether it has waited for longer than a poison takes.
     harmless: bool,
@@ -167,8 +171,15 @@ pub struct Wait(usize);
 impl Wait {
     /// A request is being sent; `complete` says whether all of it was.
     pub fn begin(request: Request, complete: bool, now: Time) -> Wait {
-        let entry =
-            Entry { request, since: now, complete: false, unusual_at: None, verdict: Verdict::Waits, harmless: false };
+        let entry = Entry {
+            request,
+            since: now,
+            complete: false,
+            unusual_at: None,
+            accused: false,
+            verdict: Verdict::Waits,
+            harmless: false,
+        };
         let wait = WAITING.with_borrow_mut(|waiting| {
             if waiting.is_empty() {
                 BEGUN.with(|begun| begun.notify_one());
@@ -197,7 +208,7 @@ impl Wait {
             entry.complete = true;
             entry.since = now;
             // Only once: whoever is unusual everywhere is unusual by nature.
-            let first = entry.request.movable && entry.request.tried.is_empty();
+            let first = entry.request.tried.is_empty();
             entry.unusual_at = first.then(|| record(entry.request.kind)).flatten().map(|unusual| now + unusual);
             entry.request.backend.asked(entry.request.prefix, now);
         });
@@ -400,7 +411,13 @@ fn look(now: Time, late: bool) {
             }
             // What tries it for others tells whether it is slow or silent.
             let may_be = !tries || silent || waited >= patience;
-            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && !request.shared && may_be;
+            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && may_be;
+            // Where what was written later is answered, and sooner, it is no slowness of the backend: this one hangs.
+            if unusual && !entry.accused && backend.silence.answers_sooner(entry.since, now) {
+                entry.accused = true;
+                backend.replied(&request.policy.health, request.prefix, request.class, true, entry.since, now);
+            }
+            let unusual = unusual && !request.shared;
             let reason = (silent || doubted || vanished) && waited >= limit || unusual;
             if !reason || !request.movable {
                 continue;
