@@ -138,8 +138,7 @@ impl ProxyHttp for Gateway {
                         answer::page(session, *status, page, &route.response).await?;
                     }
                     Action::Redirect { scheme, host, path, status } => {
-                        let connection = exchange.connection.as_deref();
-                        let tls = connection.is_some_and(|connection| connection.tls.is_some());
+                        let tls = exchange.is_secure(&session.req_header().headers);
                         let head = session.req_header();
                         let own = head.uri.path_and_query().map_or("/", |path| path.as_str());
                         let own_scheme = if tls { "https" } else { "http" };
@@ -544,7 +543,7 @@ impl ProxyHttp for Gateway {
         if let Some(route) = exchange.route.take() {
             hops::change_answer(&route.response, response)?;
         }
-        peer::keep_in_place(response, exchange)?;
+        peer::keep_in_place(response, exchange, &session.req_header().headers)?;
         let endless = status == 101 || !response.headers.contains_key(header::CONTENT_LENGTH);
         if let Some(connection) = exchange.connection.as_ref().filter(|_| endless && !exchange.h2_client) {
             connection.forget_listener();

@@ -44,6 +44,7 @@ pub mod poison;
 pub mod relay;
 pub mod splice;
 pub mod session;
+pub mod stuck;
 pub mod limits;
 pub mod host;
 

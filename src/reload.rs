@@ -88,8 +88,10 @@ pub fn build(
     // that some clients refuse is better than none, and no other change must wait for it.
     let served = |digest: &u128| {
         let listeners = previous.iter().flat_map(|table| &table.config.listeners);
-        let mut pairs = listeners.filter_map(|listener| listener.tls.as_ref()).flat_map(|tls| &tls.certificates);
-        pairs.any(|pair| pair.certificate.digest == *digest)
+        let pairs = listeners.filter_map(|listener| listener.tls.as_ref()).flat_map(|tls| &tls.certificates);
+        let pools = previous.iter().flat_map(|table| &table.config.pools);
+        let shown = pools.filter_map(|pool| pool.tls.as_ref()).filter_map(|tls| tls.identity.as_ref());
+        pairs.chain(shown).any(|pair| pair.certificate.digest == *digest)
     };
     let (old, new): (Vec<_>, Vec<_>) =
         loaded.ended.iter().partition(|(digest, _)| previous.is_none() || served(digest));

@@ -148,6 +148,7 @@ fn pool_status(pool: &Pool, info: &Info) -> Value {
         "connections": { "now": pool.shared.connections.used(), "limit": pool.policy.max_connections },
         "refused": { "full": pool.shared.refused_full.get(), "unreachable": pool.shared.refused_unreachable.get() },
         "races": { "begun": pool.shared.races.get(), "won": pool.shared.raced[1].get(), "no_budget": pool.shared.budget.refused() },
+        "client_certificate": pool.policy.tls.as_ref().and_then(|tls| tls.ends).map(ends),
         "cells": cells,
     })
 }
@@ -679,7 +680,7 @@ fn certificates_metrics(t: &mut Text, table: &Table) {
     t.family(
         NAME,
         "gauge",
-        "When a certificate ends: one that a listener serves, or that a TLS probe of the backend saw last.",
+        "When a certificate ends: one that a listener serves, that we show to a pool's backends, or that a TLS probe of the backend saw last.",
     );
     let mut served: Vec<_> = table.listeners.values().collect();
     served.sort_by(|a, b| a.name.cmp(&b.name));
@@ -689,6 +690,11 @@ fn certificates_metrics(t: &mut Text, table: &Table) {
             let name = identity.names.first().map_or("", String::as_str);
             let labels = [("listener", &*listener.name), ("certificate", &*number.to_string()), ("name", name)];
             t.sample(NAME, &labels, identity.valid.1);
+        }
+    }
+    for pool in &table.pools {
+        if let Some(ends) = pool.policy.tls.as_ref().and_then(|tls| tls.ends) {
+            t.sample(NAME, &[("pool", &*pool.name), ("certificate", "client")], ends);
         }
     }
     for (labels, backend) in members(table) {

@@ -20,6 +20,7 @@ use crate::clock::Time;
 use crate::config::OnDown;
 use crate::health::{Depth, State};
 use crate::pool::Policy;
+use crate::stuck::{ROUNDS, Unacked};
 use crate::sys;
 use crate::table::{End, Table};
 
@@ -32,8 +33,6 @@ const LONG: Duration = Duration::from_secs(10);
 const BEAT: Duration = Duration::from_secs(1);
 /// Sessions that are looked at for that; one look must not hold up the worker.
 const LOOKED_AT: usize = 4_096;
-/// Looks in which every session is asked about once.
-const ROUNDS: usize = 5;
 /// Most sessions of down backends that are reset in a tenth of a second, over all workers: 500 a second.
 pub const RESETS_PER_TICK: usize = 50;
 
@@ -59,7 +58,7 @@ struct Entry {
     server: RawFd,
     waits: u8,
     /// Since when a look finds bytes unacknowledged, and no acknowledgement since: towards client and backend.
-    unacked: [Option<Time>; 2],
+    unacked: [Unacked; 2],
     kept_alive: bool,
     doomed: bool,
     kicked: bool,
@@ -98,7 +97,7 @@ pub fn enter(
         client,
         server,
         waits: 0,
-        unacked: [None; 2],
+        unacked: [Unacked::default(); 2],
         kept_alive: false,
         doomed: false,
         kicked: false,
@@ -170,9 +169,10 @@ pub fn inspect(table: &Table, now: Time) {
             let fds = [entry.client, entry.server];
             let mut silent = [Duration::ZERO; 2];
             for (side, wait) in [WAITS_CLIENT, WAITS_BACKEND].into_iter().enumerate() {
-                let due = turn || entry.waits & wait != 0 || entry.unacked[side].is_some() || down && side == 1;
+                let due = turn || entry.waits & wait != 0 || entry.unacked[side].waits() || down && side == 1;
                 if due {
-                    silent[side] = silence(fds[side], &mut entry.unacked[side], now);
+                    let info = borrow(fds[side]).and_then(|fd| sys::tcp_info(fd).ok());
+                    silent[side] = entry.unacked[side].silence(info, now);
                 }
             }
             entry.doomed = false;
@@ -416,24 +416,6 @@ fn doomed(entry: &Entry, silent: Duration, now: Time) -> bool {
         OnDown::Drain => now.since(health.since()) >= entry.policy.drain,
         OnDown::Keep => false,
     }
-}
-
-/// For how long looks have found bytes that the peer's kernel has not acknowledged, and no acknowledgement since.
-///
-/// The age of the last acknowledgement alone would not do: after a quiet hour the first byte sent finds it an hour
-/// old.
-fn silence(fd: RawFd, since: &mut Option<Time>, now: Time) -> Duration {
-    let info = borrow(fd).and_then(|fd| sys::tcp_info(fd).ok()).filter(|info| info.unacked > 0);
-    let Some(info) = info else {
-        *since = None;
-        return Duration::ZERO;
-    };
-    let first = *since.get_or_insert(now);
-    if info.last_ack < now.since(first) {
-        *since = Some(now);
-        return Duration::ZERO;
-    }
-    now.since(first)
 }
 
 fn end(entry: &mut Entry, how: End) {

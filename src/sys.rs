@@ -16,6 +16,8 @@ pub struct TcpInfo {
     pub rtt: Duration,
     /// Segments sent and not acknowledged.
     pub unacked: u32,
+    /// Questions whether the peer is there, or takes something again, that were not answered.
+    pub probes: u8,
     /// Time since the last acknowledgement.
     pub last_ack: Duration,
 }
@@ -69,6 +71,18 @@ pub fn has_finished(descriptor: RawFd) -> bool {
     tcp_info(unsafe { BorrowedFd::borrow_raw(descriptor) }).is_ok_and(|info| info.finished())
 }
 
+/// Asks the kernel about a TCP connection that stands in a list of its worker's; `None`: it says nothing.
+pub fn info_of(descriptor: RawFd) -> Option<TcpInfo> {
+    // SAFETY: the caller knows the descriptor for open, as for `shut_down`. The borrow ends with this call.
+    tcp_info(unsafe { BorrowedFd::borrow_raw(descriptor) }).ok()
+}
+
+/// Bytes that were written to a TCP connection of such a list and that the peer has not let the kernel send yet.
+pub fn unsent(descriptor: RawFd) -> u32 {
+    // SAFETY: the caller knows the descriptor for open, as for `shut_down`. The borrow ends with this call.
+    tcp_traffic(unsafe { BorrowedFd::borrow_raw(descriptor) }).map_or(0, |traffic| traffic.unsent)
+}
+
 /// Asks the kernel about the TCP connection of `socket`.
 ///
 /// # Errors
@@ -96,6 +110,7 @@ pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
         state: info.tcpi_state,
         rtt: Duration::from_micros(u64::from(info.tcpi_rtt)),
         unacked: info.tcpi_unacked,
+        probes: info.tcpi_probes,
         last_ack: Duration::from_millis(u64::from(info.tcpi_last_ack_recv)),
     })
 }
@@ -109,6 +124,8 @@ pub struct Traffic {
     pub received: u64,
     /// Since bytes were received last.
     pub silent: Duration,
+    /// Bytes that wait to be sent.
+    pub unsent: u32,
 }
 
 /// Asks the kernel what went over the TCP connection of `socket`. The struct of the C library ends before these
@@ -120,7 +137,8 @@ pub fn tcp_traffic(socket: BorrowedFd<'_>) -> io::Result<Traffic> {
     const LAST_DATA_RECV: usize = 52;
     const BYTES_ACKED: usize = 120;
     const BYTES_RECEIVED: usize = 128;
-    let mut info = [0u8; 136];
+    const NOTSENT_BYTES: usize = 144;
+    let mut info = [0u8; 148];
     let mut length = info.len() as libc::socklen_t;
     // SAFETY: `info` is valid for `length` bytes of writing, the kernel writes no more than `length`, and every
     // byte is a valid value. The descriptor is borrowed, so it is open for the duration of the call.
@@ -142,6 +160,7 @@ pub fn tcp_traffic(socket: BorrowedFd<'_>) -> io::Result<Traffic> {
         acknowledged: wide(BYTES_ACKED),
         received: wide(BYTES_RECEIVED),
         silent: Duration::from_millis(u64::from(narrow(LAST_DATA_RECV))),
+        unsent: narrow(NOTSENT_BYTES),
     })
 }
 

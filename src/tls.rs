@@ -126,6 +126,8 @@ pub struct Upstream {
     pub authorities: Arc<[u8]>,
     /// See `authorities`.
     pub identity: Option<PemPair>,
+    /// When the certificate that we show ends, in seconds since 1970.
+    pub ends: Option<i64>,
     /// What its handshakes are made by, for plain bytes.
     pub client: Arc<ClientConfig>,
     /// The same for probes, each a whole handshake in which the certificate is judged: of plain bytes, and of HTTP with what it
@@ -163,8 +165,10 @@ impl Upstream {
     ) -> Result<Upstream, String> {
         let server_name = ServerName::try_from(name.to_owned()).map_err(|_| format!("{name} is no server name"))?;
         let mut config = ClientConfig::clone(&*client(verify.then_some(&*authorities))?);
+        let mut ends = None;
         if let Some((chain, key)) = &identity {
             let shown = self::identity(chain, key).map_err(|(_, error)| format!("TLS to backends: {error}"))?;
+            ends = Some(shown.valid.1);
             config.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(shown.key.clone()));
         }
         let offering = |protocols: &[&[u8]]| {
@@ -182,6 +186,7 @@ impl Upstream {
             verify,
             authorities,
             identity,
+            ends,
             http,
             digest,
             probe,

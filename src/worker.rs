@@ -137,6 +137,8 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
                     let table = host.live.load();
                     session::inspect(&table, clock::now());
                     session::rebalance(&table, clock::now());
+                    http::upstream::break_stuck(clock::now());
+                    http::stream::break_stuck(clock::now());
                     let (cpu_now, wall_now) = (sys::thread_cpu(), Instant::now());
                     let busy = (cpu_now - cpu).as_secs_f64() / (wall_now - wall).as_secs_f64().max(1e-6);
                     (cpu, wall) = (cpu_now, wall_now);

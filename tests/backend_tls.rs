@@ -241,6 +241,35 @@ fn http_and_tcp_go_under_tls_with_a_certificate_of_ours_and_probes_verify_the_sa
     assert!(proxy.metric("sailover_certificate_expiry_timestamp_seconds", &[]) > 1e9);
 }
 
+/// Where our own has ended every backend refuses us at once.
+#[test]
+fn the_end_of_our_own_certificate_is_told_before_it_comes_and_refused_after_it() {
+    let (authority, directory) = (Authority::new(), Directory::new());
+    std::fs::write(directory.0.join("ca.pem"), &authority.pem).unwrap();
+    authority.write(&directory.0, "own", &["edge.internal"], 5);
+    authority.write(&directory.0, "ended", &["edge.internal"], -3);
+    let at = directory.0.display();
+    let yaml = |own: &str| {
+        format!(
+            "pools: {{ p: {{ cells: {{ a: [ 127.0.0.1:1 ] }}, probe: off, \
+             tls: {{ server_name: a, ca: {at}/ca.pem, certificate: {at}/{own}.pem, key: {at}/{own}.key }} }} }}\n\
+             listeners: [ {{ bind: 127.0.0.1:0, tcp: p }} ]"
+        )
+    };
+    let proxy = Proxy::start(&yaml("own"));
+    assert_eq!(proxy.status()["pools"][0]["client_certificate"]["days"], 5);
+    let labels = ["pool=\"p\",certificate=\"client\""];
+    assert!(proxy.metric("sailover_certificate_expiry_timestamp_seconds", &labels) > 1e9);
+    let said = String::from_utf8_lossy(&proxy.command(&["status"]).stdout).into_owned();
+    assert!(said.contains("the certificate that its backends are shown expires in 5 days"), "{said}");
+
+    proxy.write(&yaml("ended"));
+    let refused = proxy.command(&["reload"]);
+    assert!(!refused.status.success());
+    proxy.wait_log("is valid from ");
+    assert_eq!(proxy.status()["pools"][0]["client_certificate"]["days"], 5, "the one that serves goes on");
+}
+
 #[test]
 fn a_probe_under_tls_sees_the_certificate_that_traffic_would_see() {
     let authority = Authority::new();

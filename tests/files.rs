@@ -176,10 +176,10 @@ fn check_by_root_sees_with_the_eyes_of_the_service() {
 
 #[test]
 fn a_listener_without_an_idle_time_has_its_pools() {
-    let idle = |listener: &str| {
+    let idle = |face: &str, listener: &str| {
         let text = format!(
             "pools: {{ p: {{ cells: {{ a: [ 10.0.0.1:1 ] }}, timeouts: {{ idle: 8h }} }} }}\n\
-             listeners: [ {{ bind: 10.0.0.2:1, tcp: p, {listener} }} ]\n"
+             listeners: [ {{ bind: 10.0.0.2:1, {face}, {listener} }} ]\n"
         );
         let loaded = config::parse(text.as_bytes(), config::DEFAULT_MAX_BYTES).unwrap();
         let (table, _) = sailover::table::build(
@@ -190,9 +190,28 @@ fn a_listener_without_an_idle_time_has_its_pools() {
             sailover::clock::now(),
         )
         .unwrap();
-        table.listeners.values().next().unwrap().idle(&table.pools[0]).as_secs() / 3_600
+        let listener = table.listeners.values().next().unwrap();
+        [listener.idle(&table.pools[0]), listener.http_idle()].map(|idle| idle.as_secs() / 3_600)
     };
-    assert_eq!((idle(""), idle("timeouts: { idle: 2h }"), idle("timeouts: { idle: 9h }")), (8, 2, 8));
+    for face in ["tcp: p", "http: { routes: [ { path: /x, respond: { status: 200 } }, { pool: p } ] }"] {
+        assert_eq!(idle(face, ""), [8, 8]);
+        assert_eq!(idle(face, "timeouts: { idle: 2h }"), [2, 2]);
+        assert_eq!(idle(face, "timeouts: { idle: 9h }"), [8, 9]);
+    }
+}
+
+/// TLS and a PROXY header are asked for where the service is, and not where another one is.
+#[test]
+fn a_probe_of_the_backends_own_port_is_as_the_pool_is() {
+    let header = |port: &str| {
+        let text = format!(
+            "pools: {{ p: {{ send_proxy: v1, probe: {{ tcp: {{}}{port} }}, cells: {{ a: [ 10.0.0.1:1 ] }} }} }}\n\
+             listeners: [ {{ bind: 10.0.0.2:1, tcp: p }} ]\n"
+        );
+        let loaded = config::parse(text.as_bytes(), config::DEFAULT_MAX_BYTES).unwrap();
+        loaded.config.pools[0].probe.as_ref().unwrap().send_proxy.is_some()
+    };
+    assert_eq!((header(""), header(", port: 1"), header(", port: 2")), (true, true, false));
 }
 
 /// Every configuration that a page shows is one that the program takes.

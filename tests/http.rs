@@ -400,6 +400,26 @@ fn a_trusted_peers_own_words_are_kept() {
 }
 
 #[test]
+fn what_a_trusted_peer_says_of_tls_is_believed_for_our_own_answers_too() {
+    let origin = Origin::start(Version::One);
+    for (trust, scheme) in [("127.0.0.0/8", "https"), ("10.0.0.0/8", "http")] {
+        let http = format!(
+            "routes: [ {{ path: /old, redirect: {{ path: /new }} }}, {{ pool: p }} ], forwarded: {{ trust: [ {trust} ] }}"
+        );
+        let proxy =
+            proxy(&pool("p", &[origin.address], "probe: off, affinity: { by: { cookie: { name: at } } }"), &http, "");
+        let get = |path: &str| {
+            let head =
+                format!("GET {path} HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: https\r\nConnection: close\r\n\r\n");
+            raw(proxy.address(0), head.as_bytes())
+        };
+        let (moved, answer) = (get("/old"), get("/"));
+        assert!(moved.contains(&format!("{scheme}://a/new\r\n")), "{trust}: {moved}");
+        assert_eq!(answer.contains("; Secure"), scheme == "https", "{trust}: {answer}");
+    }
+}
+
+#[test]
 fn pipelined_requests_are_answered_in_order_over_one_connection() {
     let origin = Origin::start(Version::One);
     let proxy = proxy(&pool("p", &[origin.address], ""), "routes: [ { pool: p } ]", "");

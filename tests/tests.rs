@@ -13,6 +13,7 @@ mod confine;
 mod files;
 /// What looks well, and is not.
 mod gray;
+mod h2;
 /// What a client sends first: server names, PROXY headers.
 mod hello;
 /// HTTP: bodies, refusals, routes, headers, times, stickiness.

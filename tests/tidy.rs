@@ -66,7 +66,8 @@ fn the_import_table_holds() {
             &["backend", "clock", "config", "health", "http", "limits", "metrics", "pool", "tls", "uplink", "version"],
         ),
         ("splice", &["host"]),
-        ("session", &["backend", "clock", "config", "health", "pool", "sys", "table"]),
+        ("stuck", &["clock"]),
+        ("session", &["backend", "clock", "config", "health", "pool", "stuck", "sys", "table"]),
         ("relay", &["backend", "clock", "host", "session", "splice", "table", "tls"]),
         ("dial", &["backend", "clock", "health", "host", "limits", "pool", "tls"]),
         (
@@ -80,7 +81,7 @@ fn the_import_table_holds() {
             "http",
             &[
                 "backend", "class", "clock", "config", "dial", "health", "hello", "host", "limits", "listen", "log",
-                "poison", "pool", "sniff", "table", "tcp", "tls", "witness",
+                "poison", "pool", "sniff", "stuck", "table", "tcp", "tls", "witness",
             ],
         ),
         ("listen", &["clock", "host", "http", "limits", "table", "tcp"]),

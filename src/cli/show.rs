@@ -305,10 +305,14 @@ fn listeners(status: &Value, screen: &Screen) -> String {
     for listener in list(&status["listeners"]) {
         let mut notes = Vec::new();
         if listener["local"] == false {
-            notes.push("the address is not local now");
+            notes.push("the address is not local now".to_owned());
         }
         if listener["at_cap"] == true {
-            notes.push("at its cap");
+            notes.push("at its cap".to_owned());
+        }
+        for certificate in list(&listener["certificates"]) {
+            let names: Vec<String> = list(&certificate["names"]).map(text).collect();
+            notes.extend(ends_soon(certificate).map(|said| format!("the certificate of {} {said}", names.join(", "))));
         }
         table.row([
             (text(&listener["name"]), ""),
@@ -381,13 +385,21 @@ fn pool_table(pool: &Value, screen: &Screen) -> String {
             if !backend["contradiction"].is_null() {
                 table.rows.push(Row::Remark(text(&backend["contradiction"])));
             }
-            if let Some(days) = backend["certificate"]["days"].as_i64().filter(|days| *days < 14) {
-                let said = if days < 0 { "has expired".to_owned() } else { format!("expires in {days} days") };
+            if let Some(said) = ends_soon(&backend["certificate"]) {
                 table.rows.push(Row::Remark(format!("its certificate {said}")));
             }
         }
     }
+    if let Some(said) = ends_soon(&pool["client_certificate"]) {
+        table.rows.push(Row::Remark(format!("the certificate that its backends are shown {said}")));
+    }
     screen.line(&head) + &table.render(screen)
+}
+
+/// What is to be said of a certificate that ends within two weeks.
+fn ends_soon(certificate: &Value) -> Option<String> {
+    let days = certificate["days"].as_i64().filter(|days| *days < 14)?;
+    Some(if days < 0 { "has expired".to_owned() } else { format!("expires in {days} days") })
 }
 
 /// The table of `sessions`.

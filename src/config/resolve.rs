@@ -66,7 +66,8 @@ pub(super) fn resolve(
             }
         });
         let tls = pool.tls.take();
-        let tls = tls.and_then(|tls| resolve_backend_tls(tls, &format!("{path}.tls"), source, sources, problems));
+        let tls =
+            tls.and_then(|tls| resolve_backend_tls(tls, &format!("{path}.tls"), source, sources, problems, ended));
         let mut say = |path: &str, message: String| problems.push(sources.problem(source, path, message));
         pools.push(resolve_pool(name, pool, kind, tls, known_cells.as_ref(), &mut say));
     }
@@ -158,6 +159,7 @@ fn resolve_backend_tls(
     source: usize,
     sources: &mut Sources,
     problems: &mut Vec<Problem>,
+    ended: &mut Vec<(u128, Problem)>,
 ) -> Option<BackendTls> {
     let mut read = |key: &str, name: &str| match sources.read_pem(source, name) {
         Ok(pem) => Some(pem),
@@ -183,17 +185,35 @@ fn resolve_backend_tls(
         None => None,
         Some(None) => return None,
         Some(Some((certificate, key))) => {
-            if let Err((part, message)) = tls::identity(&certificate.bytes, &key.bytes) {
-                let (name, file) = match part {
-                    Part::Certificate => ("certificate", &certificate.file),
-                    Part::Key => ("key", &key.file),
-                };
-                problems.push(sources.problem(source, &format!("{path}.{name}"), format!("{file} {message}")));
+            match tls::identity(&certificate.bytes, &key.bytes) {
+                Ok(identity) => {
+                    if let Some(message) = not_valid_now(&certificate.file, identity.valid) {
+                        let problem = sources.problem(source, &format!("{path}.certificate"), message);
+                        ended.push((certificate.digest, problem));
+                    }
+                }
+                Err((part, message)) => {
+                    let (name, file) = match part {
+                        Part::Certificate => ("certificate", &certificate.file),
+                        Part::Key => ("key", &key.file),
+                    };
+                    problems.push(sources.problem(source, &format!("{path}.{name}"), format!("{file} {message}")));
+                }
             }
             Some(Pair { certificate, key })
         }
     };
     Some(BackendTls { server_name: tls.server_name?, verify: tls.verify, ca, identity })
+}
+
+/// What is to be said of a certificate that is valid between two times, in seconds since 1970, and not now.
+fn not_valid_now(file: &str, (begins, ends): (i64, i64)) -> Option<String> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
+    let day = |at: i64| {
+        let at = UNIX_EPOCH + Duration::from_secs(at.clamp(0, tls::LAST_SECOND - 1) as u64);
+        humantime::format_rfc3339_seconds(at).to_string()
+    };
+    (!(begins..ends).contains(&now)).then(|| format!("{file} is valid from {} to {} only", day(begins), day(ends)))
 }
 
 /// Reads and judges what the TLS of a listener names.
@@ -205,7 +225,6 @@ fn resolve_tls(
     problems: &mut Vec<Problem>,
     ended: &mut Vec<(u128, Problem)>,
 ) -> ListenerTls {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() as i64;
     let mut certificates = Vec::new();
     for (at, certificate, key) in tls.certificates {
         let mut read = |key: &str, name: &str| match sources.read_pem(source, name) {
@@ -218,13 +237,7 @@ fn resolve_tls(
         let (Some(certificate), Some(key)) = (read("certificate", &certificate), read("key", &key)) else { continue };
         match tls::identity(&certificate.bytes, &key.bytes) {
             Ok(identity) => {
-                let (begins, ends) = identity.valid;
-                if !(begins..ends).contains(&now) {
-                    let day = |at: i64| {
-                        let at = UNIX_EPOCH + Duration::from_secs(at.clamp(0, tls::LAST_SECOND - 1) as u64);
-                        humantime::format_rfc3339_seconds(at).to_string()
-                    };
-                    let message = format!("{} is valid from {} to {} only", certificate.file, day(begins), day(ends));
+                if let Some(message) = not_valid_now(&certificate.file, identity.valid) {
                     ended.push((certificate.digest, sources.problem(source, &format!("{at}.certificate"), message)));
                 }
                 certificates.push(Pair { certificate, key });
@@ -324,6 +337,9 @@ fn resolve_pool(
                 ),
             );
         }
+        // Another port is another service, which expects neither a header nor TLS.
+        let mut backends = cells.iter().flat_map(|cell| &cell.backends);
+        let own_port = probe.port.is_none_or(|port| backends.all(|backend| u64::from(backend.address.port()) == port));
         Probe {
             kind: kind.unwrap_or(ProbeKind::Tcp),
             interval,
@@ -331,10 +347,9 @@ fn resolve_pool(
             fall: probe.fall.unwrap_or(2) as u32,
             rise: probe.rise.unwrap_or(2) as u32,
             port: probe.port.map(|port| port as u16),
-            // Another port is another service, which expects no header.
-            send_proxy: pool.send_proxy.filter(|_| probe.port.is_none()),
-            tls: tls.clone().filter(|_| probe.port.is_none()),
-            version: pool.http.filter(|_| probe.port.is_none()).unwrap_or(HttpVersion::Auto),
+            send_proxy: pool.send_proxy.filter(|_| own_port),
+            tls: tls.clone().filter(|_| own_port),
+            version: pool.http.filter(|_| own_port).unwrap_or(HttpVersion::Auto),
             data_header: pool.data_version.as_ref().map(|wanted| wanted.header.clone()),
         }
     });

@@ -194,8 +194,11 @@ pub fn direct(process: &Host, session: &Session, exchange: &mut Exchange) -> std
         Some(None) => return Err(full(answer::sentence(503))),
     };
     exchange.permits[1] = process;
-    if let Some(connection) = connection.filter(|_| !exchange.h2_client) {
-        connection.link.bound_idle(pool.policy.idle);
+    if let Some(connection) = connection {
+        connection.link.bound_unacked(pool.policy.unacked);
+        if !exchange.h2_client {
+            connection.link.bound_idle(pool.policy.idle);
+        }
     }
     pool.shared.budget.client(exchange.began);
 

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::HeaderValue;
+use http::header::{HeaderMap, HeaderValue};
 use pingora_proxy::Session;
 
+use super::forward;
 use super::route::Route;
 use super::serve::Connection;
 use super::stream;
@@ -17,7 +18,7 @@ use crate::dial::{Failure, Story};
 use crate::limits::Permit;
 use crate::log::Served;
 use crate::pool::{CellShared, Policy, Pool};
-use crate::table::{End, Listener};
+use crate::table::{End, Face, Listener};
 
 /// An answer that has gone on for so long may be cut without an error.
 const LONG: Duration = Duration::from_secs(10);
@@ -103,6 +104,16 @@ pub struct Exchange {
 }
 
 impl Exchange {
+    /// Whether its client came by TLS, here or to a trusted peer before us.
+    pub(super) fn is_secure(&self, request: &HeaderMap) -> bool {
+        let Some(connection) = &self.connection else { return false };
+        let tls = connection.tls.is_some();
+        match self.listener.as_ref().map(|listener| &listener.face) {
+            Some(Face::Http(face)) => forward::is_secure(&face.forwarded, connection.client.ip(), tls, request),
+            _ => tls,
+        }
+    }
+
     pub(super) fn link(&self) -> Option<&stream::Link> {
         self.connection.as_ref().map(|connection| &*connection.link)
     }

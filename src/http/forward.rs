@@ -40,6 +40,14 @@ pub fn trusted(rule: &Forwarded, peer: IpAddr) -> bool {
     rule.trust.iter().any(|network| network.contains(peer.to_canonical()))
 }
 
+/// Whether the client came by TLS: to us, or to a trusted peer that says so.
+pub fn is_secure(rule: &Forwarded, peer: IpAddr, tls: bool, headers: &HeaderMap) -> bool {
+    match headers.get(PROTO).filter(|_| trusted(rule, peer)) {
+        Some(said) => said.as_bytes().eq_ignore_ascii_case(b"https"),
+        None => tls,
+    }
+}
+
 /// Sets, replaces or adds to the headers of a request that goes to a backend.
 ///
 /// # Errors

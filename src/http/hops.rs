@@ -22,7 +22,7 @@ pub fn join_cookies(request: &mut RequestHeader) -> Result<()> {
     request.insert_header(header::COOKIE, whole.map_err(|_| Error::new_down(ErrorType::InvalidHTTPHeader))?)
 }
 
-/// Changes a request as its route says.
+/// Changes a request as its route says: what is added takes the place of what the client sent.
 ///
 /// # Errors
 /// None in practice: the values were read as such.
@@ -55,7 +55,10 @@ pub fn take_out_hops(response: &mut ResponseHeader) {
     response.remove_header(&header::CONNECTION);
 }
 
-/// Changes an answer as its route says.
+/// Headers of which an answer may well have several; what a route adds comes beside those of the backend.
+const LISTS: [HeaderName; 3] = [header::SET_COOKIE, header::VARY, header::LINK];
+
+/// Changes an answer as its route says: what is added takes the place of what was there, but in [`LISTS`].
 ///
 /// # Errors
 /// None in practice: the values were read as such.
@@ -64,7 +67,11 @@ pub fn change_answer(changes: &Changes, response: &mut ResponseHeader) -> Result
         response.remove_header(name);
     }
     for (name, value) in &changes.add {
-        response.insert_header(name, value)?;
+        if LISTS.contains(name) {
+            response.append_header(name, value)?;
+        } else {
+            response.insert_header(name, value)?;
+        }
     }
     Ok(())
 }
@@ -93,5 +100,27 @@ pub fn remove_alike(request: &mut RequestHeader, name: &HeaderName) {
     let found: Vec<HeaderName> = request.headers.keys().filter(|other| alike(other)).cloned().collect();
     for other in found {
         request.remove_header(&other);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_route_adds_to_an_answer_takes_the_place_of_what_was_there_but_in_lists() {
+        let of = |text: &'static str| HeaderValue::from_static(text);
+        let mut answer = ResponseHeader::build(200, None).expect("a head");
+        for (name, value) in [("set-cookie", "a=1"), ("vary", "accept"), ("server", "x"), ("x-old", "y")] {
+            answer.append_header(name, value).expect("a header");
+        }
+        let add = [(header::SET_COOKIE, of("b=2")), (header::VARY, of("origin")), (header::SERVER, of("us"))];
+        let changes = Changes { add: add.to_vec(), remove: vec![HeaderName::from_static("x-old")] };
+        change_answer(&changes, &mut answer).expect("good values");
+        let all = |name: &str| answer.headers.get_all(name).iter().cloned().collect::<Vec<_>>();
+        assert_eq!(all("set-cookie"), [of("a=1"), of("b=2")]);
+        assert_eq!(all("vary"), [of("accept"), of("origin")]);
+        assert_eq!(all("server"), [of("us")]);
+        assert_eq!(all("x-old"), [] as [HeaderValue; 0]);
     }
 }

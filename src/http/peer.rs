@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use http::header;
+use http::header::{self, HeaderMap};
 use pingora_core::Result;
 use pingora_core::protocols::TcpKeepalive;
 use pingora_core::upstreams::peer::HttpPeer;
@@ -90,14 +90,13 @@ pub fn peer(pool: &Pool, backend: &Backend, dialler: Arc<Dialler>, exchange: &Ex
 }
 
 /// Sets the cookie that names the cell and the backend, when the client has not got the right one.
-pub fn keep_in_place(response: &mut ResponseHeader, exchange: &Exchange) -> Result<()> {
+pub fn keep_in_place(response: &mut ResponseHeader, exchange: &Exchange, request: &HeaderMap) -> Result<()> {
     let Some(pool) = &exchange.pool else { return Ok(()) };
     let Affinity::Cookie(cookie) = &pool.policy.affinity else { return Ok(()) };
     // Where its class alone fails, its client has not lost its place.
     if exchange.home.is_some_and(|home| home == exchange.member || exchange.avoided.contains(&home)) {
         return Ok(());
     }
-    let tls = exchange.connection.as_ref().is_some_and(|connection| connection.tls.is_some());
     let mut text = format!("{}={}; Path={}", cookie.name, place(pool, exchange.member), cookie.path);
     if let Some(domain) = &cookie.domain {
         text.push_str("; Domain=");
@@ -106,7 +105,7 @@ pub fn keep_in_place(response: &mut ResponseHeader, exchange: &Exchange) -> Resu
     if let Some(age) = cookie.max_age {
         text.push_str(&format!("; Max-Age={}", age.as_secs()));
     }
-    if cookie.secure.unwrap_or(tls) {
+    if cookie.secure.unwrap_or_else(|| exchange.is_secure(request)) {
         text.push_str("; Secure");
     }
     if cookie.http_only {

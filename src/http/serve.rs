@@ -9,6 +9,7 @@ use std::time::Duration;
 use http::{HeaderName, HeaderValue};
 use pingora_core::apps::{HttpPersistentSettings, HttpServerApp, ServerApp};
 use pingora_core::protocols::http::ServerSession;
+use pingora_core::protocols::http::v2::server::default_h2_options;
 use pingora_core::server::configuration::ServerConf;
 use pingora_proxy::{HttpProxy, http_proxy};
 use tokio::io::AsyncReadExt;
@@ -30,6 +31,10 @@ use crate::tls::Stream;
 
 /// What a client says first that speaks HTTP/2 without being asked (RFC 9113, 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// What a client of HTTP/2 may send of one body, and of all, before its backends have taken it: an upload that a backend does not read
+/// stops no other.
+const H2_STREAM: u32 = 64 * 1024;
+const H2_CONNECTION: u32 = 16 * H2_STREAM;
 /// How long a connection that was told to go may take for its last exchanges, at most.
 const GOING: Duration = Duration::from_secs(3_600);
 /// How long an idle connection still takes a request after that.
@@ -115,7 +120,11 @@ fn engine(host: &Arc<Host>) -> Arc<HttpProxy<Gateway>> {
                 ca_file: Some("/dev/null".to_owned()),
                 ..ServerConf::default()
             };
-            Arc::new(http_proxy(&Arc::new(conf), Gateway::new(host.clone())))
+            let mut engine = http_proxy(&Arc::new(conf), Gateway::new(host.clone()));
+            let mut h2 = default_h2_options();
+            h2.initial_window_size(H2_STREAM).initial_connection_window_size(H2_CONNECTION);
+            engine.h2_options = Some(h2);
+            Arc::new(engine)
         };
         engine.get_or_init(make).clone()
     })

@@ -30,7 +30,9 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::framer::{Framer, Refusal};
 use super::{answer, upstream};
+use crate::clock::Time;
 use crate::config::http::Page;
+use crate::stuck::{ROUNDS, Unacked};
 use crate::{sys, tcp, tls};
 
 /// Bytes on their way to the client are gathered up to this many, until the engine says that they should go.
@@ -83,6 +85,8 @@ pub struct Link {
     awaits_body: AtomicBool,
     /// Milliseconds without a byte that the present request may have; 0: as long as the connection.
     idle_ms: AtomicU64,
+    /// Milliseconds that bytes for the client may wait for their acknowledgement; 0: not known yet.
+    unacked_ms: AtomicU64,
     timed_out: AtomicBool,
     /// The client waits for leave to send its body.
     pub expects: AtomicBool,
@@ -129,6 +133,11 @@ impl Link {
     /// The present request may go so long without a byte, where that is shorter than the connection's own bound.
     pub fn bound_idle(&self, idle: Duration) {
         self.idle_ms.store(idle.as_millis() as u64, Relaxed);
+    }
+
+    /// Bytes may wait so long for the client's acknowledgement.
+    pub fn bound_unacked(&self, unacked: Duration) {
+        self.unacked_ms.store(unacked.as_millis() as u64, Relaxed);
     }
 
     /// Whether it is the client that has to go on, with more of its body.
@@ -199,7 +208,7 @@ impl Link {
 
 thread_local! {
     /// The connections of this worker.
-    static OPEN: RefCell<Slab<Arc<Link>>> = const { RefCell::new(Slab::new()) };
+    static OPEN: RefCell<Slab<(Arc<Link>, Unacked)>> = const { RefCell::new(Slab::new()) };
 }
 
 /// How many connections this worker has.
@@ -207,9 +216,31 @@ pub fn count() -> usize {
     OPEN.with_borrow(Slab::len)
 }
 
+/// The look at all clients that are served, once a second: a connection whose client's kernel has not acknowledged anything for too
+/// long is broken, as the kernel would break it after a quarter of an hour.
+pub fn break_stuck(now: Time) {
+    let round = now.seconds() as usize % ROUNDS;
+    let mut stuck = Vec::new();
+    OPEN.with_borrow_mut(|open| {
+        for (place, (link, unacked)) in open.iter_mut() {
+            let (descriptor, may_wait) = (link.descriptor.load(Relaxed), link.unacked_ms.load(Relaxed));
+            if descriptor == 0 || may_wait == 0 || link.active.load(Relaxed) == 0 {
+                *unacked = Unacked::default();
+                continue;
+            }
+            let due = place % ROUNDS == round || unacked.waits();
+            if due && unacked.silence(sys::info_of(descriptor), now) >= Duration::from_millis(may_wait) {
+                sys::dissolve(descriptor);
+                stuck.push(link.clone());
+            }
+        }
+    });
+    stuck.iter().for_each(|link| link.wake());
+}
+
 /// Cuts what is left of this worker's exchanges, because the program ends: each has its line, and none looks whole.
 pub fn end_all() {
-    let open: Vec<Arc<Link>> = OPEN.with_borrow(|open| open.iter().map(|(_, link)| link.clone()).collect());
+    let open: Vec<Arc<Link>> = OPEN.with_borrow(|open| open.iter().map(|(_, (link, _))| link.clone()).collect());
     open.iter().for_each(|link| link.ended.store(true, Relaxed));
     upstream::break_all();
     // Who waits for its client is told of by that.
@@ -274,7 +305,7 @@ impl Edge {
     ) -> io::Result<Edge> {
         let response = ResponseHeader::build(200, Some(0)).map_err(|error| io::Error::other(error.to_string()))?;
         link.descriptor.store(inner.socket().as_raw_fd(), Relaxed);
-        let place = OPEN.with_borrow_mut(|open| open.insert(link.clone()));
+        let place = OPEN.with_borrow_mut(|open| open.insert((link.clone(), Unacked::default())));
         Ok(Edge {
             inner,
             link,

@@ -28,6 +28,7 @@ use crate::dial::{self, Client, DialError, Dialled, First, Story};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::pool::Pool;
+use crate::stuck::{ROUNDS, Unacked};
 use crate::tcp::{self, Kernel};
 use crate::{sys, tls};
 
@@ -83,6 +84,9 @@ struct Line {
     carried: u64,
     /// We have ended it.
     cut: bool,
+    /// For how long bytes may wait for their acknowledgement, and since when they do.
+    may_wait: Duration,
+    unacked: Unacked,
 }
 
 /// An exchange on a connection.
@@ -203,6 +207,26 @@ pub fn cut(place: Place) {
     if with(place, |line| line.cut = true).is_some() {
         sys::shut_down(place.descriptor);
     }
+}
+
+/// The look at all connections with exchanges, once a second: one whose backend's kernel has not acknowledged anything for too long
+/// is broken, as the kernel would break it after a quarter of an hour.
+pub fn break_stuck(now: Time) {
+    let round = now.seconds() as usize % ROUNDS;
+    LINES.with_borrow_mut(|lines| {
+        for (descriptor, line) in lines.iter_mut().filter(|(_, line)| line.active > 0 && !line.cut) {
+            let due = *descriptor as usize % ROUNDS == round || line.unacked.waits();
+            if due && line.unacked.silence(sys::info_of(*descriptor), now) >= line.may_wait {
+                line.cut = true;
+                sys::dissolve(*descriptor);
+            }
+        }
+    });
+}
+
+/// Whether bytes wait on this connection that its backend does not take.
+pub fn is_full(place: Place) -> bool {
+    with(place, |_| sys::unsent(place.descriptor) > 0).unwrap_or(false)
 }
 
 /// Breaks all connections of this worker's engine. An answer that ends with its connection has not ended by that.
@@ -433,6 +457,8 @@ impl Drop for Lent<'_> {
 #[async_trait]
 impl L4Connect for Dialler {
     async fn connect(&self, _address: &PeerAddr) -> Result<Stream> {
+        let by = self.lock().by.clone();
+        let may_wait = by.map_or(Duration::MAX, |(_, pool)| pool.policy.unacked);
         let mut socket = self.dial().await?;
         if !self.header.is_empty() {
             let sent = socket.write_all(&self.header).await;
@@ -441,7 +467,17 @@ impl L4Connect for Dialler {
         let descriptor = socket.as_raw_fd();
         let serial = next();
         let bounded = sys::bound_receiving(socket.as_fd(), RECEIVE);
-        let line = Line { serial, active: 0, talking: 0, late: Vec::new(), bounded, carried: 0, cut: false };
+        let line = Line {
+            serial,
+            active: 0,
+            talking: 0,
+            late: Vec::new(),
+            bounded,
+            carried: 0,
+            cut: false,
+            may_wait,
+            unacked: Unacked::default(),
+        };
         LINES.with_borrow_mut(|lines| lines.insert(descriptor, line));
         let mut stream = Stream::from(socket);
         stream.tracer = Some(Tracer(Box::new(Watch { descriptor, serial })));

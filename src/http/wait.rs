@@ -367,7 +367,12 @@ fn look(now: Time, late: bool) {
             let waited = now.since(entry.since);
             // While a client takes its time with its body the backend has nothing to answer for.
             let asked = |client: &Connection| client.link.awaits_body() && !client.link.expects.load(Relaxed);
-            let clients_turn = !entry.complete && request.body.as_ref().is_none_or(|client| asked(client));
+            let clients_turn = !entry.complete
+                && match &request.body {
+                    Some(client) => asked(client),
+                    // Beside others its turn cannot be seen from its connection: it is not where the backend takes nothing.
+                    None => waited < request.timeout || request.shared || !upstream::is_full(request.place),
+                };
             // Any byte keeps a connection of HTTP/2, so each of its bodies has a bound of its own.
             let stalled = clients_turn && request.body.is_none() && waited >= request.idle;
             if stalled || waited >= request.timeout && !clients_turn {

@@ -113,4 +113,76 @@ fn sessions_over_veth() {
     }
     println!("a vanished client ended after {times:.1?} s with unacked 1 s and 6 s");
     assert!(times[0] + 3.0 < times[1], "{times:?}");
+
+    // The same through HTTP: an upload to a cell that vanishes, and a client that vanishes under its answer.
+    backends.iter().for_each(|backend| backend.set(Mode::Mute));
+    let http = |cells: &str| {
+        let proxy = Proxy::start_in(
+            Some(rig.edge()),
+            &format!(
+                "pools: {{ p: {{ cells: {{ {cells} }}, probe: off, timeouts: {{ unacked: 1s, request: 60s }} }} }}\n\
+                 listeners: [ {{ bind: 10.99.2.1:8080, http: {{ routes: [ {{ pool: p }} ] }} }} ]"
+            ),
+        );
+        eventually("it listens", Duration::from_secs(5), || {
+            std::thread::sleep(Duration::from_millis(10));
+            (proxy.status()["listeners"][0]["connections"] == 0).then_some(())
+        });
+        proxy
+    };
+    let connections = |proxy: &Proxy| proxy.status()["listeners"][0]["connections"].as_u64().unwrap();
+    let uploading = http("a: [ '10.99.1.2:80' ]");
+    let namespace = rig.edge();
+    let upload = std::thread::spawn(move || {
+        netns::enter(&namespace);
+        let mut stream = TcpStream::connect("10.99.2.1:8080").unwrap();
+        stream.write_all(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n").unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let mut answer = [0; 1024];
+        // It goes on with its body, so that no time of a request is up.
+        loop {
+            let _ = stream.write_all(b"more");
+            match stream.read(&mut answer) {
+                Ok(n) => return String::from_utf8_lossy(&answer[..n]).into_owned(),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return error.to_string(),
+            }
+        }
+    });
+    eventually("the upload is under way", Duration::from_secs(5), || (on_a(&uploading) == 1).then_some(()));
+    rig.swallow(1);
+    let vanished = Instant::now();
+    let answer = upload.join().unwrap();
+    println!("an upload to a vanished cell ended after {:.1} s", vanished.elapsed().as_secs_f64());
+    assert!(answer.starts_with("HTTP/1.1 50") && vanished.elapsed() < Duration::from_secs(20), "{answer}");
+    rig.heal(1);
+    drop(uploading);
+
+    backends.iter().for_each(|backend| backend.set(Mode::Serve));
+    let answering = http("a: [ '10.99.1.2:80' ]");
+    let namespace = rig.cell(2);
+    let client = std::thread::spawn(move || {
+        netns::enter(&namespace);
+        let mut stream = TcpStream::connect("10.99.2.1:8080").unwrap();
+        stream.write_all(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        stream.read_exact(&mut [0; 65_536]).unwrap();
+        stream
+    });
+    let stream = client.join().unwrap();
+    assert_eq!(connections(&answering), 1);
+    let mut reading = stream.try_clone().unwrap();
+    std::thread::spawn(move || {
+        reading.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        let mut buffer = vec![0; 4 << 10];
+        // Slowly, so that there is always something on its way.
+        while matches!(reading.read(&mut buffer), Ok(n) if n > 0) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    rig.swallow(2);
+    let vanished = Instant::now();
+    eventually("it has ended", Duration::from_secs(20), || (connections(&answering) == 0).then_some(()));
+    println!("a client that vanished under its answer ended after {:.1} s", vanished.elapsed().as_secs_f64());
+    drop(stream);
+    rig.heal(2);
 }
