@@ -92,7 +92,7 @@ impl ProxyHttp for Gateway {
             .and_then(|digest| digest.proxy_digest.as_ref())
             .and_then(|digest| digest.user_data.as_ref()?.downcast_ref::<Arc<Connection>>().cloned());
         let Some(connection) = about else { return Err(Error::new_in(ErrorType::InternalError)) };
-        connection.link.active.fetch_add(1, Relaxed);
+        connection.link.begins();
         exchange.h2_client = session.req_header().version == Version::HTTP_2;
         exchange.old_client = session.req_header().version == Version::HTTP_10;
         exchange.prefix = witness::prefix(connection.client.ip());
@@ -807,7 +807,7 @@ impl ProxyHttp for Gateway {
             }));
             self.host.access.write(record, end, now.since(exchange.began));
         }
-        connection.link.active.fetch_sub(1, Relaxed);
+        connection.link.ends_one(now);
         connection.link.next();
     }
 

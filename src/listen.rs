@@ -116,6 +116,7 @@ pub async fn accept(socket: TcpListener, bind: SocketAddr, host: Arc<Host>, mut 
         let room = host.connections.used() < host.max_connections.load(Relaxed)
             && listener.shared.connections.used() < listener.max_connections;
         if !room && !*stop.borrow() {
+            http::stream::make_room(clock::now());
             let since = *at_cap_since.get_or_insert_with(|| {
                 host.accept_paused[1].add(1);
                 Instant::now()

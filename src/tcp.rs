@@ -149,15 +149,14 @@ pub async fn begin(
         let greeting = Greeting::unread(record.client);
         return Ok((Stream::Plain(client), greeting));
     }
-    // Those who have not begun yet, and may never, leave room for the others, of this listener and of all.
-    let most = host.max_connections.load(Relaxed).min(listener.max_connections);
-    let Some(_beginning) = beginning(listener, most).await else { return Err((End::Cap, Some(client))) };
+    let Some(_beginning) = beginning(listener, host).await else { return Err((End::Cap, Some(client))) };
     greet(client, listener, record).await
 }
 
-/// One of the places of those who have not begun yet, half of all. Whoever finds none waits for one as at any bound, unless many
-/// more places are taken.
-async fn beginning(listener: &Listener, most: u32) -> Option<Permit> {
+/// One of the places of those who have not begun yet, and may never: half of all, so that they leave room for the others, of this
+/// listener and of all. Whoever finds none waits for one as at any bound, unless many more places are taken.
+pub async fn beginning(listener: &Listener, host: &Host) -> Option<Permit> {
+    let most = host.max_connections.load(Relaxed).min(listener.max_connections);
     let (places, half) = (&listener.shared.beginnings, (most / 2).max(1));
     let deadline = Instant::now() + listener.wait;
     loop {

@@ -537,3 +537,46 @@ fn an_answer_over_http_2_that_is_not_taken_has_its_time() {
         (proxy.status()["pools"][0]["connections"]["now"] == 0).then_some(())
     });
 }
+
+#[test]
+fn who_asks_for_nothing_makes_room_at_the_cap_for_who_does() {
+    let slow = by_hand(|mut stream| {
+        while let Some(head) = read_request(&mut stream) {
+            if head.starts_with("get /slow") {
+                std::thread::sleep(Duration::from_secs(3));
+            }
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok");
+        }
+    });
+    let proxy = Proxy::start(&format!(
+        "pools:\n{}\nlisteners: [ {{ bind: 127.0.0.1:0, limits: {{ max_connections: 24 }}, http: {{ routes: [ {{ pool: p }} ] }} }} ]\nworkers: 1",
+        pool("p", &[slow], "probe: off")
+    ));
+    let address = proxy.address(0);
+    let busy = std::thread::spawn(move || raw(address, b"GET /slow HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"));
+    eventually("it is served", Duration::from_secs(5), || {
+        (proxy.status()["pools"][0]["connections"]["now"] == 1).then_some(())
+    });
+    // Some say nothing, some never end their head, and some have had an answer.
+    let hold = |words: &[u8]| {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(words).unwrap();
+        stream
+    };
+    let held: Vec<TcpStream> = [&b""[..], b"GET / HTTP/1.1\r\nX-Long: ", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"]
+        .into_iter()
+        .cycle()
+        .take(40)
+        .map(hold)
+        .collect();
+    eventually("it is at its cap", Duration::from_secs(5), || {
+        (proxy.status()["listeners"][0]["connections"] == 24).then_some(())
+    });
+    for _ in 0..40 {
+        let answer = raw(address, b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    let busy = busy.join().unwrap();
+    assert!(busy.starts_with("HTTP/1.1 200"), "what is served makes no room: {busy}");
+    drop(held);
+}

@@ -149,7 +149,7 @@ pub async fn serve(
         Ok((stream, mut greeting)) => {
             let _of_client = greeting.of_client.take();
             let deadline = Instant::now() + listener.header;
-            match first_bytes(stream, greeting, &listener, deadline).await {
+            match first_bytes(stream, greeting, &listener, &host, deadline).await {
                 Ok(ready) => run(ready, bind, listener, &host, stop, &mut record).await,
                 Err(end) => end,
             }
@@ -180,11 +180,13 @@ async fn first_bytes(
     mut stream: Stream,
     mut greeting: Greeting,
     listener: &Listener,
+    host: &Host,
     deadline: Instant,
 ) -> Result<Ready, End> {
     let Face::Http(face) = &listener.face else { return Err(End::NoRoute) };
     let mut h2 = stream.alpn() == Some(b"h2");
     if stream.plain().is_some() && face.h2c {
+        let Some(_beginning) = tcp::beginning(listener, host).await else { return Err(End::Cap) };
         let came = |bytes: &[u8]| bytes.len() >= PREFACE.len() || !PREFACE.starts_with(bytes);
         while !came(&greeting.bytes) {
             let mut part = [0; PREFACE.len()];
@@ -282,7 +284,11 @@ async fn run(
         tracing::debug!(listener = &*record.listener, client = %record.client, reason = refusal.reason, "refused");
         return end;
     }
-    if link.timed_out() { End::Idle } else { End::ClientClosed }
+    match () {
+        () if link.timed_out() => End::Idle,
+        () if link.makes_room() => End::Cap,
+        () => End::ClientClosed,
+    }
 }
 
 /// Serves requests of HTTP/1.1 one after the other. The engine has the connection only from a whole head to the end of its
@@ -315,6 +321,7 @@ async fn send_off(link: &Link, keepalive: Duration, stop: &mut Stop, go: &watch:
         let told = async { stop.wait_for(|stop| *stop).await.is_ok() };
         tokio::select! {
             _ = told => break,
+            () = link.has_to_make_room() => break,
             () = sleep_until(idle_since + keepalive) => {
                 let now = link.turns();
                 if link.active.load(Relaxed) == 0 && now == turns {

@@ -30,7 +30,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::framer::{Framer, Refusal};
 use super::{answer, upstream};
-use crate::clock::Time;
+use crate::clock::{self, Time};
 use crate::config::http::Page;
 use crate::stuck::{ROUNDS, Unacked};
 use crate::{sys, tcp, tls};
@@ -41,6 +41,9 @@ const GATHER: usize = 16 * 1024;
 const BURST: usize = 128 * 1024;
 /// Most bytes of next requests that wait while one is served.
 const AHEAD: usize = 64 * 1024;
+/// Connections that are looked at for one that can make room, and how long each may take for its request before it does.
+const LOOKED_AT: usize = 64;
+const YOUNG: Duration = Duration::from_millis(500);
 /// How long, and for how many bytes, a connection is read after its last answer, so that a reset does not overtake it.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 1 << 20;
@@ -94,6 +97,10 @@ pub struct Link {
     pub until_close: AtomicBool,
     /// See `until_close`.
     pub cut: AtomicBool,
+    /// Since when it has had no request, in the time of [`Time`]; 0: it has one, or is to go already.
+    quiet_since: AtomicU64,
+    /// It has to make room for another connection.
+    makes_room: AtomicBool,
     /// The client takes nothing for now.
     blocked: AtomicBool,
     /// The program ends, and what has not ended by itself is cut.
@@ -143,6 +150,33 @@ impl Link {
     /// Whether it is the client that has to go on, with more of its body.
     pub fn awaits_body(&self) -> bool {
         self.awaits_body.load(Relaxed)
+    }
+
+    /// A request begins.
+    pub fn begins(&self) {
+        self.active.fetch_add(1, Relaxed);
+        self.quiet_since.store(0, Relaxed);
+    }
+
+    /// A request has ended.
+    pub fn ends_one(&self, now: Time) {
+        if self.active.fetch_sub(1, Relaxed) == 1 && !self.makes_room() {
+            self.quiet_since.store(now.0, Relaxed);
+        }
+    }
+
+    /// Whether it has to make room for another connection, as soon as nothing is left to say.
+    pub fn makes_room(&self) -> bool {
+        self.makes_room.load(Relaxed)
+    }
+
+    /// Waits until it has to make room.
+    pub async fn has_to_make_room(&self) {
+        poll_fn(|context| {
+            self.wake_by(context.waker());
+            if self.makes_room() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 
     /// The connection ends as soon as no request is being served.
@@ -214,6 +248,23 @@ thread_local! {
 /// How many connections this worker has.
 pub fn count() -> usize {
     OPEN.with_borrow(Slab::len)
+}
+
+/// Ends a connection of this worker that has had no request for long, so that another one gets its place: of some taken at random the
+/// one that has been quiet for the longest. Those that have just come are left: their requests are on their way.
+pub fn make_room(now: Time) {
+    OPEN.with_borrow(|open| {
+        let taken = (0..LOOKED_AT).filter_map(|_| open.get(fastrand::usize(..open.capacity().max(1))));
+        let quiet = taken.map(|(link, _)| (link.quiet_since.load(Relaxed), link)).filter(|(since, _)| *since > 0);
+        let Some((since, link)) = quiet.min_by_key(|(since, _)| *since) else { return };
+        if now.since(Time(since)) >= YOUNG {
+            link.quiet_since.store(0, Relaxed);
+            link.makes_room.store(true, Relaxed);
+            // Its next request may be on its way.
+            link.say_close();
+            link.wake();
+        }
+    });
 }
 
 /// The look at all clients that are served, once a second: a connection whose client's kernel has not acknowledged anything for too
@@ -305,6 +356,7 @@ impl Edge {
     ) -> io::Result<Edge> {
         let response = ResponseHeader::build(200, Some(0)).map_err(|error| io::Error::other(error.to_string()))?;
         link.descriptor.store(inner.socket().as_raw_fd(), Relaxed);
+        link.quiet_since.store(clock::now().0, Relaxed);
         let place = OPEN.with_borrow_mut(|open| open.insert((link.clone(), Unacked::default())));
         Ok(Edge {
             inner,
@@ -620,10 +672,13 @@ impl Edge {
             return Poll::Ready(Err(error));
         }
         self.link.awaits_body.store(self.phase == Phase::Busy && !self.framer.done(), Relaxed);
-        if self.framer.in_head() && self.ahead.is_empty() {
+        if self.framer.in_head() {
             self.link.wake_by(context.waker());
             // It may have been told to close between our look and this.
-            if self.link.closing.load(Relaxed) {
+            if self.ahead.is_empty() && self.link.closing.load(Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
+            if self.out.is_empty() && self.link.makes_room() {
                 return Poll::Ready(Ok(()));
             }
         }
