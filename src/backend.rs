@@ -54,11 +54,6 @@ const LATE_FOR: u32 = 8;
 const TOOK_FOR: Duration = Duration::from_secs(1);
 /// First bytes that take as long as can be learned are no sign of anything.
 pub const TOO_LONG: Duration = Duration::from_secs(3);
-/// One that has not answered often enough to know how long it takes may take so many times as long as the slowest of its pool
-/// that has, at least so long, and its way besides; no longer than this, which is all that is known where no other has answered either.
-const STRANGER_TIMES: u32 = 10;
-const STRANGER_LEAST: Duration = Duration::from_millis(250);
-const STRANGER_MOST: Duration = Duration::from_secs(1);
 /// What is known to be slow is silent after this at the latest.
 const SLOW_FOR: Duration = Duration::from_secs(1);
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
@@ -195,6 +190,8 @@ pub struct Backend {
     /// process began.
     good_ms: AtomicU64,
     contradicted_ms: AtomicU64,
+    /// The others of its tier, which has several cells, are out: probes alone leave it in.
+    pub last_standing: AtomicBool,
     /// Wakes its prober, when it has one.
     pub prober: Mutex<Option<Arc<Notify>>>,
     /// When it is probed next, in milliseconds since the process began; 0: never.
@@ -272,6 +269,7 @@ impl Backend {
             cell: AtomicUsize::new(0),
             good_ms: AtomicU64::new(0),
             contradicted_ms: AtomicU64::new(0),
+            last_standing: AtomicBool::new(false),
             prober: Mutex::default(),
             next_probe_ms: AtomicU64::new(0),
             certificate_expiry: AtomicI64::new(0),
@@ -403,15 +401,9 @@ impl Backend {
         if self.pace_share() < 1.0 { (self.silence.took() * 2).min(SLOW_FOR) } else { Duration::ZERO }
     }
 
-    /// After how long without a first byte to anybody it is silent, where it has never answered often enough to tell by that.
+    /// After how long without a first byte to anybody it is silent, where it has not answered often enough to tell by that.
     pub fn stranger_silent_after(&self) -> Duration {
-        let usual = Duration::from_micros(self.shared.usual.load(Relaxed).into());
-        match self.handshake.learned() {
-            Some((_, way)) if !usual.is_zero() => {
-                ((usual * STRANGER_TIMES).max(STRANGER_LEAST) + way * 2).min(STRANGER_MOST)
-            }
-            _ => STRANGER_MOST,
-        }
+        self.shared.stranger_silent_after(self.handshake.learned().map(|(_, p99)| p99))
     }
 
     fn late_after(&self, floor: Duration) -> Duration {
@@ -867,8 +859,12 @@ impl Backend {
             self.contradicted_ms.store((now.0 / 1_000).max(1), Relaxed);
             return false;
         }
-        !health.would_fall(policy)
-            || self.shared.probes_may_remove(self.cell.load(Relaxed), policy.between_probe_removals, now)
+        let falls = health.would_fall(policy);
+        if falls && self.last_standing.load(Relaxed) && !policy.between_probe_removals.is_zero() {
+            self.contradicted_ms.store((now.0 / 1_000).max(1), Relaxed);
+            return false;
+        }
+        !falls || self.shared.probes_may_remove(self.cell.load(Relaxed), policy.between_probe_removals, now)
     }
 
     /// Takes one fact; logs and publishes the transition it makes.

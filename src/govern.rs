@@ -1,6 +1,7 @@
 //! The control thread's look at all backends, ten times a second: what each showed since the last look is judged against its
 //! own past and against the others of its pool ([`crate::pace`]), and its share follows.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::backend::Backend;
 use crate::clock;
 use crate::dial;
+use crate::health::State;
 use crate::host::Host;
 use crate::pace::{self, Alike};
 use crate::pool::Pool;
@@ -67,6 +69,7 @@ fn look(pool: &Pool, late: bool) {
     pool.shared.usual.store(usual, Relaxed);
     let mut alike = Alike::default();
     looks.iter().enumerate().for_each(|(i, look)| look.iter().for_each(|look| alike.add(i, *look, now)));
+    find_last_standing(pool);
     // With nobody to send to instead there is nothing to decide.
     if pool.members.len() < 2 {
         return;
@@ -79,6 +82,26 @@ fn look(pool: &Pool, late: bool) {
     }
     if changed {
         pool.shared.changed();
+    }
+}
+
+/// Of each tier of several cells the backend that alone is not out: a probe may be wrong about all of them alike, and a client
+/// finds out at the cost of one attempt.
+fn find_last_standing(pool: &Pool) {
+    let mut tiers: BTreeMap<u8, (usize, Vec<u64>)> = BTreeMap::new();
+    pool.cells.iter().for_each(|cell| tiers.entry(cell.tier).or_default().0 += 1);
+    for member in &pool.members {
+        let backend = &member.backend;
+        if backend.view().state != State::Down && !backend.drained.load(Relaxed) {
+            tiers.entry(pool.cells[member.cell].tier).or_default().1.push(backend.id);
+        }
+    }
+    for member in &pool.members {
+        let (cells, standing) = &tiers[&pool.cells[member.cell].tier];
+        let last = *cells > 1 && standing == &[member.backend.id];
+        if member.backend.last_standing.load(Relaxed) != last {
+            member.backend.last_standing.store(last, Relaxed);
+        }
     }
 }
 

@@ -201,7 +201,10 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
         "data_version": backend.version.least().map(|least| {
             json!({ "said": backend.version.said(), "at_least": least, "too_old": backend.version.is_old() })
         }),
-        "contradiction": backend.contradicts_probes(now).then_some("probes fail while clients are served"),
+        "contradiction": backend.contradicts_probes(now).then_some(match backend.last_standing.load(Relaxed) {
+            true => "probes fail; as the last of its tier it stays until clients fail too",
+            false => "probes fail while clients are served",
+        }),
         "next_probe_in_ms": next_probe,
         "prober": info.probers.get(&backend.id),
         "certificate": certificate(backend),

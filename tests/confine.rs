@@ -262,7 +262,7 @@ impl Drop for Ends<'_> {
 
 #[test]
 fn probes_alone_take_out_one_cell_at_a_time() {
-    let down_together = |between: &str| {
+    let down_together = |between: &str, floor: bool| {
         let backends: Vec<Backend> = ["a", "b", "c"].map(Backend::start).into();
         let all: Vec<&Backend> = backends.iter().collect();
         let probe = "probe: { http: { path: /healthz }, interval: 100ms, timeout: 80ms }";
@@ -274,10 +274,19 @@ fn probes_alone_take_out_one_cell_at_a_time() {
         let probes = || proxy.metric("sailover_probes_total", &["failed"]);
         let before = probes();
         eventually("probes go on", Duration::from_secs(10), || (probes() >= before + 30.0).then_some(()));
+        if floor {
+            eventually("two are down", Duration::from_secs(10), || (down() == 2).then_some(()));
+            let before = probes();
+            eventually("probes go on", Duration::from_secs(10), || (probes() >= before + 60.0).then_some(()));
+            let said = proxy.status().to_string();
+            assert!(said.contains("as the last of its tier it stays until clients fail too"), "{said}");
+            assert!(get(proxy.address(0)).is_ok());
+        }
         down()
     };
-    assert_eq!(down_together("1h"), 1);
-    assert_eq!(down_together("0s"), 3);
+    assert_eq!(down_together("1h", false), 1);
+    assert_eq!(down_together("500ms", true), 2);
+    assert_eq!(down_together("0s", false), 3);
 }
 
 #[test]

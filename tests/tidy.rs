@@ -47,7 +47,7 @@ fn the_import_table_holds() {
         ("poison", &["clock"]),
         ("version", &["clock"]),
         ("owed", &["backend", "clock", "config", "health", "manner", "pool", "session"]),
-        ("govern", &["backend", "clock", "dial", "host", "pace", "pool", "table"]),
+        ("govern", &["backend", "clock", "dial", "health", "host", "pace", "pool", "table"]),
         ("sniff", &[]),
         ("hello", &["clock", "limits", "sniff", "table", "witness"]),
         ("witness", &["clock", "health"]),

@@ -12,6 +12,12 @@ use crate::poison::Poison;
 use crate::uplink::Uplink;
 use crate::witness::Failing;
 
+/// One that has not answered often enough to know how long it takes may take so many times as long as the slowest of its pool
+/// that has, at least so long, and its way besides; no longer than this, which is all that is known where no other has answered either.
+const STRANGER_TIMES: u32 = 10;
+const STRANGER_LEAST: Duration = Duration::from_millis(250);
+const STRANGER_MOST: Duration = Duration::from_secs(1);
+
 /// What the backends of one pool share, kept over reloads by the pool's name.
 #[derive(Debug)]
 pub struct PoolShared {
@@ -62,6 +68,17 @@ impl PoolShared {
     pub fn changed(&self) {
         // Whoever sees the new number sees what was stored before it.
         self.epoch.fetch_add(1, Release);
+    }
+
+    /// After how long one is silent of which little more is known than how far it is, `way`.
+    pub(super) fn stranger_silent_after(&self, way: Option<Duration>) -> Duration {
+        let usual = Duration::from_micros(self.usual.load(Relaxed).into());
+        match way {
+            Some(way) if !usual.is_zero() => {
+                ((usual * STRANGER_TIMES).max(STRANGER_LEAST) + way * 2).min(STRANGER_MOST)
+            }
+            _ => STRANGER_MOST,
+        }
     }
 
     /// Whether probes alone may take out a backend of this cell: only one cell in `between`.
