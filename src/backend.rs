@@ -644,6 +644,11 @@ impl Backend {
         error && says != Says::Backend
     }
 
+    /// Whether a class of requests fails here, and goes elsewhere.
+    pub fn has_failing_class(&self) -> bool {
+        self.class_fails.load(Relaxed)
+    }
+
     /// Whether a request of this class should go elsewhere because its class fails here.
     pub fn avoids_class(&self, class: u64, repeatable: bool, may_try: bool, now: Time) -> Avoids {
         if !self.class_fails.load(Relaxed) {

@@ -189,6 +189,7 @@ fn backend_status(pool: &Pool, backend: &Arc<Backend>, info: &Info) -> Value {
         "since": health.since().rfc3339(),
         "cause": cause,
         "hold_ms": (health.state() == State::Down).then(|| until.since(now).as_millis() as u64),
+        "class_failing": backend.has_failing_class(),
         "waits_for_operator": health.waits_for_operator(&pool.policy.health, now),
         "last_hold_ms": hold.as_millis() as u64,
         "in_flight": in_flight,
@@ -551,7 +552,7 @@ pub fn metrics(host: &Host, info: &Info) -> String {
 /// What has one sample for each backend: name, type, help, and the value where it has one.
 type OfBackend = (&'static str, &'static str, &'static str, fn(&Backend, clock::Time) -> Option<f64>);
 
-const OF_BACKENDS: [OfBackend; 9] = [
+const OF_BACKENDS: [OfBackend; 10] = [
     ("sailover_backend_drained", "gauge", "1 while an operator keeps new clients away.", |backend, _| {
         Some(flag(backend.drained.load(Relaxed)))
     }),
@@ -574,6 +575,12 @@ const OF_BACKENDS: [OfBackend; 9] = [
         "counter",
         "How often one class of requests began to fail alone.",
         |backend, _| Some(backend.counters.class_failures.get() as f64),
+    ),
+    (
+        "sailover_backend_class_failing",
+        "gauge",
+        "Whether a class of requests fails at a backend, and goes elsewhere.",
+        |backend, _| Some(flag(backend.has_failing_class())),
     ),
     ("sailover_paced_total", "counter", "How often a share was cut for slowness or loss.", |backend, _| {
         Some(backend.counters.paced.get() as f64)

@@ -423,6 +423,9 @@ fn a_failing_class_moves_and_the_others_stay() {
     assert!(reads_of_a > 150, "{reads_of_a} of 375 reads went to the first cell\n{}", proxy.log());
     assert_eq!(proxy.metric("sailover_transitions_total", &["to=\"suspect\""]), 0.0);
     assert_eq!(proxy.metric("sailover_class_failures_total", &[]), 1.0);
+    assert_eq!(proxy.metric("sailover_backend_class_failing", &[]), 1.0, "of one of the two");
+    let said = String::from_utf8_lossy(&proxy.command(&["status"]).stdout).into_owned();
+    assert!(said.contains("one class of requests"), "{said}");
 }
 
 /// One request kills whoever gets it. It is sent on once, and then to nobody for some seconds.

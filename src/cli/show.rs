@@ -243,6 +243,10 @@ fn alarms(status: &Value) -> Vec<String> {
     if !troubled.is_empty() {
         alarms.push(format!("of {} backends: {}", backends.len(), troubled.join(", ")));
     }
+    if !status["uplink"]["dark_since"].is_null() {
+        let since = past(&status["uplink"]["dark_since"]);
+        alarms.push(format!("nothing answers from any cell for {since}: taken for our own way out"));
+    }
     for pool in list(&status["pools"]) {
         if list(&pool["cells"]).all(|cell| cell["share"]["now"].as_f64() == Some(0.0)) {
             alarms.push(format!("pool {} has nobody to give clients to: they are refused", text(&pool["name"])));
@@ -363,37 +367,52 @@ fn pool_table(pool: &Value, screen: &Screen) -> String {
                 (text(&backend["in_flight"]), ""),
                 (admin, YELLOW),
             ]);
-            if health != "up" && !backend["cause"].is_null() {
-                let mut why = text(&backend["cause"]["detail"]);
-                if backend["name"] != backend["address"] {
-                    why = format!("{}: {why}", text(&backend["address"]));
-                }
-                if let Some(hold) = backend["hold_ms"].as_u64().filter(|hold| *hold > 0) {
-                    why += &format!(", held for {} more", brief(Duration::from_millis(hold)));
-                }
-                if health == "returning" {
-                    why += &format!(", at {} of its share", percent(&backend["ramp"]));
-                }
-                table.rows.push(Row::Remark(why));
-            }
-            if backend["data_version"]["too_old"] == true && health != "down" {
-                let version = &backend["data_version"];
-                let said = version["said"].as_u64().map_or("it has said none".into(), |said| format!("it has {said}"));
-                let remark = format!("no clients: data of version {} are asked for, and {said}", version["at_least"]);
-                table.rows.push(Row::Remark(remark));
-            }
-            if !backend["contradiction"].is_null() {
-                table.rows.push(Row::Remark(text(&backend["contradiction"])));
-            }
-            if let Some(said) = ends_soon(&backend["certificate"]) {
-                table.rows.push(Row::Remark(format!("its certificate {said}")));
-            }
+            table.rows.extend(remarks(backend).into_iter().map(Row::Remark));
         }
     }
     if let Some(said) = ends_soon(&pool["client_certificate"]) {
         table.rows.push(Row::Remark(format!("the certificate that its backends are shown {said}")));
     }
     screen.line(&head) + &table.render(screen)
+}
+
+/// Why a backend has not got what it should have, and what else somebody should know of it.
+fn remarks(backend: &Value) -> Vec<String> {
+    let health = text(&backend["health"]);
+    let mut remarks = Vec::new();
+    if health != "up" && !backend["cause"].is_null() {
+        let mut why = text(&backend["cause"]["detail"]);
+        if backend["name"] != backend["address"] {
+            why = format!("{}: {why}", text(&backend["address"]));
+        }
+        if let Some(hold) = backend["hold_ms"].as_u64().filter(|hold| *hold > 0) {
+            why += &format!(", held for {} more", brief(Duration::from_millis(hold)));
+        }
+        if health == "returning" {
+            why += &format!(", at {} of its share", percent(&backend["ramp"]));
+        }
+        remarks.push(why);
+    }
+    if backend["waits_for_operator"] == true {
+        remarks.push("it could come back, and waits for `sailover failback`".to_owned());
+    }
+    if let Some(pace) = backend["pace"].as_f64().filter(|pace| *pace < 0.995 && health == "up") {
+        let left = percent(&pace.into());
+        remarks.push(format!("at {left} of its share: slower than it was, or losing more handshakes than others"));
+    }
+    if backend["class_failing"] == true {
+        remarks.push("one class of requests (a route's reads, or its writes) fails here and goes elsewhere".to_owned());
+    }
+    if backend["data_version"]["too_old"] == true && health != "down" {
+        let version = &backend["data_version"];
+        let said = version["said"].as_u64().map_or("it has said none".into(), |said| format!("it has {said}"));
+        remarks.push(format!("no clients: data of version {} are asked for, and {said}", version["at_least"]));
+    }
+    if !backend["contradiction"].is_null() {
+        remarks.push(text(&backend["contradiction"]));
+    }
+    remarks.extend(ends_soon(&backend["certificate"]).map(|said| format!("its certificate {said}")));
+    remarks
 }
 
 /// What is to be said of a certificate that ends within two weeks.
