@@ -176,8 +176,8 @@ impl Budget {
 pub struct Queue {
     lanes: [Lane; 3],
     refused: AtomicU64,
-    /// When somebody who had waited got a place last, and how far apart that is, in microseconds.
-    served: AtomicU64,
+    /// When somebody came last, and how far apart they come, in microseconds.
+    came: AtomicU64,
     apart: AtomicU64,
     /// Those who wait for some places only.
     choosy: AtomicU32,
@@ -186,6 +186,8 @@ pub struct Queue {
 #[derive(Debug, Default)]
 struct Lane {
     waiting: AtomicU32,
+    /// Those of them who wait for the pool's own bound, and not for a backend.
+    at_bound: AtomicU32,
     freed: Notify,
     /// Since when somebody is waiting nearly always, and when it last had no place in time for somebody, in microseconds since
     /// the process began.
@@ -206,13 +208,13 @@ impl Default for Turn {
 
 /// A queue that has stood for so long is more than a burst, and then nobody waits longer than this.
 const STANDING: Duration = Duration::from_millis(100);
-const STANDING_WAIT: Duration = Duration::from_millis(10);
-/// But at least so many times as long as it takes until the next place is free, and at most this.
-const STANDING_PLACES: u32 = 2;
+const STANDING_WAIT: Duration = Duration::from_millis(3);
+/// But at least until so many halves of another one have come, so that somebody waits when a place becomes free; and at most this.
+const STANDING_HALVES: u32 = 3;
 const STANDING_MOST: Duration = Duration::from_millis(250);
 /// A queue that was empty has stood all the time, when it has refused somebody no longer ago than this.
 const STANDING_GAP: Duration = Duration::from_millis(100);
-/// Weight of one place in how far apart they are.
+/// Weight of one who comes in how far apart they come.
 const APART: u64 = 8;
 /// Part of the queue's length that each priority may use, in tenths.
 const LANE_SHARE: [u32; 3] = [10, 8, 5];
@@ -234,6 +236,28 @@ impl Queue {
         self.lanes[..=priority.min(2)].iter().any(|lane| lane.waiting.load(Relaxed) > 0)
     }
 
+    /// A place within the bound of all, at once or in its turn; whoever waits for a backend only holds up nobody here.
+    pub async fn take_within_bound<T>(
+        &self,
+        priority: usize,
+        length: u32,
+        timeout: Duration,
+        gone: impl Fn() -> bool,
+        mut ask: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        let lane = priority.min(2);
+        if self.lanes[..=lane].iter().all(|lane| lane.at_bound.load(Relaxed) == 0)
+            && let Some(taken) = ask()
+        {
+            return Some(taken);
+        }
+        let at_bound = &self.lanes[lane].at_bound;
+        at_bound.fetch_add(1, Relaxed);
+        let _leave = Leave(at_bound);
+        // It waits for little more than itself, and every connection would keep the room.
+        Box::pin(self.take(priority, length, timeout, gone, ask)).await
+    }
+
     /// How many wait.
     pub fn length(&self) -> u32 {
         self.lanes.iter().map(|lane| lane.waiting.load(Relaxed)).sum::<u32>() + self.choosy.load(Relaxed)
@@ -247,6 +271,7 @@ impl Queue {
     /// A place at the end of the lane of `priority`, if there is one within `length`, for at most `timeout`.
     pub fn enter(&self, priority: usize, length: u32, timeout: Duration, now: Time) -> Option<Waiting<'_>> {
         let lane = priority.min(2);
+        self.comes(now);
         let before = self.length();
         if before >= (length * LANE_SHARE[lane]).div_ceil(10) {
             self.refused.fetch_add(1, Relaxed);
@@ -259,8 +284,8 @@ impl Queue {
         Some(Waiting { queue: self, lane, since: now, until: now + timeout })
     }
 
-    fn serves(&self, now: Time) {
-        let since = now.since(Time(self.served.swap(now.0, Relaxed)));
+    fn comes(&self, now: Time) {
+        let since = now.since(Time(self.came.swap(now.0, Relaxed)));
         // What was long ago says nothing of now.
         let since = since.min(STANDING_MOST).as_micros() as u64;
         let apart = self.apart.load(Relaxed);
@@ -332,7 +357,6 @@ impl Queue {
             }
             let higher = waiting.lane > 0 && self.waits_before(waiting.lane - 1);
             if !higher && let Some(taken) = ask() {
-                self.serves(clock::now());
                 return Some(taken);
             }
             if !waiting.turn().await {
@@ -366,7 +390,7 @@ impl Waiting<'_> {
     fn until(&self, now: Time) -> Time {
         let stands = now.since(Time(self.queue.lanes[self.lane].standing.load(Relaxed))) >= STANDING;
         let apart = Duration::from_micros(self.queue.apart.load(Relaxed));
-        let wait = STANDING_WAIT.max((apart * STANDING_PLACES).min(STANDING_MOST));
+        let wait = STANDING_WAIT.max((apart * STANDING_HALVES / 2).min(STANDING_MOST));
         if stands { self.until.min(self.since + wait) } else { self.until }
     }
 }
@@ -602,6 +626,10 @@ mod tests {
         drop(high);
         assert!(low.turn().await, "and what it may not have taken is the next one's");
         let later = now + STANDING;
+        // One comes each millisecond.
+        for i in 1..100 {
+            drop(queue.enter(2, 10, Duration::from_secs(1), now + Duration::from_millis(i)));
+        }
         let late = queue.enter(2, 10, Duration::from_secs(1), later).expect("room");
         assert_eq!(late.until(later), later + STANDING_WAIT);
         let other = queue.enter(1, 10, Duration::from_secs(1), later).expect("room");
@@ -616,16 +644,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_waits_for_less_than_the_next_place_takes() {
+    async fn whoever_waits_waits_until_others_have_come() {
         let queue = Queue::default();
-        let start = crate::clock::now();
-        // A place each 40 ms.
-        (0..50u32).for_each(|i| queue.serves(start + Duration::from_millis(40) * i));
+        let mut start = crate::clock::now();
+        // One comes each 40 ms.
+        for _ in 0..50 {
+            drop(queue.enter(2, 10, Duration::from_secs(1), start));
+            start = start + Duration::from_millis(40);
+        }
         let low = queue.enter(2, 10, Duration::from_secs(1), start).expect("room");
         let later = start + STANDING;
         let late = queue.enter(2, 10, Duration::from_secs(1), later).expect("room");
         let wait = late.until(later).since(later);
-        assert!((70..=80).contains(&wait.as_millis()), "{wait:?}");
+        assert!((60..=75).contains(&wait.as_millis()), "{wait:?}");
         drop((low, late));
         // Empty, and nobody was refused lately: it begins anew.
         let anew = queue.enter(2, 10, Duration::from_secs(1), later).expect("room");

@@ -117,13 +117,8 @@ fn finish(shared: &ListenerShared, host: &Host, record: AccessRecord, end: End, 
 /// One of the pool's connections, at once or in the pool's queue.
 async fn place(pool: &Pool, client: &Stream) -> Option<Permit> {
     let ask = || pool.shared.connections.take(pool.policy.max_connections);
-    if !pool.shared.queue.waits_before(NORMAL)
-        && let Some(place) = ask()
-    {
-        return Some(place);
-    }
     let (queue, gone) = (pool.policy.queue, || Waiting(client.socket(), None).gone());
-    Box::pin(pool.shared.queue.take(NORMAL, queue.length, queue.timeout, gone, ask)).await
+    pool.shared.queue.take_within_bound(NORMAL, queue.length, queue.timeout, gone, ask).await
 }
 
 /// A connection that has found its pool.

@@ -47,12 +47,9 @@ pub async fn place(exchange: &Exchange) -> std::result::Result<Option<Permit>, R
     let (Some(pool), Some(route)) = (&exchange.pool, &exchange.route) else { return Ok(None) };
     let most = (u64::from(pool.policy.max_connections) * u64::from(route.share) / 100).max(1) as u32;
     let ask = || pool.shared.connections.take(most);
-    if !pool.shared.queue.waits_before(route.lane)
-        && let Some(place) = ask()
-    {
-        return Ok(Some(place));
-    }
-    match in_turn(exchange, pool, route.lane, ask).await {
+    let queue = pool.policy.queue;
+    let gone = || has_left(exchange);
+    match pool.shared.queue.take_within_bound(route.lane, queue.length, queue.timeout, gone, ask).await {
         Some(place) => Ok(Some(place)),
         None => {
             pool.shared.refused_full.add(1);
@@ -61,12 +58,16 @@ pub async fn place(exchange: &Exchange) -> std::result::Result<Option<Permit>, R
     }
 }
 
+/// Whether nobody waits for the answer any more.
+fn has_left(exchange: &Exchange) -> bool {
+    let link = exchange.link();
+    link.is_some_and(|link| link.is_left() || link.has_ended())
+}
+
 /// What `ask` gives when it is the request's turn in the pool's queue.
 pub async fn in_turn<T>(exchange: &Exchange, pool: &Pool, lane: usize, ask: impl FnMut() -> Option<T>) -> Option<T> {
     let queue = pool.policy.queue;
-    let gone = || {
-        exchange.connection.as_ref().is_some_and(|connection| connection.link.is_left() || connection.link.has_ended())
-    };
+    let gone = || has_left(exchange);
     if exchange.is_choosy() {
         return pool.shared.queue.take_some(queue.length, queue.timeout, gone, ask).await;
     }
