@@ -612,6 +612,7 @@ impl ProxyHttp for Gateway {
         reused: bool,
     ) -> Box<Error> {
         let verdict = exchange.wait.as_ref().map_or(Verdict::Waits, Wait::verdict);
+        let hung = exchange.wait.as_ref().is_some_and(Wait::has_hung);
         // What the engine itself knows for unprocessed: a refused stream, a connection that says it is going.
         let unprocessed = meaning::is_unprocessed(&error);
         let not_now = error.etype() == &NOT_NOW;
@@ -668,7 +669,9 @@ impl ProxyHttp for Gateway {
         match verdict {
             Verdict::TimedOut => {
                 exchange.fail("no answer in time");
-                backend.replied(&policy.health, exchange.prefix, exchange.class, true, exchange.attempt_began, now);
+                if !hung {
+                    backend.replied(&policy.health, exchange.prefix, exchange.class, true, exchange.attempt_began, now);
+                }
                 exchange.end = Some(End::Timeout);
                 error.etype = ErrorType::HTTPStatus(504);
                 return error;
@@ -681,7 +684,7 @@ impl ProxyHttp for Gateway {
             Verdict::Move => exchange.fail("silent"),
             Verdict::Waits => {
                 exchange.fail(if unprocessed { "unprocessed" } else { "ended before its first byte" });
-                if !stale {
+                if !stale && !hung {
                     backend.unanswered(&policy.health, exchange.prefix, true, exchange.attempt_began, now);
                 }
             }

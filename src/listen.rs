@@ -116,7 +116,9 @@ pub async fn accept(socket: TcpListener, bind: SocketAddr, host: Arc<Host>, mut 
         let room = host.connections.used() < host.max_connections.load(Relaxed)
             && listener.shared.connections.used() < listener.max_connections;
         if !room && !*stop.borrow() {
-            http::stream::make_room(clock::now());
+            let process_is_full = host.connections.used() >= host.max_connections.load(Relaxed);
+            let of = (!process_is_full).then_some(Arc::as_ptr(&listener.shared) as usize);
+            http::stream::make_room(of, clock::now());
             let since = *at_cap_since.get_or_insert_with(|| {
                 host.accept_paused[1].add(1);
                 Instant::now()

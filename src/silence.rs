@@ -204,6 +204,11 @@ impl Silence {
         self.written.load(Relaxed) == 0 || self.answered.load(Relaxed) >= since.0
     }
 
+    /// Whether it has answered something that was written after `since`.
+    pub fn answered_since(&self, since: Time) -> bool {
+        self.answered.load(Relaxed) > since.0
+    }
+
     /// Whether it has answered since `since`, in less time than has passed from then to `now`: a silence that began then is no
     /// slowness that is the same for all.
     pub fn answers_sooner(&self, since: Time, now: Time) -> bool {

@@ -347,11 +347,11 @@ impl Listener {
         self.idle.map_or(pool.policy.idle, |idle| idle.min(pool.policy.idle))
     }
 
-    /// Longest time without a byte either way on an HTTP connection: its own, or of its pools the longest. Each request has its own
-    /// pool's besides.
+    /// Longest time without a byte either way on an HTTP connection: its own, or an hour, or of its pools the longest. Each request
+    /// of HTTP/1 has its own pool's besides; a connection of HTTP/2 carries those of several.
     pub fn http_idle(&self) -> Duration {
-        let longest = || self.face.pools().iter().map(|pool| pool.policy.idle).max();
-        self.idle.or_else(longest).unwrap_or(Duration::from_secs(3_600))
+        let longest = || self.face.pools().iter().map(|pool| pool.policy.idle).max().unwrap_or_default();
+        self.idle.unwrap_or_else(|| longest().max(Duration::from_secs(3_600)))
     }
 
     /// Whether this peer must send a PROXY header first. Then the client that it names is judged, and not the peer.

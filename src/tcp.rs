@@ -150,7 +150,7 @@ pub async fn begin(
 
 /// One of the places of those who have not begun yet, and may never: half of all, so that they leave room for the others, of this
 /// listener and of all. Whoever finds none waits for one as at any bound, unless many more places are taken.
-pub async fn beginning(listener: &Listener, host: &Host) -> Option<Permit> {
+async fn beginning(listener: &Listener, host: &Host) -> Option<Permit> {
     let most = host.max_connections.load(Relaxed).min(listener.max_connections);
     let (places, half) = (&listener.shared.beginnings, (most / 2).max(1));
     let deadline = Instant::now() + listener.wait;

@@ -409,8 +409,9 @@ fn what_a_trusted_peer_says_of_tls_is_believed_for_our_own_answers_too() {
         let proxy =
             proxy(&pool("p", &[origin.address], "probe: off, affinity: { by: { cookie: { name: at } } }"), &http, "");
         let get = |path: &str| {
-            let head =
-                format!("GET {path} HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: https\r\nConnection: close\r\n\r\n");
+            let head = format!(
+                "GET {path} HTTP/1.1\r\nHost: a\r\nX-Forwarded-Proto: https, http\r\nConnection: close\r\n\r\n"
+            );
             raw(proxy.address(0), head.as_bytes())
         };
         let (moved, answer) = (get("/old"), get("/"));

@@ -37,7 +37,7 @@ fn a_body_that_ends_with_an_empty_frame_ends_once() {
         stream.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
         while let Ok(n @ 1..) = stream.read(&mut part) {
             list.lock().unwrap().extend_from_slice(&part[..n]);
-            if list.lock().unwrap().ends_with(b"0\r\n\r\n") {
+            if list.lock().unwrap().ends_with(b"\r\n0\r\n\r\n") {
                 let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
             }
         }
@@ -53,13 +53,13 @@ fn a_body_that_ends_with_an_empty_frame_ends_once() {
     bytes.extend(frame(0, 1, 1, b""));
     client.write_all(&bytes).unwrap();
     eventually("the backend has the body", Duration::from_secs(5), || {
-        got.lock().unwrap().ends_with(b"0\r\n\r\n").then_some(())
+        got.lock().unwrap().ends_with(b"\r\n0\r\n\r\n").then_some(())
     });
     // A second end would come with the first, or right behind it.
     let proof = raw(proxy.address(0), b"GET /after HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
     drop(proof);
     let text = String::from_utf8_lossy(&got.lock().unwrap()).into_owned();
-    assert_eq!(text.matches("0\r\n\r\n").count(), 1, "{text}");
+    assert_eq!(text.matches("\r\n0\r\n\r\n").count(), 1, "{text}");
     assert!(text.contains("\r\n\r\n3\r\nabc\r\n0\r\n\r\n"), "{text}");
 }
 
@@ -540,6 +540,10 @@ fn an_answer_over_http_2_that_is_not_taken_has_its_time() {
 
 #[test]
 fn who_asks_for_nothing_makes_room_at_the_cap_for_who_does() {
+    ["", "h2c: true,"].into_iter().for_each(makes_room);
+}
+
+fn makes_room(h2c: &str) {
     let slow = by_hand(|mut stream| {
         while let Some(head) = read_request(&mut stream) {
             if head.starts_with("get /slow") {
@@ -549,9 +553,12 @@ fn who_asks_for_nothing_makes_room_at_the_cap_for_who_does() {
         }
     });
     let proxy = Proxy::start(&format!(
-        "pools:\n{}\nlisteners: [ {{ bind: 127.0.0.1:0, limits: {{ max_connections: 24 }}, http: {{ routes: [ {{ pool: p }} ] }} }} ]\nworkers: 1",
+        "pools:\n{}\nlisteners:\n  - {{ bind: 127.0.0.1:0, limits: {{ max_connections: 24 }}, http: {{ {h2c} routes: [ {{ pool: p }} ] }} }}\n  \
+         - {{ bind: 127.0.0.2:0, http: {{ routes: [ {{ pool: p }} ] }} }}\nworkers: 1",
         pool("p", &[slow], "probe: off")
     ));
+    let mut other = TcpStream::connect(proxy.address(1)).unwrap();
+    other.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let address = proxy.address(0);
     let busy = std::thread::spawn(move || raw(address, b"GET /slow HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"));
     eventually("it is served", Duration::from_secs(5), || {
@@ -578,5 +585,8 @@ fn who_asks_for_nothing_makes_room_at_the_cap_for_who_does() {
     }
     let busy = busy.join().unwrap();
     assert!(busy.starts_with("HTTP/1.1 200"), "what is served makes no room: {busy}");
+    other.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    let answered = other.read(&mut [0; 512]).expect("another listener's connections are its own");
+    assert!(answered > 0);
     drop(held);
 }

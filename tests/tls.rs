@@ -271,15 +271,17 @@ fn replaced(face: &str, times: i64, at_least: usize, every: Duration) {
     assert!(!resumed(&first));
     assert!(served(face, first).unwrap());
     let stop = std::sync::atomic::AtomicBool::new(false);
+    let begun = std::sync::atomic::AtomicUsize::new(0);
     let (handshakes, failed) = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..3)
             .map(|_| {
-                let (proxy, stop) = (&proxy, &stop);
+                let (proxy, stop, begun) = (&proxy, &stop, &begun);
                 let full = authority.client(|config| config.resumption = rustls::client::Resumption::disabled());
                 scope.spawn(move || {
                     let (mut all, mut failed) = (0, 0);
                     while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                         all += 1;
+                        begun.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                         let done = connect(&full, proxy, "shop.example").and_then(|stream| served(face, stream));
                         failed += usize::from(!done.unwrap_or(false));
                     }
@@ -293,6 +295,11 @@ fn replaced(face: &str, times: i64, at_least: usize, every: Duration) {
             let output = proxy.command(&["reload"]);
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             assert_eq!(days(&proxy), n as u64);
+            // However slow the machine is, clients come under each certificate.
+            let wanted = at_least * (n as usize - 1) / times as usize;
+            eventually("clients come", Duration::from_secs(60), || {
+                (begun.load(std::sync::atomic::Ordering::Relaxed) > wanted).then_some(())
+            });
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         clients.into_iter().map(|client| client.join().unwrap()).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))

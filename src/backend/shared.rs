@@ -18,6 +18,9 @@ const STRANGER_TIMES: u32 = 10;
 const STRANGER_LEAST: Duration = Duration::from_millis(250);
 const STRANGER_MOST: Duration = Duration::from_secs(1);
 
+/// Time between two removals by probes in one cell: two looks at who stands in a tier.
+const WITHIN_CELL: Duration = Duration::from_millis(200);
+
 /// What the backends of one pool share, kept over reloads by the pool's name.
 #[derive(Debug)]
 pub struct PoolShared {
@@ -84,7 +87,9 @@ impl PoolShared {
     /// Whether probes alone may take out a backend of this cell: only one cell in `between`.
     pub(super) fn probes_may_remove(&self, cell: usize, between: Duration, now: Time) -> bool {
         let mut last = self.probe_removal.lock().unwrap_or_else(PoisonError::into_inner);
-        let allowed = last.is_none_or(|(removed, at)| removed == cell || now.since(at) >= between);
+        // Those of one cell may go together, one look after the other: the last of a tier has to be known as such.
+        let apart = |removed| if removed == cell { between.min(WITHIN_CELL) } else { between };
+        let allowed = last.is_none_or(|(removed, at)| now.since(at) >= apart(removed));
         if allowed {
             *last = Some((cell, now));
         }

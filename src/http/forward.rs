@@ -42,9 +42,12 @@ pub fn trusted(rule: &Forwarded, peer: IpAddr) -> bool {
 
 /// Whether the client came by TLS: to us, or to a trusted peer that says so.
 pub fn is_secure(rule: &Forwarded, peer: IpAddr, tls: bool, headers: &HeaderMap) -> bool {
-    match headers.get(PROTO).filter(|_| trusted(rule, peer)) {
-        Some(said) => said.as_bytes().eq_ignore_ascii_case(b"https"),
-        None => tls,
+    let said = headers.get(PROTO).filter(|_| trusted(rule, peer)).and_then(|said| said.to_str().ok());
+    // Of a list the first is the client's own.
+    match said.and_then(|said| said.split(',').next()).map(str::trim) {
+        Some(said) if said.eq_ignore_ascii_case("https") => true,
+        Some(said) if said.eq_ignore_ascii_case("http") => false,
+        _ => tls,
     }
 }
 

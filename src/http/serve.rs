@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
-use super::stream::{Edge, Link, Patience};
+use super::stream::{Edge, Link, Patience, Place};
 use super::{Gateway, PASSES};
 use crate::clock;
 use crate::hello::Greeting;
@@ -148,8 +148,7 @@ pub async fn serve(
     let end = match Box::pin(tcp::begin(client, &listener, &host, &mut record)).await {
         Ok((stream, mut greeting)) => {
             let _of_client = greeting.of_client.take();
-            let deadline = Instant::now() + listener.header;
-            match first_bytes(stream, greeting, &listener, &host, deadline).await {
+            match first_bytes(stream, greeting, &listener).await {
                 Ok(ready) => run(ready, bind, listener, &host, stop, &mut record).await,
                 Err(end) => end,
             }
@@ -173,46 +172,54 @@ struct Ready {
     stream: Stream,
     greeting: Greeting,
     h2: bool,
+    place: Place,
 }
 
 /// Finds out which HTTP it is.
-async fn first_bytes(
-    mut stream: Stream,
-    mut greeting: Greeting,
-    listener: &Listener,
-    host: &Host,
-    deadline: Instant,
-) -> Result<Ready, End> {
+async fn first_bytes(mut stream: Stream, mut greeting: Greeting, listener: &Listener) -> Result<Box<Ready>, End> {
+    let link = Link::default();
+    link.listener.store(Arc::as_ptr(&listener.shared) as usize, Relaxed);
+    let place = Place::of(Arc::new(link));
     let Face::Http(face) = &listener.face else { return Err(End::NoRoute) };
     let mut h2 = stream.alpn() == Some(b"h2");
     if stream.plain().is_some() && face.h2c {
-        let Some(_beginning) = tcp::beginning(listener, host).await else { return Err(End::Cap) };
-        let came = |bytes: &[u8]| bytes.len() >= PREFACE.len() || !PREFACE.starts_with(bytes);
-        while !came(&greeting.bytes) {
-            let mut part = [0; PREFACE.len()];
-            let most = PREFACE.len() - greeting.bytes.len();
-            match timeout_at(deadline, stream.read(&mut part[..most])).await {
-                Err(_) => return Err(End::Handshake),
-                Ok(Ok(0)) => return Err(End::ClientGone),
-                Ok(Ok(read)) => greeting.bytes.extend_from_slice(&part[..read]),
-                Ok(Err(_)) => return Err(End::ClientReset),
-            }
-        }
+        // Few listeners ask, and all connections would keep the room.
+        Box::pin(preface(&mut stream, &mut greeting.bytes, place.link(), listener.header)).await?;
         h2 = greeting.bytes.starts_with(PREFACE);
     }
-    Ok(Ready { stream, greeting, h2 })
+    Ok(Box::new(Ready { stream, greeting, h2, place }))
+}
+
+/// Reads until it is clear whether HTTP/2 begins.
+async fn preface(stream: &mut Stream, bytes: &mut Vec<u8>, link: &Link, header: Duration) -> Result<(), End> {
+    let deadline = Instant::now() + header;
+    while bytes.len() < PREFACE.len() && PREFACE.starts_with(bytes) {
+        let mut part = [0; PREFACE.len()];
+        let most = PREFACE.len() - bytes.len();
+        let read = tokio::select! {
+            read = timeout_at(deadline, stream.read(&mut part[..most])) => read,
+            () = link.has_to_make_room() => return Err(End::Idle),
+        };
+        match read {
+            Err(_) => return Err(End::Handshake),
+            Ok(Ok(0)) => return Err(End::ClientGone),
+            Ok(Ok(read)) => bytes.extend_from_slice(&part[..read]),
+            Ok(Err(_)) => return Err(End::ClientReset),
+        }
+    }
+    Ok(())
 }
 
 async fn run(
-    ready: Ready,
+    ready: Box<Ready>,
     bind: SocketAddr,
     listener: Arc<Listener>,
     host: &Arc<Host>,
     mut stop: Stop,
     record: &mut AccessRecord,
 ) -> End {
-    let Ready { stream, greeting, h2 } = ready;
-    let link = Arc::new(Link::default());
+    let Ready { stream, greeting, h2, place } = *ready;
+    let link = place.link().clone();
     let destination = greeting.destination.or_else(|| stream.socket().local_addr().ok());
     let tls = match &stream {
         Stream::Plain(_) => None,
@@ -236,7 +243,7 @@ async fn run(
     });
     let shared = connection.shared.clone();
     let about: Box<dyn std::any::Any + Send + Sync> = Box::new(connection);
-    let edge = match Edge::new(stream, greeting.bytes, h2, link.clone(), patience, pages, about) {
+    let edge = match Edge::new(stream, greeting.bytes, h2, place, patience, pages, about) {
         Ok(edge) => edge,
         Err(_) => return End::ClientGone,
     };
@@ -246,7 +253,7 @@ async fn run(
         let (go, going) = watch::channel(false);
         tokio::select! {
             _ = engine.process_new(Box::new(edge), &going) => {}
-            () = send_off(&link, patience.keepalive, &mut stop, &go) => {}
+            () = Box::pin(send_off(&link, patience.keepalive, &mut stop, &go)) => {}
             // Its exchanges see the connection end, and write their lines.
             () = link.ends() => {}
         }
@@ -284,11 +291,7 @@ async fn run(
         tracing::debug!(listener = &*record.listener, client = %record.client, reason = refusal.reason, "refused");
         return end;
     }
-    match () {
-        () if link.timed_out() => End::Idle,
-        () if link.makes_room() => End::Cap,
-        () => End::ClientClosed,
-    }
+    if link.timed_out() || link.makes_room() { End::Idle } else { End::ClientClosed }
 }
 
 /// Serves requests of HTTP/1.1 one after the other. The engine has the connection only from a whole head to the end of its

@@ -12,7 +12,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -97,6 +97,8 @@ pub struct Link {
     pub until_close: AtomicBool,
     /// See `until_close`.
     pub cut: AtomicBool,
+    /// Which listener it came by: a number of the listener's own.
+    pub listener: AtomicUsize,
     /// Since when it has had no request, in the time of [`Time`]; 0: it has one, or is to go already.
     quiet_since: AtomicU64,
     /// It has to make room for another connection.
@@ -245,17 +247,48 @@ thread_local! {
     static OPEN: RefCell<Slab<(Arc<Link>, Unacked)>> = const { RefCell::new(Slab::new()) };
 }
 
+/// A connection's place in the list of its worker; dropping it takes it out. Stays on its worker's thread.
+#[derive(Debug)]
+pub struct Place {
+    link: Arc<Link>,
+    at: usize,
+}
+
+impl Place {
+    /// A connection that has no request yet.
+    pub fn of(link: Arc<Link>) -> Place {
+        link.quiet_since.store(clock::now().0, Relaxed);
+        let at = OPEN.with_borrow_mut(|open| open.insert((link.clone(), Unacked::default())));
+        Place { link, at }
+    }
+
+    /// Its link.
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // At the end of the thread the list may be gone before the last connection.
+        let _ = OPEN.try_with(|open| open.borrow_mut().try_remove(self.at));
+    }
+}
+
 /// How many connections this worker has.
 pub fn count() -> usize {
     OPEN.with_borrow(Slab::len)
 }
 
 /// Ends a connection of this worker that has had no request for long, so that another one gets its place: of some taken at random the
-/// one that has been quiet for the longest. Those that have just come are left: their requests are on their way.
-pub fn make_room(now: Time) {
+/// one that has been quiet for the longest; where `listener` is full and not the process, of that one's. Those that have just come are
+/// left: their requests are on their way.
+pub fn make_room(listener: Option<usize>, now: Time) {
     OPEN.with_borrow(|open| {
         let taken = (0..LOOKED_AT).filter_map(|_| open.get(fastrand::usize(..open.capacity().max(1))));
-        let quiet = taken.map(|(link, _)| (link.quiet_since.load(Relaxed), link)).filter(|(since, _)| *since > 0);
+        let fits = |link: &Link| listener.is_none_or(|listener| link.listener.load(Relaxed) == listener);
+        let quiet = taken.map(|(link, _)| (link.quiet_since.load(Relaxed), link));
+        let quiet = quiet.filter(|(since, link)| *since > 0 && fits(link));
         let Some((since, link)) = quiet.min_by_key(|(since, _)| *since) else { return };
         if now.since(Time(since)) >= YOUNG {
             link.quiet_since.store(0, Relaxed);
@@ -323,7 +356,7 @@ pub struct Edge {
     seen: Option<u64>,
     ending: Option<Ending>,
     /// In the list of this worker's connections.
-    place: usize,
+    _place: Place,
 }
 
 /// The last steps of a connection that was refused.
@@ -349,15 +382,14 @@ impl Edge {
         inner: tls::Stream,
         first: Vec<u8>,
         h2: bool,
-        link: Arc<Link>,
+        place: Place,
         patience: Patience,
         pages: Arc<[(u16, Page)]>,
         about: Box<dyn std::any::Any + Send + Sync>,
     ) -> io::Result<Edge> {
         let response = ResponseHeader::build(200, Some(0)).map_err(|error| io::Error::other(error.to_string()))?;
+        let link = place.link.clone();
         link.descriptor.store(inner.socket().as_raw_fd(), Relaxed);
-        link.quiet_since.store(clock::now().0, Relaxed);
-        let place = OPEN.with_borrow_mut(|open| open.insert((link.clone(), Unacked::default())));
         Ok(Edge {
             inner,
             link,
@@ -378,7 +410,7 @@ impl Edge {
             timer: None,
             seen: None,
             ending: None,
-            place,
+            _place: place,
         })
     }
 
@@ -730,8 +762,6 @@ impl Drop for Edge {
     fn drop(&mut self) {
         // On the same thread as whoever asks about the descriptor, which is open until this has returned.
         self.link.descriptor.store(0, Relaxed);
-        // At the end of the thread the list may be gone before the last connection.
-        let _ = OPEN.try_with(|open| open.borrow_mut().try_remove(self.place));
         if self.link.cut.load(Relaxed) && self.link.until_close.load(Relaxed) {
             tcp::reset(self.inner.socket());
         }

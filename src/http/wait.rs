@@ -40,6 +40,8 @@ const RECORD_FLOOR: Duration = Duration::from_millis(50);
 const RECORD_WINDOW: u32 = 1_000;
 /// Kinds of request on record in one worker.
 const KINDS: usize = 4_096;
+/// Time between two questions whether a backend takes what is sent.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// The body of an answer has stalled when nothing of it came for so long, or for as long as makes a silence; of one that has
 /// shown so many bytes nothing more is asked.
 const STALLED: Duration = Duration::from_secs(1);
@@ -101,6 +103,8 @@ struct Entry {
     unusual_at: Option<Time>,
     /// Whether that was held against its backend.
     accused: bool,
+    /// When the kernel was asked last whether the backend takes what is sent, and whether it does not.
+    full: (Time, bool),
     verdict: Verdict,
     /// Whether it has waited for longer than a poison takes.
     harmless: bool,
@@ -177,6 +181,7 @@ impl Wait {
             complete: false,
             unusual_at: None,
             accused: false,
+            full: (now, false),
             verdict: Verdict::Waits,
             harmless: false,
         };
@@ -212,6 +217,11 @@ impl Wait {
             entry.unusual_at = first.then(|| record(entry.request.kind)).flatten().map(|unusual| now + unusual);
             entry.request.backend.asked(entry.request.prefix, now);
         });
+    }
+
+    /// Whether it was held against its backend that it hangs.
+    pub fn has_hung(&self) -> bool {
+        WAITING.with_borrow(|waiting| waiting.get(self.0).is_some_and(|entry| entry.accused))
     }
 
     /// What was decided about it.
@@ -371,7 +381,13 @@ fn look(now: Time, late: bool) {
                 && match &request.body {
                     Some(client) => asked(client),
                     // Beside others its turn cannot be seen from its connection: it is not where the backend takes nothing.
-                    None => waited < request.timeout || request.shared || !upstream::is_full(request.place),
+                    None if waited < request.timeout || request.shared => true,
+                    None => {
+                        if now.since(entry.full.0) >= ASK_AGAIN {
+                            entry.full = (now, upstream::is_full(request.place));
+                        }
+                        !entry.full.1
+                    }
                 };
             // Any byte keeps a connection of HTTP/2, so each of its bodies has a bound of its own.
             let stalled = clients_turn && request.body.is_none() && waited >= request.idle;
@@ -418,7 +434,11 @@ fn look(now: Time, late: bool) {
             let may_be = !tries || silent || waited >= patience;
             let unusual = entry.unusual_at.is_some_and(|at| at <= now) && may_be;
             // Where what was written later is answered, and sooner, it is no slowness of the backend: this one hangs.
-            if unusual && !entry.accused && backend.silence.answers_sooner(entry.since, now) {
+            let hangs = || {
+                backend.silence.answered_since(entry.since)
+                    && record(request.kind).is_some_and(|unusual| waited >= unusual)
+            };
+            if unusual && !entry.accused && hangs() {
                 entry.accused = true;
                 backend.replied(&request.policy.health, request.prefix, request.class, true, entry.since, now);
             }
