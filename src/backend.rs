@@ -63,8 +63,8 @@ const HANGS: Duration = Duration::from_millis(5);
 const HANGS_TIMES: u32 = 2;
 /// Clients that may wait at a backend whose limit is taken up by what others left there.
 const TRIALS: u32 = 4;
-/// Looks in which a backend is silent while others answer, before that counts.
-const MUTE_LOOKS: u32 = 4;
+/// For how long a backend is found silent while others answer, before that counts.
+const MUTE_FOR: Duration = Duration::from_millis(30);
 /// Clients of a backend that is out have found their places after this.
 const OUT_LATELY: Duration = Duration::from_secs(60);
 
@@ -398,7 +398,9 @@ impl Backend {
 
     /// For how long one that is known to be slow is no more silent than it was, a second at most; nothing otherwise.
     pub fn slow_for(&self) -> Duration {
-        if self.pace_share() < 1.0 { (self.silence.took() * 2).min(SLOW_FOR) } else { Duration::ZERO }
+        // The longest of its last answers may be one that is long by nature.
+        let usual = || self.pace().1.unwrap_or(SLOW_FOR).min(self.silence.took());
+        if self.pace_share() < 1.0 { (usual() * 2).min(SLOW_FOR) } else { Duration::ZERO }
     }
 
     /// After how long without a first byte to anybody it is silent, where it has not answered often enough to tell by that.
@@ -851,7 +853,7 @@ impl Backend {
                 return false;
             }
             // When all have become slower alike, one of them has to be the first to answer again.
-            if answers && self.silence.accused() < MUTE_LOOKS {
+            if answers && self.silence.accused(now) < MUTE_FOR {
                 return false;
             }
         }

@@ -44,8 +44,8 @@ pub struct Silence {
     took: AtomicU64,
     /// How many were ever written; wraps.
     ever: AtomicU32,
-    /// How often it was accused since the last first byte; and whether it was found silent since then.
-    accused: AtomicU32,
+    /// When it was accused first since the last first byte; 0: it was not. And whether it was found silent since then.
+    accused: AtomicU64,
     found: AtomicBool,
     /// How many have given up, since the last first byte, what took longer than answers take.
     gave_up: AtomicU32,
@@ -140,9 +140,10 @@ impl Silence {
         self.found.store(false, Relaxed);
     }
 
-    /// Accuses it once more, and says how often that makes since the last first byte.
-    pub fn accused(&self) -> u32 {
-        self.accused.fetch_add(1, Relaxed) + 1
+    /// Accuses it, and says for how long it has been accused since the last first byte.
+    pub fn accused(&self, now: Time) -> Duration {
+        let first = self.accused.compare_exchange(0, now.0, Relaxed, Relaxed).err();
+        first.map_or(Duration::ZERO, |first| now.since(Time(first)))
     }
 
     /// How many were ever written; wraps.
@@ -339,7 +340,7 @@ mod tests {
         let silence = Silence::default();
         (0..5).for_each(|_| silence.wrote(1, START));
         (0..2).for_each(|_| silence.left(START, true));
-        assert!(silence.mute(LIMIT, START + LIMIT).is_some() && silence.accused() == 1);
+        assert!(silence.mute(LIMIT, START + LIMIT).is_some() && silence.accused(START + LIMIT).is_zero());
         silence.begins_anew();
         assert_eq!(silence.mute(LIMIT, START + LIMIT * 9), None);
         let later = START + LIMIT * 10;
@@ -348,7 +349,8 @@ mod tests {
             silence.mute(LIMIT, later + LIMIT).is_none() && !silence.stays_mute(LIMIT, later + LIMIT),
             "one is slow"
         );
-        assert_eq!(silence.accused(), 1, "and nothing before is held against it");
+        assert_eq!(silence.accused(later + LIMIT * 9), Duration::ZERO, "and nothing before is held against it");
+        assert_eq!(silence.accused(later + LIMIT * 10), LIMIT);
         (0..2).for_each(|_| silence.wrote(1, later));
         assert_eq!(silence.mute(LIMIT, later + LIMIT), Some(Mute { since: later, only: Some(1) }));
         silence.left(START, false);

@@ -389,8 +389,8 @@ fn what_hangs_at_a_silent_backend_keeps_no_trial_away() {
     let pool = pool(policy, &[(0, 1, 1), (0, 1, 1)]);
     let backend = &pool.members[0].backend;
     let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Mute, began: NOW };
-    for _ in 0..10 {
-        backend.observe(&pool.policy.health, &evidence, NOW);
+    for looks in 0..10 {
+        backend.observe(&pool.policy.health, &evidence, NOW + Duration::from_millis(10) * looks);
     }
     assert_ne!(backend.view().state, State::Up);
     (0..16).for_each(|_| backend.silence.wrote(1, NOW));
