@@ -236,7 +236,7 @@ impl Queue {
         self.lanes[..=priority.min(2)].iter().any(|lane| lane.waiting.load(Relaxed) > 0)
     }
 
-    /// A place within the bound of all, at once or in its turn; whoever waits for a backend only holds up nobody here.
+    /// A place within the bound of all, at once or in its turn. Whoever waits for a backend only holds up nobody who finds room.
     pub async fn take_within_bound<T>(
         &self,
         priority: usize,

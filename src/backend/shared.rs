@@ -190,6 +190,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn probes_take_out_cells_far_apart_and_backends_of_one_cell_a_look_apart() {
+        let shared = PoolShared::new("p", Arc::default());
+        let between = Duration::from_secs(10);
+        let at = |ms| Time(1_000_000) + Duration::from_millis(ms);
+        assert!(shared.probes_may_remove(0, between, at(0)));
+        assert!(!shared.probes_may_remove(0, between, at(100)), "who stands last in the tier is not known yet");
+        assert!(shared.probes_may_remove(0, between, at(200)));
+        assert!(!shared.probes_may_remove(1, between, at(10_100)), "another cell");
+        assert!(shared.probes_may_remove(1, between, at(10_200)));
+        assert!(shared.probes_may_remove(0, Duration::ZERO, at(10_200)), "no such guard");
+    }
+
+    #[test]
     fn errors_that_all_have_alike_are_nobodys_own() {
         let alike = |one: (u32, u32), others: &[(u32, u32)]| {
             let tally = Tally::default();
