@@ -12,6 +12,9 @@ use tokio::time::Instant;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub u64);
 
+/// The control thread looks at what the backends did so often.
+pub const LOOK: Duration = Duration::from_millis(100);
+
 static EPOCH: OnceLock<Instant> = OnceLock::new();
 
 fn epoch() -> Instant {

@@ -11,6 +11,8 @@
 
 use std::time::Duration;
 
+use crate::clock::LOOK;
+
 /// So many times slower, and so much slower, is still as quick as it used to be.
 const SAME: f64 = 2.0;
 const SAME_BY: Duration = Duration::from_millis(20);
@@ -42,8 +44,6 @@ const WINDOW: u32 = 4;
 const WINDOWS: u32 = 3;
 const FEWER: f64 = 0.1;
 const FEWER_BY: f64 = 3.0;
-/// Time between two looks.
-const LOOK: Duration = Duration::from_millis(100);
 /// A limit that was halved and has not made the backend quicker by a fifth within so many looks was none of the reason.
 const PATIENCE: u32 = 10;
 const HELPED: f64 = 0.8;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::backend::Backend;
-use crate::clock;
+use crate::clock::{self, LOOK};
 use crate::dial;
 use crate::health::State;
 use crate::host::Host;
@@ -17,8 +17,6 @@ use crate::pace::{self, Alike};
 use crate::pool::Pool;
 use crate::table::Table;
 
-/// Time between two looks.
-const LOOK: Duration = Duration::from_millis(100);
 /// A look so much later than it was due means that the process stood still: what was measured meanwhile, and what ends in this many
 /// looks, is our own time and no backend's.
 const LATE: Duration = Duration::from_millis(60);

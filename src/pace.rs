@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use crate::clock::Time;
+use crate::clock::{LOOK, Time};
 use crate::estimate::{BUCKETS, upper_us};
 
 /// Answers that make a judgement, and answers that make one of the ninth decile.
@@ -84,13 +84,17 @@ const FIRST_LOOKS: u32 = 50;
 /// Handshakes that make a judgement of loss, those of them lost, and the loss beyond the others' that is still the same.
 const ENOUGH_HANDSHAKES: f64 = 20.0;
 const ENOUGH_LOST: f64 = 3.0;
+/// Lost ones that are enough where its share is small because it lost some before.
+const LOST_AGAIN: f64 = 2.0;
 const SAME_LOSS: f64 = 0.03;
 /// And so many standard deviations of what that loss would do by chance.
 const LOSS_SIGMAS: f64 = 2.0;
 /// And of what the last three looks alone would do, which are looked at ten times a second.
 const QUICK_SIGMAS: f64 = 3.0;
-/// Share of one that loses more than that. Each loss costs a client a race, so there is little reason for more.
-const LOSSY_TRICKLE: f64 = 0.03;
+/// Share of one that loses more than that: what shows so many handshakes a second, within these bounds. Each loss costs a client
+/// a race, so there is little reason for more.
+const LOSSY_HANDSHAKES: f64 = 4.0;
+const LOSSY_TRICKLE: [f64; 2] = [0.02, 0.03];
 /// Each look forgets this part of the handshakes it saw before: half of them in a second.
 const FORGET_HANDSHAKES: f64 = 0.07;
 
@@ -262,8 +266,9 @@ pub struct Pace {
     calm: Option<Calm>,
     taught: u32,
     share: f64,
-    /// Whether handshakes were the reason for less than all of it.
+    /// Whether handshakes were the reason for less than all of it, and the least it keeps for that reason.
     lossy: bool,
+    lossy_trickle: f64,
     changed: Time,
     seen: Time,
 }
@@ -292,6 +297,7 @@ impl Pace {
             taught: 0,
             share: 1.0,
             lossy: false,
+            lossy_trickle: LOSSY_TRICKLE[1],
             changed: now,
             seen: now,
         }
@@ -370,7 +376,8 @@ impl Pace {
             self.seen = now;
         }
         self.go_on(&newest, now);
-        let quick_loss = (self.share >= 1.0).then(|| part_lost(self.quick_handshakes, ENOUGH_HANDSHAKES)).flatten();
+        let quick_loss =
+            (self.share >= 1.0).then(|| part_lost(self.quick_handshakes, ENOUGH_HANDSHAKES, ENOUGH_LOST)).flatten();
         if newest.total > 0.0 {
             self.newest = Some((newest.quantile_us(0.5), now));
         }
@@ -454,8 +461,8 @@ impl Pace {
 
     fn loss(&self) -> Option<f64> {
         match self.share < 1.0 {
-            true => part_lost(self.fresh_handshakes, ENOUGH),
-            false => part_lost(self.handshakes, ENOUGH_HANDSHAKES),
+            true => part_lost(self.fresh_handshakes, ENOUGH, LOST_AGAIN),
+            false => part_lost(self.handshakes, ENOUGH_HANDSHAKES, ENOUGH_LOST),
         }
     }
 
@@ -491,7 +498,11 @@ impl Pace {
             let of_factor = (SAME / slowness).powf(POWER * (1.0 + (by_us / MUCH_US).clamp(0.0, 1.0)));
             of_factor.max((SAME_BY_US / by_us.max(SAME_BY_US)).powf(POWER_OF_TIME)).max(TRICKLE)
         });
-        let for_loss = self.loses(look, alike).then_some(LOSSY_TRICKLE);
+        if self.share >= 1.0 {
+            let a_second = self.handshakes.iter().sum::<f64>() * FORGET_HANDSHAKES / LOOK.as_secs_f64();
+            self.lossy_trickle = (LOSSY_HANDSHAKES / a_second).clamp(LOSSY_TRICKLE[0], LOSSY_TRICKLE[1]);
+        }
+        let for_loss = self.loses(look, alike).then_some(self.lossy_trickle);
         let target = for_pace.unwrap_or(1.0).min(for_loss.unwrap_or(1.0));
         self.lossy |= for_loss.is_some();
         // A few slow ones keep a share from growing; to make it smaller takes as many as they did at first.
@@ -515,7 +526,7 @@ impl Pace {
         let carries = many || self.share < FEW_BELOW && few;
         self.carries_since = self.carries_since.or(Some(now)).filter(|_| carries);
         let carried = self.carries_since.is_some_and(|since| now.since(since) >= self.before.lost_known_after);
-        let by_handshakes = self.lossy && self.share >= LOSSY_TRICKLE || self.calm.is_none();
+        let by_handshakes = self.lossy && self.share >= self.lossy_trickle || self.calm.is_none();
         let proven = if by_handshakes { carried } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
         let unseen = now.since(self.seen.max(self.changed)) >= UNSEEN;
         if proven && now.since(self.changed) >= GROWTH_EVERY || unseen {
@@ -579,8 +590,8 @@ impl Pace {
 }
 
 /// Part of the handshakes that were lost, where they are enough; a few are none.
-fn part_lost([well, lost]: [f64; 2], enough: f64) -> Option<f64> {
-    (well + lost >= enough).then(|| if lost >= ENOUGH_LOST { lost / (well + lost) } else { 0.0 })
+fn part_lost([well, lost]: [f64; 2], enough: f64, some: f64) -> Option<f64> {
+    (well + lost >= enough).then(|| if lost >= some { lost / (well + lost) } else { 0.0 })
 }
 
 /// What the least affected of a pool's backends show: the measure of what is the same for all.

@@ -39,7 +39,7 @@ fn the_import_table_holds() {
         ("health", &["clock"]),
         ("limits", &["clock", "config"]),
         ("pace", &["clock", "estimate"]),
-        ("crowd", &[]),
+        ("crowd", &["clock"]),
         ("class", &["clock"]),
         ("uplink", &["clock"]),
         ("tell", &["health"]),
