@@ -25,6 +25,7 @@ use tokio::time::timeout;
 
 use crate::clock;
 use crate::host::Host;
+use crate::listen;
 use crate::reload::Report;
 use crate::report::{self, Info};
 use crate::session::Filter;
@@ -467,15 +468,18 @@ pub fn open_socket(path: &Path) -> Result<std::os::unix::net::UnixListener, Stri
     Ok(listener)
 }
 
-/// Opens the read-only HTTP address.
+/// Opens the read-only HTTP address; `shared` says that a socket of our own has its port.
 ///
 /// # Errors
 /// A sentence.
-pub fn open_http(address: SocketAddr) -> Result<std::net::TcpListener, String> {
-    let listener = std::net::TcpListener::bind(address)
-        .map_err(|error| format!("admin http {address}: cannot be bound: {error}"))?;
-    listener.set_nonblocking(true).map_err(|error| format!("admin http {address}: cannot be used: {error}"))?;
-    Ok(listener)
+pub fn open_http(address: SocketAddr, shared: bool) -> Result<TcpListener, String> {
+    let failed = |error: io::Error| format!("admin http {address}: cannot be bound: {error}");
+    // A listener may wait for its address; whoever asks for the metrics may not.
+    if !listen::is_local(address) {
+        return Err(failed(io::ErrorKind::AddrNotAvailable.into()));
+    }
+    let socket = listen::bind(address, 1, shared).map_err(failed)?.remove(0);
+    TcpListener::from_std(socket).map_err(failed)
 }
 
 /// Asks a running process: status and body of the answer.

@@ -633,8 +633,9 @@ impl Control {
     fn open_admin_http(&mut self, address: Option<SocketAddr>) -> Result<(), String> {
         let new = match address {
             Some(address) => {
-                let listener = tokio::net::TcpListener::from_std(admin::open_http(address)?)
-                    .map_err(|error| format!("admin http {address}: {error}"))?;
+                // Between an address and all of them the port moves while the old socket still has it.
+                let shared = shares_port(address, self.admin_http.iter().map(|(old, _)| old));
+                let listener = admin::open_http(address, shared)?;
                 if let Ok(actual) = listener.local_addr() {
                     tracing::info!(address = %actual, "admin http");
                 }

@@ -725,14 +725,14 @@ fn admin_http_is_off_or_read_only() {
         yaml(&[a.address], "", ""),
         directory.0.display()
     );
-    std::fs::write(&config, text).unwrap();
+    std::fs::write(&config, &text).unwrap();
     let child = std::process::Command::new(crate::support::proxy::BINARY)
         .args(["run", "--config"])
         .arg(&config)
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    let _child = Killed(child);
+    let child = Killed(child);
     let ask = |request: &str| -> Option<String> {
         let mut stream = TcpStream::connect(port).ok()?;
         stream
@@ -768,6 +768,18 @@ fn admin_http_is_off_or_read_only() {
     assert!(asked_as("GET /livez HTTP/1.0", "").starts_with("HTTP/1.0 200"));
     assert!(asked_as("HEAD /status HTTP/1.1", "Host: localhost\r\n").starts_with("HTTP/1.1 405"));
     drop(proxy);
+    // It moves to all addresses and back, by reloads that it survives.
+    let beside = SocketAddr::new("127.0.0.2".parse().unwrap(), port.port());
+    for (ip, everywhere) in [("0.0.0.0", true), ("127.0.0.1", false)] {
+        let moved = format!("http: '{ip}:{}'", port.port());
+        let (start, rest) = text.split_once(&format!("http: '{port}'")).unwrap();
+        std::fs::write(&config, format!("{start}{moved}{rest}")).unwrap();
+        let pid = rustix::process::Pid::from_raw(child.0.id() as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+        eventually(ip, Duration::from_secs(5), || {
+            (TcpStream::connect(beside).is_ok() == everywhere && ask("GET /livez").is_some()).then_some(())
+        });
+    }
 }
 
 #[test]

@@ -102,7 +102,7 @@ fn the_import_table_holds() {
                 "table", "tls",
             ],
         ),
-        ("admin", &["clock", "host", "reload", "report", "session", "table", "worker"]),
+        ("admin", &["clock", "host", "listen", "reload", "report", "session", "table", "worker"]),
         ("config", &["http", "sniff", "tls"]),
         ("cli", &["admin", "config", "session"]),
         ("demo", &["admin", "config", "server", "sys"]),

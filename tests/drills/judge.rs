@@ -41,6 +41,13 @@ pub struct Outcome {
     pub received: usize,
     pub deaths: usize,
     pub attackers: usize,
+    /// Sessions that were lost, when the last of them stood again, and the tries of each on average.
+    #[serde(default)]
+    pub sessions_lost: usize,
+    #[serde(default)]
+    pub sessions_back_s: Option<f64>,
+    #[serde(default)]
+    pub session_tries: f64,
     pub memory_calm_kb: u64,
     pub memory_most_kb: u64,
     pub processor_s: f64,
@@ -84,6 +91,12 @@ impl Outcome {
         );
         if self.posts > 0 {
             line += &format!("  [{} of {} POST failed]", self.posts_failed, self.posts);
+        }
+        if let Some(back) = self.sessions_back_s {
+            line += &format!(
+                "  [{} sessions lost, back after {back:.1} s, {:.1} tries each]",
+                self.sessions_lost, self.session_tries
+            );
         }
         for bar in &self.missed {
             line += &format!("\n    missed: {bar}");
@@ -228,6 +241,18 @@ pub fn judge(name: &str, drill: &Drill, kind: front::Kind, seen: Seen) -> Outcom
         let times = seen.received as f64 / asked as f64;
         bar(times <= most, format!("backends received {times:.3} requests for each, at most {most}"));
     }
+    let returns = &seen.returns;
+    let standing: usize = returns.standing.values().sum();
+    let back = returns.took.iter().max().map(Duration::as_secs_f64);
+    let tries = returns.tries as f64 / returns.took.len().max(1) as f64;
+    if let Some(most) = bars.sessions_back_s {
+        let all = drill.load.sessions;
+        bar(standing == all, format!("{standing} of {all} sessions stand"));
+        bar(back.is_some_and(|back| back <= most), format!("sessions were back after {back:.1?} s, at most {most}"));
+    }
+    if let Some(most) = bars.session_tries {
+        bar(tries <= most, format!("{tries:.1} tries for each session, at most {most}"));
+    }
     if let Some(most) = bars.deaths {
         let near = |at: &f64| seen.deaths.iter().filter(|other| (*at..at + 10.0).contains(*other)).count();
         let worst = seen.deaths.iter().map(near).max().unwrap_or(0);
@@ -302,6 +327,9 @@ pub fn judge(name: &str, drill: &Drill, kind: front::Kind, seen: Seen) -> Outcom
         received: seen.received,
         deaths: seen.deaths.len(),
         attackers: seen.attackers,
+        sessions_lost: returns.took.len(),
+        sessions_back_s: back,
+        session_tries: tries,
         memory_calm_kb: seen.memory[0] / 1024,
         memory_most_kb: seen.memory[1] / 1024,
         processor_s: seen.processor,

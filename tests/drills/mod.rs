@@ -21,6 +21,7 @@ use self::scene::{Drill, Event, Fault, Through, Whom};
 use crate::support::attack::Attack;
 use crate::support::backend::{Backend, Mode};
 use crate::support::can_make_namespaces;
+use crate::support::crowd::{Crowd, Returns};
 use crate::support::load::{Load, Manner, Samples};
 use crate::support::netns::{Delay, Rig};
 
@@ -99,6 +100,8 @@ struct Seen {
     processor: f64,
     /// Hostile connections open at the end of the attack.
     attackers: usize,
+    /// What became of sessions.
+    returns: Returns,
     /// Transitions to suspect and to down, and its log, of sailover.
     entered: Option<[f64; 2]>,
     log: String,
@@ -174,6 +177,11 @@ impl Stage {
                 path: "",
             },
         );
+        let target = front::ADDRESS.parse().unwrap();
+        // They stand when the first fault begins.
+        let within = Duration::from_secs_f64(fault_at * 0.8);
+        let crowd =
+            (drill.load.sessions > 0).then(|| Crowd::start(self.rig.edge(), target, drill.load.sessions, within));
         let until = |at: f64| {
             std::thread::sleep((begin + Duration::from_secs_f64(at)).saturating_duration_since(Instant::now()))
         };
@@ -223,6 +231,7 @@ impl Stage {
             watch.and_then(|watch| watch.join().expect("the watch ends"))
         });
         let samples = load.finish();
+        let returns = crowd.map(|crowd| crowd.returns()).unwrap_or_default();
         let entered = self.front.sailover().map(|proxy| {
             ["suspect", "down"].map(|to| proxy.metric("sailover_transitions_total", &[&format!("to=\"{to}\"")]))
         });
@@ -241,6 +250,7 @@ impl Stage {
                 .collect(),
             memory: [calm, most.max(self.front.memory())],
             attackers,
+            returns,
             processor: self.front.processor() - processor,
             entered,
             log,
@@ -317,6 +327,7 @@ fn begin_fault(
             // save: the network refuses in its place. Over HTTP that is a part of the drill.
             Fault::Refuse if drill.through == Through::Tcp => rig.refuse(i),
             Fault::Refuse => backend.set(Mode::Refuse),
+            Fault::Crash => backend.crash(),
             Fault::Reset => backend.set(Mode::Reset),
             Fault::ResetLate => backend.set(Mode::ResetLate),
             Fault::Mute => backend.set(Mode::Mute),

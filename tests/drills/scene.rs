@@ -106,6 +106,9 @@ pub struct Shape {
     pub tries: u32,
     #[serde(default = "eight")]
     pub patience_s: f64,
+    /// Besides, so many clients keep one connection each, and come again at once when it ends.
+    #[serde(default)]
+    pub sessions: usize,
 }
 
 fn once() -> u32 {
@@ -145,6 +148,8 @@ pub enum Whom {
 pub enum Fault {
     /// Nothing listens.
     Refuse,
+    /// Every connection is reset, and nothing listens.
+    Crash,
     /// The network drops every packet to and from the cell.
     Swallow,
     /// The network answers that the host cannot be reached.
@@ -220,6 +225,9 @@ pub struct Bars {
     pub attacker_kb: Option<f64>,
     /// Requests the backends got for each that the clients sent.
     pub amplification: Option<f64>,
+    /// Seconds until each session that was lost stands again, from its loss; and its tries on average.
+    pub sessions_back_s: Option<f64>,
+    pub session_tries: Option<f64>,
     pub windows: Vec<Window>,
 }
 

@@ -96,6 +96,7 @@ pub struct Backend {
     pub received: Arc<AtomicUsize>,
     /// When a request for `/poison` ended it.
     pub deaths: Arc<Mutex<Vec<Instant>>>,
+    died: Arc<tokio::sync::Notify>,
 }
 
 impl Backend {
@@ -110,14 +111,14 @@ impl Backend {
         let stop = Arc::new(AtomicBool::new(false));
         let applied = Arc::new(Mutex::new(Mode::Serve));
         let (told, tell) = std::sync::mpsc::channel();
-        let (posts, deaths, received) = (Arc::default(), Arc::default(), Arc::default());
+        let (posts, deaths, received, died) = (Arc::default(), Arc::default(), Arc::default(), Arc::default());
         let thread = {
             let (state, stop, applied, name) = (state.clone(), stop.clone(), applied.clone(), name.to_owned());
             let records = Records {
                 posts: Arc::clone(&posts),
                 deaths: Arc::clone(&deaths),
                 received: Arc::clone(&received),
-                died: Arc::default(),
+                died: Arc::clone(&died),
             };
             std::thread::spawn(move || {
                 if let Some(namespace) = namespace {
@@ -128,7 +129,13 @@ impl Backend {
             })
         };
         let address = tell.recv().expect("the backend binds");
-        Backend { address, state, applied, stop, thread: Some(thread), posts, deaths, received }
+        Backend { address, state, applied, stop, thread: Some(thread), posts, deaths, received, died }
+    }
+
+    /// Resets every connection, and does not listen until it is told something else.
+    pub fn crash(&self) {
+        self.set(Mode::Refuse);
+        self.died.notify_waiters();
     }
 
     /// Changes what it does with new connections, and waits until it does.

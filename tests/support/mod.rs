@@ -1,5 +1,6 @@
 pub mod attack;
 pub mod backend;
+pub mod crowd;
 pub mod load;
 pub mod netns;
 pub mod proxy;
