@@ -52,7 +52,7 @@ const TRIAL_FIRST: Duration = Duration::from_secs(1);
 const TRIAL_LONGEST: Duration = Duration::from_secs(8);
 const TRIAL_LONGEST_OF_ERRORS: Duration = Duration::from_secs(2);
 /// Good answers in a row that a backend owes which was doubted for its errors: one alone proves little of a ratio.
-const PROOF: u32 = 8;
+const PROOF: u32 = 16;
 /// And so many times as quick is its ramp, where errors were all that was seen of it.
 const QUICKER: u32 = 3;
 /// A doubt of traffic's that comes back this soon after a probe denied it is for traffic to settle.

@@ -7,8 +7,8 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use slab::Slab;
@@ -38,7 +38,7 @@ const RECORD_FACTOR: u32 = 3;
 const RECORD_FLOOR: Duration = Duration::from_millis(50);
 /// Answers after which the longest before is forgotten.
 const RECORD_WINDOW: u32 = 1_000;
-/// Kinds of request on record in one worker.
+/// Kinds of request on record in one worker, and for all of them.
 const KINDS: usize = 4_096;
 /// Time between two questions whether a backend takes what is sent.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
@@ -160,6 +160,9 @@ impl Coming {
         if self.body.h2 { self.begun } else { self.body.client.link.is_blocked() }
     }
 }
+
+/// The longest answers of what is on record in any worker: for those that have answered little of it themselves.
+static SHARED_RECORDS: LazyLock<Mutex<HashMap<u64, Duration>>> = LazyLock::new(Mutex::default);
 
 thread_local! {
     static WAITING: RefCell<Slab<Entry>> = const { RefCell::new(Slab::new()) };
@@ -301,6 +304,13 @@ pub fn learn(kind: u64, took: Duration) {
         let record = records.entry(kind).or_default();
         record.answers += 1;
         record.longest[0] = record.longest[0].max(took);
+        if record.answers.is_multiple_of(RECORD) {
+            let mut shared = SHARED_RECORDS.lock().unwrap_or_else(PoisonError::into_inner);
+            if shared.len() >= KINDS && !shared.contains_key(&kind) {
+                shared.clear();
+            }
+            shared.insert(kind, record.longest[0].max(record.longest[1]));
+        }
         if record.answers.is_multiple_of(RECORD_WINDOW) {
             record.longest = [Duration::ZERO, record.longest[0]];
         }
@@ -309,9 +319,16 @@ pub fn learn(kind: u64, took: Duration) {
 
 /// After how long a request of this kind takes unusually long.
 fn record(kind: u64) -> Option<Duration> {
-    let record = RECORDS.with_borrow(|records| records.get(&kind).copied())?;
-    let longest = record.longest[0].max(record.longest[1]);
-    (record.answers >= RECORD).then(|| (longest * RECORD_FACTOR).max(RECORD_FLOOR))
+    // What was never answered here is a path with an identifier in it, more often than not: others know as little.
+    let own = RECORDS.with_borrow(|records| records.get(&kind).copied())?;
+    let own_longest = own.longest[0].max(own.longest[1]);
+    let longest = if own.answers >= RECORD {
+        own_longest
+    } else {
+        let shared = SHARED_RECORDS.lock().unwrap_or_else(PoisonError::into_inner).get(&kind).copied()?;
+        shared.max(own_longest)
+    };
+    Some((longest * RECORD_FACTOR).max(RECORD_FLOOR))
 }
 
 /// After how long without a first byte to anybody a backend is silent.
@@ -482,5 +499,27 @@ fn look(now: Time, late: bool) {
                 upstream::overdue(place);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_other_workers_have_on_record_serves_one_that_has_little() {
+        let (kind, usual) = (0x5a11, Duration::from_millis(40));
+        let other = std::thread::spawn(move || {
+            (0..RECORD - 1).for_each(|_| learn(kind, usual));
+            let early = record(kind);
+            learn(kind, usual);
+            (early, record(kind))
+        });
+        assert_eq!(other.join().unwrap(), (None, Some(usual * RECORD_FACTOR)));
+        assert_eq!(record(kind), None, "nothing of the kind was answered here");
+        learn(kind, usual / 2);
+        assert_eq!(record(kind), Some(usual * RECORD_FACTOR));
+        learn(kind, usual * 2);
+        assert_eq!(record(kind), Some(usual * 2 * RECORD_FACTOR), "nor is anybody moved sooner than its own says");
     }
 }
