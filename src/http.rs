@@ -583,10 +583,11 @@ impl ProxyHttp for Gateway {
     ) -> Result<Option<Duration>> {
         let bytes = body.as_ref().map_or(0, Bytes::len) as u64;
         exchange.body[1] += bytes;
-        match &exchange.answer {
-            _ if exchange.judged == Judged::Whole && (end || exchange.body[1] >= wait::SHOWN) => exchange.settle(false),
-            Some(answer) => answer.goes_on(clock::now()),
-            None => {}
+        if let Some(answer) = &exchange.answer {
+            answer.goes_on(clock::now());
+        }
+        if exchange.judged == Judged::Whole && (end || exchange.body[1] >= wait::SHOWN) {
+            exchange.settle(false);
         }
         exchange.line.iter_mut().for_each(|line| line.carries(bytes));
         Ok(None)

@@ -12,10 +12,13 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::clock::Time;
+use crate::estimate::Estimate;
 
 /// Fewest requests that wait, of those written since the last first byte.
 const LEAST: u32 = 3;
 
+/// A body is late after so many learned 99th percentiles of what lies between a head and its body.
+const LATE_BODY: u32 = 5;
 /// What hangs for longer than this either is accused, or is no silence.
 const HANGS_FOR: Duration = Duration::from_secs(1);
 /// What its last answers took says so long how long answers take now.
@@ -55,6 +58,31 @@ pub struct Silence {
     /// When those set out who have not written yet, while it matters; and how many these are.
     coming: Mutex<VecDeque<Time>>,
     coming_count: AtomicU32,
+    /// How the bodies of its answers follow their heads.
+    pub bodies: Bodies,
+}
+
+/// How the bodies of a backend's answers follow their heads, where these say how long they are.
+#[derive(Debug, Default)]
+pub struct Bodies {
+    /// When one began last, for anybody.
+    heard: AtomicU64,
+    gaps: Estimate,
+}
+
+impl Bodies {
+    /// The first bytes of a body came, this long after its head.
+    pub fn heard(&self, gap: Duration, now: Time) {
+        self.gaps.record(gap);
+        self.heard.store(now.0, Relaxed);
+    }
+
+    /// After how long a body is late whose head came at `since`, several times what is usual; `None`: little is known, or a body
+    /// has begun since then.
+    pub fn late_after(&self, since: Time) -> Option<Duration> {
+        let (_, p99) = self.gaps.learned()?;
+        (self.heard.load(Relaxed) < since.0).then_some(p99 * LATE_BODY)
+    }
 }
 
 /// A silence that has lasted too long.
@@ -367,6 +395,18 @@ mod tests {
         assert_eq!(silence.coming(), 2);
         silence.forget(START + COMING_FOR);
         assert_eq!(silence.coming(), 0);
+    }
+
+    #[test]
+    fn a_body_is_late_by_what_is_usual_while_none_begins() {
+        let bodies = Bodies::default();
+        assert_eq!(bodies.late_after(START), None, "nothing is known");
+        (0..20).for_each(|_| bodies.heard(LIMIT / 50, START));
+        assert_eq!(bodies.late_after(START), None, "one has begun");
+        let late = bodies.late_after(START + LIMIT).unwrap();
+        assert!((LIMIT / 10..LIMIT / 7).contains(&late), "{late:?}");
+        (0..20).for_each(|_| bodies.heard(LIMIT, START));
+        assert!(bodies.late_after(START + LIMIT).unwrap() >= LIMIT * 5, "what is usual may take long");
     }
 
     #[test]

@@ -51,7 +51,7 @@ fn the_import_table_holds() {
         ("sniff", &[]),
         ("hello", &["clock", "limits", "sniff", "table", "witness"]),
         ("witness", &["clock", "health"]),
-        ("silence", &["clock"]),
+        ("silence", &["clock", "estimate"]),
         ("ratio", &["health"]),
         (
             "backend",

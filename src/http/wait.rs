@@ -45,6 +45,9 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// The body of an answer has stalled when nothing of it came for so long, or for as long as makes a silence; of one that has
 /// shown so many bytes nothing more is asked.
 const STALLED: Duration = Duration::from_secs(1);
+/// So many bodies that are late together, by what is usual and no less than this, have stalled as well where none has begun meanwhile.
+const LATE_TOGETHER: usize = 3;
+const LATE_LEAST: Duration = Duration::from_millis(150);
 /// See `STALLED`.
 pub const SHOWN: u64 = 64 << 10;
 /// A client that leaves after so long without more of a body, or as long as makes a silence, left for that.
@@ -159,6 +162,16 @@ impl Coming {
     fn is_clients(&self) -> bool {
         if self.body.h2 { self.begun } else { self.body.client.link.is_blocked() }
     }
+
+    /// Whether its body is later than that of any answer of its backend used to be, and no other one has begun since its head came.
+    fn is_late(&self, now: Time) -> bool {
+        let backend = &self.body.backend;
+        let late = |usual: Duration| now.since(self.since) >= LATE_LEAST.max(usual).max(silent_after(backend));
+        !self.begun
+            && !self.stalled
+            && backend.silence.bodies.late_after(self.since).is_some_and(late)
+            && !self.is_clients()
+    }
 }
 
 /// The longest answers of what is on record in any worker: for those that have answered little of it themselves.
@@ -264,6 +277,9 @@ impl Answer {
     pub fn goes_on(&self, now: Time) {
         COMING.with_borrow_mut(|answers| {
             if let Some(coming) = answers.get_mut(self.0) {
+                if !coming.begun {
+                    coming.body.backend.silence.bodies.heard(now.since(coming.since), now);
+                }
                 (coming.since, coming.begun) = (now, true);
             }
         });
@@ -362,9 +378,14 @@ pub async fn watch() {
 /// Finds answers that have stalled behind their heads. Each is an error of its backend, unless it is the client that takes nothing.
 fn look_at_bodies(now: Time) {
     COMING.with_borrow_mut(|answers| {
+        let mut late: HashMap<u64, usize> = HashMap::new();
+        for (_, coming) in answers.iter().filter(|(_, coming)| coming.is_late(now)) {
+            *late.entry(coming.body.backend.id).or_default() += 1;
+        }
         for (_, coming) in answers.iter_mut().filter(|(_, coming)| !coming.stalled) {
             let limit = STALLED.max(silent_after(&coming.body.backend));
-            if !coming.is_clients() && now.since(coming.since) >= limit {
+            let together = late.get(&coming.body.backend.id).is_some_and(|late| *late >= LATE_TOGETHER);
+            if together && coming.is_late(now) || !coming.is_clients() && now.since(coming.since) >= limit {
                 coming.stalled = true;
                 let body = &coming.body;
                 body.backend.replied(&body.policy.health, body.prefix, body.class, true, body.began, now);

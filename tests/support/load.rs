@@ -12,6 +12,9 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::netns;
 
+/// What a client says of a connection that ended without an answer, and within one.
+const NO_ANSWER: &str = "closed without an answer";
+pub const CUT_ANSWER: &str = "closed within its answer";
 /// A client gives up after this.
 const PATIENCE: Duration = Duration::from_secs(8);
 
@@ -218,7 +221,7 @@ async fn request_kept(target: SocketAddr, kept: &Mutex<Vec<TcpStream>>, head: St
     loop {
         let read = stream.read(&mut part).await?;
         if read == 0 {
-            return Err(std::io::Error::other("closed without an answer"));
+            return Err(std::io::Error::other(if answer.is_empty() { NO_ANSWER } else { CUT_ANSWER }));
         }
         answer.extend_from_slice(&part[..read]);
         let text = String::from_utf8_lossy(&answer);
