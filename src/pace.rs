@@ -432,10 +432,13 @@ impl Pace {
     /// `came` says that answers came just now: the others' newest may say that all is over.
     fn slower(&self, came: bool) -> Option<Slower> {
         let calm = self.calm?;
-        if came && self.in_streak() {
-            return Some(Slower::than(calm.median.exp2(), self.streak.quantile_us(MEDIAN), SAME));
-        }
         let whole = self.share >= 1.0;
+        if came && self.in_streak() {
+            // What was carried elsewhere would have taken longer than it waited: fresh answers say how much.
+            let answers = if whole || self.fresh.total < 1.0 { 0.0 } else { self.fresh.quantile_us(MEDIAN) };
+            let median = self.streak.quantile_us(MEDIAN).max(answers);
+            return Some(Slower::than(calm.median.exp2(), median, SAME));
+        }
         let judged = if whole { &self.recent } else { &self.fresh };
         let enough = match self.share {
             share if share < SMALL => 1.0,

@@ -394,130 +394,207 @@ fn look_at_bodies(now: Time) {
     });
 }
 
+/// What is done once nothing is borrowed any more.
 enum Step {
     Cut(Place),
     Overdue(Place, u64),
 }
 
-/// One look at all that wait. After a late one the answers that came meanwhile are read before anybody is called silent.
+/// What a look knows of one backend, for all that wait there.
+#[derive(Clone, Copy)]
+struct Judged {
+    /// After how long without a first byte to anybody it is silent.
+    limit: Duration,
+    /// Whether it is found so now; and whether it was before, and has answered nobody since.
+    found: bool,
+    stays_mute: bool,
+    /// Whether its address no longer answers at all.
+    vanished: bool,
+    /// Since when it is doubted.
+    in_doubt: Option<Time>,
+}
+
+/// Why a request goes elsewhere: one of these at least.
+#[derive(Clone, Copy)]
+struct Reason {
+    /// It takes unusually long for its kind.
+    unusual: bool,
+    /// Its backend is silent as a whole.
+    silent: bool,
+}
+
+/// One look at all that wait.
+struct Look {
+    now: Time,
+    judged: HashMap<u64, Judged>,
+    /// Backends that were found silent, since when, and whether that is evidence.
+    mute: Vec<(Arc<Backend>, Arc<Policy>, Time, bool)>,
+    steps: Vec<Step>,
+}
+
+/// Looks at all that wait. After a late look the answers that came meanwhile are read before anybody is called silent.
 fn look(now: Time, late: bool) {
-    let mut mute: Vec<(Arc<Backend>, Arc<Policy>, Time, bool)> = Vec::new();
-    let mut steps = Vec::new();
+    let mut look = Look { now, judged: HashMap::new(), mute: Vec::new(), steps: Vec::new() };
     WAITING.with_borrow_mut(|waiting| {
-        // Those to whom a backend is silent: judged once for each backend.
-        let mut judged: HashMap<u64, (Duration, bool, bool, bool)> = HashMap::new();
-        for (_, entry) in waiting.iter_mut() {
-            if entry.verdict != Verdict::Waits {
-                continue;
-            }
-            let request = &entry.request;
-            let backend = &request.backend;
-            let waited = now.since(entry.since);
-            // While a client takes its time with its body the backend has nothing to answer for.
-            let asked = |client: &Connection| client.link.awaits_body() && !client.link.expects.load(Relaxed);
-            let clients_turn = !entry.complete
-                && match &request.body {
-                    Some(client) => asked(client),
-                    // Beside others its turn cannot be seen from its connection: it is not where the backend takes nothing.
-                    None if waited < request.timeout || request.shared => true,
-                    None => {
-                        if now.since(entry.full.0) >= ASK_AGAIN {
-                            entry.full = (now, upstream::is_full(request.place));
-                        }
-                        !entry.full.1
-                    }
-                };
-            // Any byte keeps a connection of HTTP/2, so each of its bodies has a bound of its own.
-            let stalled = clients_turn && request.body.is_none() && waited >= request.idle;
-            if stalled || waited >= request.timeout && !clients_turn {
-                entry.verdict = if stalled { Verdict::Stalled } else { Verdict::TimedOut };
-                steps.push(match request.shared {
-                    true => Step::Overdue(request.place, backend.id),
-                    false => Step::Cut(request.place),
-                });
-                continue;
-            }
-            if late || !entry.complete {
-                continue;
-            }
-            if waited >= KILLS_WITHIN && !entry.harmless {
-                entry.harmless = true;
-                request.pool.shared.poison.acquit(request.kind);
-            }
-            let in_doubt = backend.doubted_since();
-            let (limit, found, stays_mute, vanished) = *judged.entry(backend.id).or_insert_with(|| {
-                let limit = silent_after(backend);
-                // Those that were there before it was doubted tell nothing new.
-                let found =
-                    backend.silence.mute(limit, now).filter(|found| in_doubt.is_none_or(|since| found.since >= since));
-                if let Some(found) = found {
-                    // One client prefix makes no transition where there are others; its requests are moved all the same.
-                    let alone = found.only.is_some_and(|prefix| backend.others_than(prefix, now));
-                    mute.push((backend.clone(), request.policy.clone(), found.since, !alone));
-                }
-                // Whoever waited before it fell silent waits for ever, and has nobody beside him any more.
-                (limit, found.is_some(), backend.silence.stays_mute(limit, now), backend.vanished())
-            });
-            let tries = in_doubt.is_some_and(|since| entry.since >= since);
-            let doubted = in_doubt.is_some() && backend.silence.quiet(limit, now);
-            let silent = found || stays_mute && !tries;
-            let patience = TRIED.min(request.timeout / 2);
-            let limit = if tries && !silent { limit.max(patience) } else { limit };
-            if doubted && !silent && waited >= limit && !mute.iter().any(|(known, ..)| known.id == backend.id) {
-                // The one client that tries a doubted backend has its answer.
-                let alone = backend.others_than(request.prefix, now);
-                mute.push((backend.clone(), request.policy.clone(), entry.since, !alone));
-            }
-            // What tries it for others tells whether it is slow or silent.
-            let may_be = !tries || silent || waited >= patience;
-            let unusual = entry.unusual_at.is_some_and(|at| at <= now) && may_be;
-            // Where what was written later is answered, and sooner, it is no slowness of the backend: this one hangs.
-            let hangs = || {
-                backend.silence.answered_since(entry.since)
-                    && record(request.kind).is_some_and(|unusual| waited >= unusual)
-            };
-            if unusual && !entry.accused && hangs() {
-                entry.accused = true;
-                backend.replied(&request.policy.health, request.prefix, request.class, true, entry.since, now);
-            }
-            let unusual = unusual && !request.shared;
-            let reason = (silent || doubted || vanished) && waited >= limit || unusual;
-            if !reason || !request.movable {
-                continue;
-            }
-            // A cut that leads nowhere helps nobody: there must be another backend, and a token for it.
-            let mut tried = request.tried.clone();
-            tried.extend(request.pool.members.iter().position(|member| member.backend.id == backend.id));
-            let lively = request.shared && upstream::others_talk(request.place);
-            // Nor does one to a backend that has not answered either since this one fell silent, or no sooner.
-            let since = if unusual { entry.since } else { backend.silence.first() };
-            let better = |other: &Backend| other.silence.answers_sooner(since, now);
-            if lively || !request.pool.has_untried(&tried, false, better) || !backend.shared.budget.extra(now) {
-                continue;
-            }
-            entry.verdict = Verdict::Move;
-            steps.push(Step::Cut(request.place));
-            if unusual && !silent && !doubted && !vanished {
-                // Where it takes as long, its answer makes the record longer: what has become slower is not moved for ever.
-                backend.moved_slow(waited);
-            } else {
-                backend.moved_silent(now);
+        for (_, entry) in waiting.iter_mut().filter(|(_, entry)| entry.verdict == Verdict::Waits) {
+            if !look.ends(entry) && !late && entry.complete {
+                look.moves(entry);
             }
         }
     });
-    for (backend, policy, began, evidence) in mute {
-        if evidence {
-            let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Mute, began };
-            backend.observe(&policy.health, &evidence, now);
+    look.conclude();
+}
+
+impl Entry {
+    /// Whether the next bytes are to come from the client: meanwhile the backend has nothing to answer for.
+    fn is_clients_turn(&mut self, now: Time) -> bool {
+        if self.complete {
+            return false;
+        }
+        let request = &self.request;
+        match &request.body {
+            Some(client) => client.link.awaits_body() && !client.link.expects.load(Relaxed),
+            // Beside others its turn cannot be seen from its connection: it is not where the backend takes nothing.
+            None if now.since(self.since) < request.timeout || request.shared => true,
+            None => {
+                if now.since(self.full.0) >= ASK_AGAIN {
+                    self.full = (now, upstream::is_full(request.place));
+                }
+                !self.full.1
+            }
         }
     }
-    for step in steps {
-        match step {
-            Step::Cut(place) => upstream::cut(place),
-            Step::Overdue(place, backend) => {
-                // Nobody new comes to a connection that is going to be cut.
-                upstream::renew(backend);
-                upstream::overdue(place);
+
+    /// Holds it against its backend that it hangs: what was written later is answered, and sooner, so this is no slowness of the
+    /// backend.
+    fn accuse(&mut self, now: Time) {
+        let (request, backend) = (&self.request, &self.request.backend);
+        let longer = |unusual: Duration| now.since(self.since) >= unusual;
+        if !self.accused && backend.silence.answered_since(self.since) && record(request.kind).is_some_and(longer) {
+            self.accused = true;
+            backend.replied(&request.policy.health, request.prefix, request.class, true, self.since, now);
+        }
+    }
+
+    /// Whether a cut would lead anywhere: to another backend that answers sooner, with a token of the budget for it.
+    fn has_way(&self, reason: Reason, now: Time) -> bool {
+        let (request, backend) = (&self.request, &self.request.backend);
+        let mut tried = request.tried.clone();
+        tried.extend(request.pool.members.iter().position(|member| member.backend.id == backend.id));
+        let lively = request.shared && upstream::others_talk(request.place);
+        // One that has not answered either since this one fell silent is no better.
+        let since = if reason.unusual { self.since } else { backend.silence.first() };
+        let better = |other: &Backend| other.silence.answers_sooner(since, now);
+        !lively && request.pool.has_untried(&tried, false, better) && backend.shared.budget.extra(now)
+    }
+}
+
+impl Look {
+    /// Ends a request whose time is up, and one whose client does not go on with its body.
+    fn ends(&mut self, entry: &mut Entry) -> bool {
+        let clients_turn = entry.is_clients_turn(self.now);
+        let (request, waited) = (&entry.request, self.now.since(entry.since));
+        // Any byte keeps a connection of HTTP/2, so each of its bodies has a bound of its own.
+        let stalled = clients_turn && request.body.is_none() && waited >= request.idle;
+        if !stalled && (clients_turn || waited < request.timeout) {
+            return false;
+        }
+        entry.verdict = if stalled { Verdict::Stalled } else { Verdict::TimedOut };
+        self.steps.push(match request.shared {
+            true => Step::Overdue(request.place, request.backend.id),
+            false => Step::Cut(request.place),
+        });
+        true
+    }
+
+    /// Sends a request elsewhere that has a reason and a way.
+    fn moves(&mut self, entry: &mut Entry) {
+        let now = self.now;
+        if now.since(entry.since) >= KILLS_WITHIN && !entry.harmless {
+            entry.harmless = true;
+            entry.request.pool.shared.poison.acquit(entry.request.kind);
+        }
+        let Some(reason) = self.reason(entry) else { return };
+        if !entry.request.movable || !entry.has_way(reason, now) {
+            return;
+        }
+        entry.verdict = Verdict::Move;
+        self.steps.push(Step::Cut(entry.request.place));
+        if reason.silent {
+            entry.request.backend.moved_silent(now);
+        } else {
+            // Where it takes as long, its answer makes the record longer: what has become slower is not moved for ever.
+            entry.request.backend.moved_slow(now.since(entry.since));
+        }
+    }
+
+    fn reason(&mut self, entry: &mut Entry) -> Option<Reason> {
+        let now = self.now;
+        let judged = self.judge(&entry.request);
+        let (request, waited) = (&entry.request, now.since(entry.since));
+        let backend = &request.backend;
+        let tries = judged.in_doubt.is_some_and(|since| entry.since >= since);
+        let doubted = judged.in_doubt.is_some() && backend.silence.quiet(judged.limit, now);
+        let silent = judged.found || judged.stays_mute && !tries;
+        let patience = TRIED.min(request.timeout / 2);
+        let limit = if tries && !silent { judged.limit.max(patience) } else { judged.limit };
+        if doubted && !silent && waited >= limit && !self.mute.iter().any(|(known, ..)| known.id == backend.id) {
+            // The one client that tries a doubted backend has its answer.
+            let alone = backend.others_than(request.prefix, now);
+            self.mute.push((backend.clone(), request.policy.clone(), entry.since, !alone));
+        }
+        // What tries it for others tells whether it is slow or silent.
+        let may_be = !tries || silent || waited >= patience;
+        let (shared, vanished) = (request.shared, judged.vanished);
+        let unusual = entry.unusual_at.is_some_and(|at| at <= now) && may_be;
+        if unusual {
+            entry.accuse(now);
+        }
+        let reason = Reason { unusual: unusual && !shared, silent: silent || doubted || vanished };
+        (reason.unusual || reason.silent && waited >= limit).then_some(reason)
+    }
+
+    /// Judges the backend of a request, once for all that wait there.
+    fn judge(&mut self, request: &Request) -> Judged {
+        let (now, backend) = (self.now, &request.backend);
+        let mute = &mut self.mute;
+        *self.judged.entry(backend.id).or_insert_with(|| {
+            let (limit, in_doubt) = (silent_after(backend), backend.doubted_since());
+            // Those that were there before it was doubted tell nothing new.
+            let found =
+                backend.silence.mute(limit, now).filter(|found| in_doubt.is_none_or(|since| found.since >= since));
+            if let Some(found) = found {
+                // One client prefix makes no transition where there are others; its requests are moved all the same.
+                let alone = found.only.is_some_and(|prefix| backend.others_than(prefix, now));
+                mute.push((backend.clone(), request.policy.clone(), found.since, !alone));
+            }
+            Judged {
+                limit,
+                found: found.is_some(),
+                // Whoever waited before it fell silent waits for ever, and has nobody beside him any more.
+                stays_mute: backend.silence.stays_mute(limit, now),
+                vanished: backend.vanished(),
+                in_doubt,
+            }
+        })
+    }
+
+    /// Records what was found, and cuts what is to be cut.
+    fn conclude(self) {
+        for (backend, policy, began, evidence) in self.mute {
+            if evidence {
+                let evidence = Evidence { source: Source::Traffic, depth: Depth::FirstByte, seen: Seen::Mute, began };
+                backend.observe(&policy.health, &evidence, self.now);
+            }
+        }
+        for step in self.steps {
+            match step {
+                Step::Cut(place) => upstream::cut(place),
+                Step::Overdue(place, backend) => {
+                    // Nobody new comes to a connection that is going to be cut.
+                    upstream::renew(backend);
+                    upstream::overdue(place);
+                }
             }
         }
     }

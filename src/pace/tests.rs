@@ -21,6 +21,8 @@ struct Rig {
     long_of_first: (f64, f64),
     /// And all of those take so many milliseconds more.
     more_of_first: f64,
+    /// What was carried elsewhere from the first backend, by bucket.
+    moved: [u32; BUCKETS],
 }
 
 impl Rig {
@@ -44,6 +46,7 @@ impl Rig {
             long: (0.0, 1.0),
             long_of_first: (0.0, 1.0),
             more_of_first: 0.0,
+            moved: [0; BUCKETS],
         }
     }
 
@@ -98,7 +101,8 @@ impl Rig {
     fn seen(&self, i: usize) -> Seen {
         let first_bytes = self.estimates[i].ever();
         let handshakes = self.handshakes[i];
-        Seen { first_bytes, moved: [0; BUCKETS], handshakes, lost_known_after: LOST_KNOWN_AFTER }
+        let moved = if i == 0 { self.moved } else { [0; BUCKETS] };
+        Seen { first_bytes, moved, handshakes, lost_known_after: LOST_KNOWN_AFTER }
     }
 
     fn share(&self, of: usize) -> f64 {
@@ -305,6 +309,26 @@ fn a_slow_one_that_answers_in_bursts_is_seen() {
         rig.judge();
     }
     assert!(rig.paces[0].share() < 0.1, "{}", rig.paces[0].share());
+}
+
+#[test]
+fn what_was_carried_elsewhere_in_time_makes_nobody_quicker() {
+    let mut rig = Rig::new(2);
+    rig.run(10.0, 400.0, &[(1.0, 0.0), (1.0, 0.0)]);
+    rig.run(2.0, 400.0, &[(401.0, 0.0), (1.0, 0.0)]);
+    let trickle = rig.paces[0].share();
+    let bucket = (0..BUCKETS).find(|bucket| upper_us(*bucket) >= 60_000).unwrap();
+    for i in 0..100 {
+        rig.now = rig.now + STEP;
+        rig.moved[bucket] += u32::from(i % 4 == 0);
+        // One of four is waited for, and takes as long as ever.
+        if i % 8 == 7 {
+            rig.estimates[0].record(Duration::from_millis(401));
+        }
+        (0..20).for_each(|_| rig.estimates[1].record(Duration::from_millis(1)));
+        rig.judge();
+        assert!(rig.paces[0].share() <= trickle, "{i}: {}", rig.paces[0].share());
+    }
 }
 
 #[test]

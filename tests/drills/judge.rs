@@ -244,6 +244,10 @@ pub fn judge(name: &str, drill: &Drill, kind: front::Kind, seen: Seen) -> Outcom
         let times = seen.received as f64 / asked as f64;
         bar(times <= most, format!("backends received {times:.3} requests for each, at most {most}"));
     }
+    // What takes as long as the drill is cut by nobody where its cell is fit.
+    for stay in seen.stays.iter().filter(|stay| seen.stayed_at[1].contains(&stay.id)) {
+        bar(stay.cut.is_none(), format!("{stay:?} of the fit cell"));
+    }
     let returns = &seen.returns;
     let standing: usize = returns.standing.values().sum();
     let back = returns.took.iter().max().map(Duration::as_secs_f64);

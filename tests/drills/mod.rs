@@ -23,6 +23,7 @@ use crate::support::backend::{Backend, Mode};
 use crate::support::can_make_namespaces;
 use crate::support::crowd::{Crowd, Returns};
 use crate::support::load::{Load, Manner, Samples};
+use crate::support::long::{Long, Stay};
 use crate::support::netns::{Delay, Rig};
 
 const NAMES: [&str; 4] = ["a", "b", "c", "d"];
@@ -102,6 +103,9 @@ struct Seen {
     attackers: usize,
     /// What became of sessions.
     returns: Returns,
+    /// What became of requests that take as long as the drill, and which of them each backend had.
+    stays: Vec<Stay>,
+    stayed_at: Vec<Vec<String>>,
     /// Transitions to suspect and to down, and its log, of sailover.
     entered: Option<[f64; 2]>,
     log: String,
@@ -182,6 +186,9 @@ impl Stage {
         let within = Duration::from_secs_f64(fault_at * 0.8);
         let crowd =
             (drill.load.sessions > 0).then(|| Crowd::start(self.rig.edge(), target, drill.load.sessions, within));
+        let long = drill
+            .has_a_fit_cell()
+            .then(|| Long::start(self.rig.edge(), target, Duration::from_secs_f64(drill.load.seconds)));
         let until = |at: f64| {
             std::thread::sleep((begin + Duration::from_secs_f64(at)).saturating_duration_since(Instant::now()))
         };
@@ -231,6 +238,7 @@ impl Stage {
             watch.and_then(|watch| watch.join().expect("the watch ends"))
         });
         let samples = load.finish();
+        let stays = long.map(Long::finish).unwrap_or_default();
         let returns = crowd.map(|crowd| crowd.returns()).unwrap_or_default();
         let entered = self.front.sailover().map(|proxy| {
             ["suspect", "down"].map(|to| proxy.metric("sailover_transitions_total", &[&format!("to=\"{to}\"")]))
@@ -251,6 +259,8 @@ impl Stage {
             memory: [calm, most.max(self.front.memory())],
             attackers,
             returns,
+            stays,
+            stayed_at: self.backends.iter().map(|backend| backend.stays.lock().unwrap().clone()).collect(),
             processor: self.front.processor() - processor,
             entered,
             log,

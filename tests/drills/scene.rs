@@ -261,6 +261,12 @@ impl Drill {
         self.timeline.iter().map(|event| event.to).reduce(f64::max).unwrap_or(self.load.seconds)
     }
 
+    /// Whether the second cell serves HTTP and nothing happens to it, so that none of its requests may be cut, however long they take.
+    pub fn has_a_fit_cell(&self) -> bool {
+        let only_a = self.timeline.iter().all(|event| event.whom == Whom::A);
+        self.is_http() && only_a && !self.timeline.is_empty() && self.load.poison_one_in == 0 && self.work.is_none()
+    }
+
     pub fn is_http(&self) -> bool {
         self.through != Through::Tcp
     }

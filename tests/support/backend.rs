@@ -94,6 +94,8 @@ pub struct Backend {
     pub posts: Arc<Mutex<Vec<String>>>,
     /// How many requests it has received, probes left aside.
     pub received: Arc<AtomicUsize>,
+    /// What the `X-Id` of those said that stay.
+    pub stays: Arc<Mutex<Vec<String>>>,
     /// When a request for `/poison` ended it.
     pub deaths: Arc<Mutex<Vec<Instant>>>,
     died: Arc<tokio::sync::Notify>,
@@ -111,11 +113,13 @@ impl Backend {
         let stop = Arc::new(AtomicBool::new(false));
         let applied = Arc::new(Mutex::new(Mode::Serve));
         let (told, tell) = std::sync::mpsc::channel();
-        let (posts, deaths, received, died) = (Arc::default(), Arc::default(), Arc::default(), Arc::default());
+        let (posts, stays, received) = (Arc::default(), Arc::default(), Arc::default());
+        let (deaths, died) = (Arc::default(), Arc::default());
         let thread = {
             let (state, stop, applied, name) = (state.clone(), stop.clone(), applied.clone(), name.to_owned());
             let records = Records {
                 posts: Arc::clone(&posts),
+                stays: Arc::clone(&stays),
                 deaths: Arc::clone(&deaths),
                 received: Arc::clone(&received),
                 died: Arc::clone(&died),
@@ -129,7 +133,7 @@ impl Backend {
             })
         };
         let address = tell.recv().expect("the backend binds");
-        Backend { address, state, applied, stop, thread: Some(thread), posts, deaths, received, died }
+        Backend { address, state, applied, stop, thread: Some(thread), posts, stays, deaths, received, died }
     }
 
     /// Resets every connection, and does not listen until it is told something else.
@@ -158,6 +162,7 @@ impl Drop for Backend {
 #[derive(Clone)]
 struct Records {
     posts: Arc<Mutex<Vec<String>>>,
+    stays: Arc<Mutex<Vec<String>>>,
     deaths: Arc<Mutex<Vec<Instant>>>,
     received: Arc<AtomicUsize>,
     died: Arc<tokio::sync::Notify>,
@@ -307,10 +312,14 @@ async fn connection(
                     let now = *state.lock().unwrap();
                     let healthz = head.starts_with("GET /healthz");
                     records.received.fetch_add(usize::from(!healthz), Relaxed);
+                    let lower = head.to_ascii_lowercase();
+                    let id = lower.lines().find_map(|line| line.strip_prefix("x-id: ")).map(str::to_owned);
+                    if ["GET /events", "POST /upload", "GET /socket"].iter().any(|stays| head.starts_with(stays)) {
+                        records.stays.lock().unwrap().extend(id);
+                        return stay(stream, &lower, request, &name).await;
+                    }
                     if head.starts_with("POST ") {
-                        let lower = head.to_ascii_lowercase();
-                        let id = lower.lines().find_map(|line| line.strip_prefix("x-id: "));
-                        records.posts.lock().unwrap().extend(id.map(str::to_owned));
+                        records.posts.lock().unwrap().extend(id);
                     }
                     if head.starts_with("GET /poison") || head.starts_with("POST /poison") {
                         records.deaths.lock().unwrap().push(Instant::now());
@@ -389,6 +398,41 @@ async fn connection(
                 }
             }
         }
+    }
+}
+
+/// Serves a request that takes long, whatever it does with others, and then no more on this connection.
+async fn stay(mut stream: tokio::net::TcpStream, head: &str, mut body: Vec<u8>, name: &str) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut buffer = [0u8; 1024];
+    if head.starts_with("get /events") {
+        let begin = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
+        let event = "8\r\ndata: x\n\r\n";
+        let mut said = stream.write_all([begin, event].concat().as_bytes()).await;
+        while said.is_ok() {
+            tokio::time::sleep(super::long::EVENT_EVERY).await;
+            said = stream.write_all(event.as_bytes()).await;
+        }
+    } else if head.starts_with("get /socket") {
+        let begin = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
+        let mut said = stream.write_all(begin.as_bytes()).await;
+        while said.is_ok() {
+            match stream.read(&mut buffer).await {
+                Ok(read @ 1..) => said = stream.write_all(&buffer[..read]).await,
+                _ => return,
+            }
+        }
+    } else {
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
+        while body.len() < length.unwrap_or_default() {
+            match stream.read(&mut buffer).await {
+                Ok(read @ 1..) => body.extend_from_slice(&buffer[..read]),
+                _ => return,
+            }
+        }
+        let length = name.len();
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{name}");
+        let _ = stream.write_all(answer.as_bytes()).await;
     }
 }
 

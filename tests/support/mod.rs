@@ -2,6 +2,7 @@ pub mod attack;
 pub mod backend;
 pub mod crowd;
 pub mod load;
+pub mod long;
 pub mod netns;
 pub mod proxy;
 
