@@ -474,12 +474,7 @@ pub fn open_socket(path: &Path) -> Result<std::os::unix::net::UnixListener, Stri
 /// A sentence.
 pub fn open_http(address: SocketAddr, shared: bool) -> Result<TcpListener, String> {
     let failed = |error: io::Error| format!("admin http {address}: cannot be bound: {error}");
-    // A listener may wait for its address; whoever asks for the metrics may not.
-    if !listen::is_local(address) {
-        return Err(failed(io::ErrorKind::AddrNotAvailable.into()));
-    }
-    let socket = listen::bind(address, 1, shared).map_err(failed)?.remove(0);
-    TcpListener::from_std(socket).map_err(failed)
+    TcpListener::from_std(listen::bind_one(address, shared).map_err(failed)?).map_err(failed)
 }
 
 /// Asks a running process: status and body of the answer.

@@ -921,7 +921,8 @@ impl Backend {
             return false;
         }
         let soon = now.0 / 1_000 + 1_000;
-        if !self.shared.budget.trial(now) || self.trial_ms.compare_exchange(due, soon, Relaxed, Relaxed).is_err() {
+        let allowed = self.lock().health.owes_more() || self.shared.budget.trial(now);
+        if !allowed || self.trial_ms.compare_exchange(due, soon, Relaxed, Relaxed).is_err() {
             return false;
         }
         let mut locked = self.lock();

@@ -826,6 +826,11 @@ impl Health {
         self.successes > 0
     }
 
+    /// Whether it has begun its proof, and owes more of it.
+    pub fn owes_more(&self) -> bool {
+        (1..self.proof).contains(&self.successes)
+    }
+
     /// An operator lets it return, as soon as it is well; says whether that changes anything. His word stands for most of its
     /// proof.
     pub fn let_return(&mut self) -> bool {

@@ -583,8 +583,10 @@ impl ProxyHttp for Gateway {
     ) -> Result<Option<Duration>> {
         let bytes = body.as_ref().map_or(0, Bytes::len) as u64;
         exchange.body[1] += bytes;
-        if let Some(answer) = &exchange.answer {
-            answer.goes_on(clock::now());
+        if let (Some(backend), 1..) = (&exchange.backend, bytes) {
+            let now = clock::now();
+            backend.silence.bodies.heard(now);
+            exchange.answer.iter().for_each(|answer| answer.goes_on(now));
         }
         if exchange.judged == Judged::Whole && (end || exchange.body[1] >= wait::SHOWN) {
             exchange.settle(false);

@@ -67,6 +67,25 @@ pub fn bind(address: SocketAddr, workers: usize, shared: bool) -> io::Result<Vec
         .collect()
 }
 
+/// Binds `address`, which must be one of this machine's, once. `shared` says that another of our own sockets has its port.
+///
+/// # Errors
+/// What bind(2) and listen(2) say.
+pub fn bind_one(address: SocketAddr, shared: bool) -> io::Result<StdListener> {
+    let open = |address: SocketAddr, shared: bool| {
+        let kind = Type::STREAM.nonblocking().cloexec();
+        let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(shared)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        Ok::<StdListener, io::Error>(socket.into())
+    };
+    // As in `bind`: first as nobody may who shares it.
+    let address = if shared { address } else { open(address, false)?.local_addr()? };
+    open(address, true)
+}
+
 /// Binds alone for a moment. Port 0 stands for any free one, and becomes the one that was found.
 fn try_alone(address: SocketAddr) -> io::Result<SocketAddr> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.cloexec(), Some(Protocol::TCP))?;

@@ -464,7 +464,7 @@ impl Pace {
 
     fn loss(&self) -> Option<f64> {
         match self.share < 1.0 {
-            true => part_lost(self.fresh_handshakes, ENOUGH, LOST_AGAIN),
+            true => part_lost(self.fresh_handshakes, ENOUGH, if self.lossy { LOST_AGAIN } else { ENOUGH_LOST }),
             false => part_lost(self.handshakes, ENOUGH_HANDSHAKES, ENOUGH_LOST),
         }
     }

@@ -634,7 +634,7 @@ impl Control {
         let new = match address {
             Some(address) => {
                 // Between an address and all of them the port moves while the old socket still has it.
-                let shared = shares_port(address, self.admin_http.iter().map(|(old, _)| old));
+                let shared = self.admin_http.iter().any(|(old, _)| old.port() == address.port() && old.port() != 0);
                 let listener = admin::open_http(address, shared)?;
                 if let Ok(actual) = listener.local_addr() {
                     tracing::info!(address = %actual, "admin http");

@@ -65,20 +65,24 @@ pub struct Silence {
 /// How the bodies of a backend's answers follow their heads, where these say how long they are.
 #[derive(Debug, Default)]
 pub struct Bodies {
-    /// When one began last, for anybody.
+    /// When some of any body came last, for anybody.
     heard: AtomicU64,
     gaps: Estimate,
 }
 
 impl Bodies {
-    /// The first bytes of a body came, this long after its head.
-    pub fn heard(&self, gap: Duration, now: Time) {
+    /// The first bytes of a body came this long after its head.
+    pub fn learn(&self, gap: Duration) {
         self.gaps.record(gap);
+    }
+
+    /// Some of a body came.
+    pub fn heard(&self, now: Time) {
         self.heard.store(now.0, Relaxed);
     }
 
-    /// After how long a body is late whose head came at `since`, several times what is usual; `None`: little is known, or a body
-    /// has begun since then.
+    /// After how long a body is late whose head came at `since`, several times what is usual; `None`: little is known, or some of
+    /// a body has come since then.
     pub fn late_after(&self, since: Time) -> Option<Duration> {
         let (_, p99) = self.gaps.learned()?;
         (self.heard.load(Relaxed) < since.0).then_some(p99 * LATE_BODY)
@@ -401,12 +405,13 @@ mod tests {
     fn a_body_is_late_by_what_is_usual_while_none_begins() {
         let bodies = Bodies::default();
         assert_eq!(bodies.late_after(START), None, "nothing is known");
-        (0..20).for_each(|_| bodies.heard(LIMIT / 50, START));
-        assert_eq!(bodies.late_after(START), None, "one has begun");
-        let late = bodies.late_after(START + LIMIT).unwrap();
+        bodies.heard(START);
+        (0..20).for_each(|_| bodies.learn(LIMIT / 50));
+        assert_eq!(bodies.late_after(START), None, "some of one has come");
+        let late = bodies.late_after(START + LIMIT).expect("enough is known");
         assert!((LIMIT / 10..LIMIT / 7).contains(&late), "{late:?}");
-        (0..20).for_each(|_| bodies.heard(LIMIT, START));
-        assert!(bodies.late_after(START + LIMIT).unwrap() >= LIMIT * 5, "what is usual may take long");
+        (0..20).for_each(|_| bodies.learn(LIMIT));
+        assert!(bodies.late_after(START + LIMIT).expect("enough is known") >= LIMIT * 5, "what is usual may take long");
     }
 
     #[test]

@@ -770,7 +770,7 @@ fn admin_http_is_off_or_read_only() {
     drop(proxy);
     // It moves to all addresses and back, by reloads that it survives.
     let beside = SocketAddr::new("127.0.0.2".parse().unwrap(), port.port());
-    for (ip, everywhere) in [("0.0.0.0", true), ("127.0.0.1", false)] {
+    for (ip, everywhere) in [("0.0.0.0", true), ("127.0.0.1", false), ("[::]", true)] {
         let moved = format!("http: '{ip}:{}'", port.port());
         let (start, rest) = text.split_once(&format!("http: '{port}'")).unwrap();
         std::fs::write(&config, format!("{start}{moved}{rest}")).unwrap();

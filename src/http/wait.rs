@@ -46,8 +46,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// shown so many bytes nothing more is asked.
 const STALLED: Duration = Duration::from_secs(1);
 /// So many bodies that are late together, by what is usual and no less than this, have stalled as well where none has begun meanwhile.
-const LATE_TOGETHER: usize = 3;
-const LATE_LEAST: Duration = Duration::from_millis(150);
+const LATE_TOGETHER: usize = 5;
+const LATE_LEAST: Duration = Duration::from_millis(300);
 /// See `STALLED`.
 pub const SHOWN: u64 = 64 << 10;
 /// A client that leaves after so long without more of a body, or as long as makes a silence, left for that.
@@ -119,6 +119,12 @@ struct Record {
     longest: [Duration; 2],
 }
 
+impl Record {
+    fn longest(&self) -> Duration {
+        self.longest[0].max(self.longest[1])
+    }
+}
+
 /// An answer whose body is under way, as [`Answer::begin`] is told.
 pub struct Body {
     /// Whose it is.
@@ -175,7 +181,7 @@ impl Coming {
 }
 
 /// The longest answers of what is on record in any worker: for those that have answered little of it themselves.
-static SHARED_RECORDS: LazyLock<Mutex<HashMap<u64, Duration>>> = LazyLock::new(Mutex::default);
+static SHARED_RECORDS: LazyLock<Mutex<HashMap<u64, Record>>> = LazyLock::new(Mutex::default);
 
 thread_local! {
     static WAITING: RefCell<Slab<Entry>> = const { RefCell::new(Slab::new()) };
@@ -277,8 +283,9 @@ impl Answer {
     pub fn goes_on(&self, now: Time) {
         COMING.with_borrow_mut(|answers| {
             if let Some(coming) = answers.get_mut(self.0) {
-                if !coming.begun {
-                    coming.body.backend.silence.bodies.heard(now.since(coming.since), now);
+                // What a stall took is not what is usual.
+                if !coming.begun && !coming.stalled {
+                    coming.body.backend.silence.bodies.learn(now.since(coming.since));
                 }
                 (coming.since, coming.begun) = (now, true);
             }
@@ -325,7 +332,12 @@ pub fn learn(kind: u64, took: Duration) {
             if shared.len() >= KINDS && !shared.contains_key(&kind) {
                 shared.clear();
             }
-            shared.insert(kind, record.longest[0].max(record.longest[1]));
+            let all = shared.entry(kind).or_default();
+            all.answers += RECORD;
+            all.longest[0] = all.longest[0].max(record.longest());
+            if all.answers.is_multiple_of(RECORD_WINDOW) {
+                all.longest = [Duration::ZERO, all.longest[0]];
+            }
         }
         if record.answers.is_multiple_of(RECORD_WINDOW) {
             record.longest = [Duration::ZERO, record.longest[0]];
@@ -337,12 +349,11 @@ pub fn learn(kind: u64, took: Duration) {
 fn record(kind: u64) -> Option<Duration> {
     // What was never answered here is a path with an identifier in it, more often than not: others know as little.
     let own = RECORDS.with_borrow(|records| records.get(&kind).copied())?;
-    let own_longest = own.longest[0].max(own.longest[1]);
     let longest = if own.answers >= RECORD {
-        own_longest
+        own.longest()
     } else {
         let shared = SHARED_RECORDS.lock().unwrap_or_else(PoisonError::into_inner).get(&kind).copied()?;
-        shared.max(own_longest)
+        shared.longest().max(own.longest())
     };
     Some((longest * RECORD_FACTOR).max(RECORD_FLOOR))
 }
@@ -613,7 +624,7 @@ mod tests {
             learn(kind, usual);
             (early, record(kind))
         });
-        assert_eq!(other.join().unwrap(), (None, Some(usual * RECORD_FACTOR)));
+        assert_eq!(other.join().expect("it ends"), (None, Some(usual * RECORD_FACTOR)));
         assert_eq!(record(kind), None, "nothing of the kind was answered here");
         learn(kind, usual / 2);
         assert_eq!(record(kind), Some(usual * RECORD_FACTOR));

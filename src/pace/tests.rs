@@ -317,7 +317,7 @@ fn what_was_carried_elsewhere_in_time_makes_nobody_quicker() {
     rig.run(10.0, 400.0, &[(1.0, 0.0), (1.0, 0.0)]);
     rig.run(2.0, 400.0, &[(401.0, 0.0), (1.0, 0.0)]);
     let trickle = rig.paces[0].share();
-    let bucket = (0..BUCKETS).find(|bucket| upper_us(*bucket) >= 60_000).unwrap();
+    let bucket = (0..BUCKETS).find(|bucket| upper_us(*bucket) >= 60_000).expect("it has one");
     for i in 0..100 {
         rig.now = rig.now + STEP;
         rig.moved[bucket] += u32::from(i % 4 == 0);

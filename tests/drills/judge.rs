@@ -254,6 +254,7 @@ pub fn judge(name: &str, drill: &Drill, kind: front::Kind, seen: Seen) -> Outcom
     let tries = returns.tries as f64 / returns.took.len().max(1) as f64;
     if let Some(most) = bars.sessions_back_s {
         let all = drill.load.sessions;
+        bar(returns.took.len() * 3 > all, format!("{} of {all} sessions were lost", returns.took.len()));
         bar(standing == all, format!("{standing} of {all} sessions stand"));
         bar(back.is_some_and(|back| back <= most), format!("sessions were back after {back:.1?} s, at most {most}"));
     }
