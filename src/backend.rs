@@ -554,9 +554,9 @@ impl Backend {
         }
     }
 
-    /// A request was carried elsewhere after it had `waited` for so long, and others of its kind never had: the backend is slow.
-    pub fn moved_slow(&self, waited: Duration) {
-        self.moved.record(waited);
+    /// A request was carried elsewhere that would have taken so long, and others of its kind never had: the backend is slow.
+    pub fn moved_slow(&self, took: Duration) {
+        self.moved.record(took);
     }
 
     /// A request was carried elsewhere because the backend is silent; or slow, as its last answer showed or its next one will.

@@ -36,6 +36,8 @@ const TRIED: Duration = Duration::from_secs(1);
 const RECORD: u32 = 50;
 const RECORD_FACTOR: u32 = 3;
 const RECORD_FLOOR: Duration = Duration::from_millis(50);
+/// What was carried elsewhere would have taken longer than it waited: so many times as long, as far as anybody can tell.
+const AT_LEAST: u32 = 8;
 /// Answers after which the longest before is forgotten.
 const RECORD_WINDOW: u32 = 1_000;
 /// Kinds of request on record in one worker, and for all of them.
@@ -535,7 +537,7 @@ impl Look {
             entry.request.backend.moved_silent(now);
         } else {
             // Where it takes as long, its answer makes the record longer: what has become slower is not moved for ever.
-            entry.request.backend.moved_slow(now.since(entry.since));
+            entry.request.backend.moved_slow(now.since(entry.since) * AT_LEAST);
         }
     }
 
