@@ -47,7 +47,8 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// The body of an answer has stalled when nothing of it came for so long, or for as long as makes a silence; of one that has
 /// shown so many bytes nothing more is asked.
 const STALLED: Duration = Duration::from_secs(1);
-/// So many bodies that are late together, by what is usual and no less than this, have stalled as well where none has begun meanwhile.
+/// So many bodies that are late together, by what is usual and no less than this, have stalled as well where nothing of any other
+/// has come meanwhile.
 const LATE_TOGETHER: usize = 5;
 const LATE_LEAST: Duration = Duration::from_millis(300);
 /// See `STALLED`.
@@ -171,7 +172,7 @@ impl Coming {
         if self.body.h2 { self.begun } else { self.body.client.link.is_blocked() }
     }
 
-    /// Whether its body is later than that of any answer of its backend used to be, and no other one has begun since its head came.
+    /// Whether its body is later than those of its backend used to be, and nothing of any other has come since its head came.
     fn is_late(&self, now: Time) -> bool {
         let backend = &self.body.backend;
         let late = |usual: Duration| now.since(self.since) >= LATE_LEAST.max(usual).max(silent_after(backend));

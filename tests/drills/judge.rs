@@ -245,6 +245,9 @@ pub fn judge(name: &str, drill: &Drill, kind: front::Kind, seen: Seen) -> Outcom
         bar(times <= most, format!("backends received {times:.3} requests for each, at most {most}"));
     }
     // What takes as long as the drill is cut by nobody where its cell is fit.
+    let reached = |id: &String| seen.stayed_at.iter().any(|ids| ids.contains(id));
+    let lost = seen.stays.iter().filter(|stay| !reached(&stay.id)).count();
+    bar(lost == 0, format!("{lost} of {} clients that stay reached no backend", seen.stays.len()));
     for stay in seen.stays.iter().filter(|stay| seen.stayed_at[1].contains(&stay.id)) {
         bar(stay.cut.is_none(), format!("{stay:?} of the fit cell"));
     }
