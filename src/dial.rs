@@ -236,7 +236,6 @@ pub async fn dial<N: Network>(
             && story.attempts < policy.attempts
             && running < OPEN
         {
-            next = None;
             let silent_cell = open.iter().flatten().next_back().map(|attempt| pool.members[attempt.member].cell);
             let want = Want { pin, tried: &tried, racing: silent_cell, trial: Trial::Yes, ..Want::default() };
             let chosen = match first.take() {
@@ -276,25 +275,18 @@ pub async fn dial<N: Network>(
                     }
                     continue;
                 }
-                Chosen::NoBudget => {
-                    // Ask again after a while: the budget renews itself, and the attempt may end before.
+                Chosen::NoBudget | Chosen::Full if running > 0 => {
+                    // Ask again after a while: the budget and the room renew themselves, and the attempt may end before.
                     next = Some((now + RACE_COLD, race));
                 }
-                Chosen::Full if running == 0 => return Err(DialError::Full),
+                Chosen::Full => return Err(DialError::Full),
                 Chosen::Nothing if running == 0 && tried.is_empty() => return Err(DialError::Unreachable),
-                Chosen::Nothing if running == 0 => {
-                    // Everything was tried once. What failed a moment ago may be back: try it again, slower.
-                    tried.clear();
-                    next = Some((now + pause, false));
-                    pause *= 2;
-                }
-                Chosen::Nothing if !race => {
-                    // Only silent ones are left open. What failed a moment ago may be back.
+                // Everything was tried once. What failed a moment ago may be back: try it again, slower.
+                Chosen::Nothing | Chosen::NoBudget => {
                     tried = open.iter().flatten().map(|attempt| attempt.member).collect();
-                    next = Some((now + pause, false));
+                    next = Some((now + pause, race));
                     pause *= 2;
                 }
-                Chosen::Full | Chosen::Nothing => {}
             }
         } else if running == 0 && (next.is_none() || story.attempts >= policy.attempts) {
             return Err(DialError::Unreachable);

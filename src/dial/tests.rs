@@ -113,6 +113,19 @@ impl Rig {
         Rig { network: Scripted(Mutex::new(ports)), host, pool, client: Patient(AtomicBool::new(false)) }
     }
 
+    /// The same backends under another policy, each with so many connections at most.
+    fn with(mut self, policy: Policy, max_connections: u32) -> Rig {
+        let members = self.pool.members.iter().map(|m| Member {
+            backend: m.backend.clone(),
+            cell: m.cell,
+            weight: 1,
+            max_connections,
+        });
+        let (members, cells) = (members.collect::<Vec<_>>(), (0..self.pool.members.len()).map(cell).collect());
+        self.pool = Arc::new(Pool::new(self.pool.shared.clone(), Arc::new(policy), cells, members));
+        self
+    }
+
     async fn dial(&self, story: &mut Story) -> Result<usize, DialError> {
         let timer = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
         let mut rng = Rng::with_seed(1);
@@ -251,19 +264,38 @@ async fn without_budget_there_is_no_race_but_the_attempt_stays_open() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_race_for_which_the_others_had_no_room_begins_when_they_have() {
+    let rig = Rig::new(&[Script::Silent, Script::ConnectAfter(1)]).with(Policy::default(), 1);
+    let place = rig.pool.members[1].backend.in_flight.take(1).expect("a place");
+    let free = async {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        drop(place);
+    };
+    let begin = Instant::now();
+    let mut story = Story::default();
+    let (result, ()) = tokio::join!(rig.dial(&mut story), free);
+    assert_eq!(result, Ok(1));
+    assert!(begin.elapsed() < Duration::from_millis(400), "{:?}", begin.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn beside_a_silent_one_a_backend_that_refused_is_tried_again() {
+    let rig = Rig::new(&[Script::RefuseAfter(1), Script::Silent]);
+    let back = async {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        rig.network.0.lock().expect("no panic").insert(1, Script::ConnectAfter(1));
+    };
+    let begin = Instant::now();
+    let mut story = Story::default();
+    let (result, ()) = tokio::join!(rig.dial(&mut story), back);
+    assert_eq!(result, Ok(0));
+    assert!(begin.elapsed() < Duration::from_millis(600), "{:?}", begin.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn with_race_off_a_slow_backend_is_waited_for() {
-    let mut rig = Rig::new(&[Script::ConnectAfter(500), Script::ConnectAfter(1)]);
-    let pool = Arc::get_mut(&mut rig.pool);
-    assert!(pool.is_none(), "the table holds it too");
     let policy = Policy { race: false, ..Policy::default() };
-    let members = rig.pool.members.iter().map(|m| Member {
-        backend: m.backend.clone(),
-        cell: m.cell,
-        weight: 1,
-        max_connections: 9,
-    });
-    let cells = (0..2).map(cell).collect();
-    rig.pool = Arc::new(Pool::new(rig.pool.shared.clone(), Arc::new(policy), cells, members.collect()));
+    let rig = Rig::new(&[Script::ConnectAfter(500), Script::ConnectAfter(1)]).with(policy, 9);
     let mut story = Story::default();
     assert_eq!(rig.dial(&mut story).await, Ok(0));
     assert_eq!(story.attempts, 1);
