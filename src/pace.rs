@@ -49,8 +49,10 @@ const QUANTILE_SIGMAS: f64 = 3.0;
 const POWER: f64 = 2.0;
 const MUCH_US: f64 = 400_000.0;
 const POWER_OF_TIME: f64 = 1.5;
-/// Least share.
-const TRICKLE: f64 = 0.005;
+/// Least share: what shows so many answers a second of a backend that has all of its share, within these bounds. Each of them
+/// is a client's, and a hundredth of these must not notice.
+const TRICKLE_ANSWERS: f64 = 0.5;
+const TRICKLE: [f64; 2] = [0.0025, 0.005];
 /// A share grows by this, no sooner than this after the last change.
 const GROWTH: f64 = 1.6;
 const GROWTH_EVERY: Duration = Duration::from_millis(200);
@@ -64,6 +66,9 @@ const FRESH_HANDSHAKES: f64 = 24.0;
 const FEW_BELOW: f64 = 0.2;
 const FEW_HANDSHAKES: f64 = 12.0;
 const GROWTH_BY_FEW: f64 = 2.4;
+/// Where there has been no handshake for so long, connections are kept, and so many answers speak for it instead.
+const KEPT: Duration = Duration::from_secs(1);
+const FEW_ANSWERS: f64 = 12.0;
 /// Where so little is left in memory of those that were lost at this share.
 const FORGOTTEN_LOST: f64 = 1.0;
 /// What waits for longer than this without an answer excuses nobody's slowness any more.
@@ -269,8 +274,12 @@ pub struct Pace {
     /// Whether handshakes were the reason for less than all of it, and the least it keeps for that reason.
     lossy: bool,
     lossy_trickle: f64,
+    /// The least it keeps where it is slow.
+    trickle: f64,
     changed: Time,
+    /// When anything came last, and any handshake.
     seen: Time,
+    shaken: Time,
 }
 
 impl Pace {
@@ -298,8 +307,10 @@ impl Pace {
             share: 1.0,
             lossy: false,
             lossy_trickle: LOSSY_TRICKLE[1],
+            trickle: TRICKLE[1],
             changed: now,
             seen: now,
+            shaken: now,
         }
     }
 
@@ -370,6 +381,9 @@ impl Pace {
             self.fresh_handshakes[i] += new;
             self.unbroken = if i == 1 && new > 0.0 { 0.0 } else { self.unbroken + new };
             came += new;
+            if new > 0.0 {
+                self.shaken = now;
+            }
         }
         self.before = seen;
         if came > 0.0 {
@@ -499,8 +513,13 @@ impl Pace {
 
         let for_pace = slowness.filter(|slowness| *slowness > SAME).map(|slowness| {
             let of_factor = (SAME / slowness).powf(POWER * (1.0 + (by_us / MUCH_US).clamp(0.0, 1.0)));
-            of_factor.max((SAME_BY_US / by_us.max(SAME_BY_US)).powf(POWER_OF_TIME)).max(TRICKLE)
+            of_factor.max((SAME_BY_US / by_us.max(SAME_BY_US)).powf(POWER_OF_TIME)).max(self.trickle)
         });
+        if self.share >= 1.0 && for_pace.is_none() {
+            // Of what is remembered this part is forgotten by each look, and comes with it.
+            let a_second = self.recent.total * FORGET / LOOK.as_secs_f64();
+            self.trickle = (TRICKLE_ANSWERS / a_second).clamp(TRICKLE[0], TRICKLE[1]);
+        }
         if self.share >= 1.0 {
             let a_second = self.handshakes.iter().sum::<f64>() * FORGET_HANDSHAKES / LOOK.as_secs_f64();
             self.lossy_trickle = (LOSSY_HANDSHAKES / a_second).clamp(LOSSY_TRICKLE[0], LOSSY_TRICKLE[1]);
@@ -530,7 +549,8 @@ impl Pace {
         self.carries_since = self.carries_since.or(Some(now)).filter(|_| carries);
         let carried = self.carries_since.is_some_and(|since| now.since(since) >= self.before.lost_known_after);
         let by_handshakes = self.lossy && self.share >= self.lossy_trickle || self.calm.is_none();
-        let proven = if by_handshakes { carried } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
+        let kept = now.since(self.shaken.max(self.changed)) >= KEPT && self.fresh.total >= FEW_ANSWERS;
+        let proven = if by_handshakes { carried || kept } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
         let unseen = now.since(self.seen.max(self.changed)) >= UNSEEN;
         if proven && now.since(self.changed) >= GROWTH_EVERY || unseen {
             // So many handshakes prove more than a few answers.
