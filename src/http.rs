@@ -142,12 +142,15 @@ impl ProxyHttp for Gateway {
                         let head = session.req_header();
                         let own = head.uri.path_and_query().map_or("/", |path| path.as_str());
                         let own_scheme = if tls { "https" } else { "http" };
+                        // A port belongs to its scheme.
+                        let moves = scheme.as_deref().is_some_and(|scheme| scheme != own_scheme);
+                        let own_host = if moves { route::without_port(&exchange.host) } else { &exchange.host };
                         // Another path takes the query along, unless it has one.
                         let query = own.find('?').filter(|_| path.as_ref().is_some_and(|path| !path.contains('?')));
                         let location = format!(
                             "{}://{}{}{}",
                             scheme.as_deref().unwrap_or(own_scheme),
-                            host.as_deref().unwrap_or(&exchange.host),
+                            host.as_deref().unwrap_or(own_host),
                             path.as_deref().unwrap_or(own),
                             query.map_or("", |at| &own[at..]),
                         );
@@ -377,6 +380,7 @@ impl ProxyHttp for Gateway {
             // What a backend says before its answer does not come through HTTP/2.
             request.remove_header(&header::EXPECT);
             if expects {
+                session.as_mut().set_close_on_response_before_downstream_finish(false);
                 session.as_mut().write_continue_response().await?;
             }
             // Its streams have windows of their own, so that the kernel holds little for any of them.
@@ -438,8 +442,9 @@ impl ProxyHttp for Gateway {
             if let Some(link) = exchange.link() {
                 link.expects.store(false, Relaxed);
             }
-            // A sign of life, and no answer yet.
+            // A sign of life, and no answer yet: the engine would end the client's connection with it.
             backend.heard(None, clock::now());
+            session.as_mut().set_close_on_response_before_downstream_finish(false);
             return Ok(());
         }
         let now = clock::now();
@@ -539,11 +544,17 @@ impl ProxyHttp for Gateway {
         } else {
             hops::take_out_hops(response);
             hops::say_length_once(response)?;
+            hops::frame_anew(response)?;
+            // Whether its request has come whole matters from here on.
+            session.as_mut().set_close_on_response_before_downstream_finish(true);
         }
         if let Some(route) = exchange.route.take() {
             hops::change_answer(&route.response, response)?;
         }
         peer::keep_in_place(response, exchange, &session.req_header().headers)?;
+        if let Some(link) = exchange.link().filter(|_| !exchange.h2_client && meaning::is_bodiless(session, status)) {
+            link.is_answered();
+        }
         let endless = status == 101 || !response.headers.contains_key(header::CONTENT_LENGTH);
         if let Some(connection) = exchange.connection.as_ref().filter(|_| endless && !exchange.h2_client) {
             connection.forget_listener();
@@ -587,6 +598,9 @@ impl ProxyHttp for Gateway {
             let now = clock::now();
             backend.silence.bodies.heard(now);
             exchange.answer.iter().for_each(|answer| answer.goes_on(now));
+        }
+        if end && let Some(link) = exchange.link().filter(|_| !exchange.h2_client) {
+            link.is_answered();
         }
         if exchange.judged == Judged::Whole && (end || exchange.body[1] >= wait::SHOWN) {
             exchange.settle(false);
@@ -862,6 +876,9 @@ impl Gateway {
             kind: exchange.kind,
             class: exchange.class,
         };
+        if let Some(link) = exchange.link().filter(|_| !exchange.h2_client && (!complete || exchange.tunnel)) {
+            link.feeds(line.place());
+        }
         exchange.sent = complete.then_some(now);
         exchange.wait = Some(Wait::begin(request, complete, now));
     }

@@ -53,6 +53,10 @@ const POWER_OF_TIME: f64 = 1.5;
 /// is a client's, and a hundredth of these must not notice.
 const TRICKLE_ANSWERS: f64 = 0.5;
 const TRICKLE: [f64; 2] = [0.0025, 0.005];
+/// How fast that follows, by look, upwards and downwards: those that fail to come for a second or two, because it is in doubt, change
+/// little.
+const COME_MORE: f64 = 0.1;
+const COME_LESS: f64 = 0.02;
 /// A share grows by this, no sooner than this after the last change.
 const GROWTH: f64 = 1.6;
 const GROWTH_EVERY: Duration = Duration::from_millis(200);
@@ -274,8 +278,8 @@ pub struct Pace {
     /// Whether handshakes were the reason for less than all of it, and the least it keeps for that reason.
     lossy: bool,
     lossy_trickle: f64,
-    /// The least it keeps where it is slow.
-    trickle: f64,
+    /// Answers of a look while it has all of its share, over some seconds.
+    usually_come: f64,
     changed: Time,
     /// When anything came last, and any handshake.
     seen: Time,
@@ -307,7 +311,7 @@ impl Pace {
             share: 1.0,
             lossy: false,
             lossy_trickle: LOSSY_TRICKLE[1],
-            trickle: TRICKLE[1],
+            usually_come: 0.0,
             changed: now,
             seen: now,
             shaken: now,
@@ -386,6 +390,10 @@ impl Pace {
             }
         }
         self.before = seen;
+        if self.share >= 1.0 {
+            let by = if newest.total > self.usually_come { COME_MORE } else { COME_LESS };
+            self.usually_come += (newest.total - self.usually_come) * by;
+        }
         if came > 0.0 {
             self.seen = now;
         }
@@ -513,13 +521,8 @@ impl Pace {
 
         let for_pace = slowness.filter(|slowness| *slowness > SAME).map(|slowness| {
             let of_factor = (SAME / slowness).powf(POWER * (1.0 + (by_us / MUCH_US).clamp(0.0, 1.0)));
-            of_factor.max((SAME_BY_US / by_us.max(SAME_BY_US)).powf(POWER_OF_TIME)).max(self.trickle)
+            of_factor.max((SAME_BY_US / by_us.max(SAME_BY_US)).powf(POWER_OF_TIME)).max(self.trickle())
         });
-        if self.share >= 1.0 && for_pace.is_none() {
-            // Of what is remembered this part is forgotten by each look, and comes with it.
-            let a_second = self.recent.total * FORGET / LOOK.as_secs_f64();
-            self.trickle = (TRICKLE_ANSWERS / a_second).clamp(TRICKLE[0], TRICKLE[1]);
-        }
         if self.share >= 1.0 {
             let a_second = self.handshakes.iter().sum::<f64>() * FORGET_HANDSHAKES / LOOK.as_secs_f64();
             self.lossy_trickle = (LOSSY_HANDSHAKES / a_second).clamp(LOSSY_TRICKLE[0], LOSSY_TRICKLE[1]);
@@ -564,6 +567,12 @@ impl Pace {
             return true;
         }
         false
+    }
+
+    /// The least it keeps where it is slow.
+    fn trickle(&self) -> f64 {
+        let a_second = self.usually_come / LOOK.as_secs_f64();
+        (TRICKLE_ANSWERS / a_second).clamp(TRICKLE[0], TRICKLE[1])
     }
 
     fn set(&mut self, share: f64, now: Time) {

@@ -57,6 +57,20 @@ pub fn shut_down(descriptor: RawFd) {
     unsafe { libc::shutdown(descriptor, libc::SHUT_RDWR) };
 }
 
+/// Ends the sending on a TCP connection alone: whoever writes to it sees an error.
+pub fn stop_sending(descriptor: RawFd) {
+    // SAFETY: as for `shut_down`.
+    unsafe { libc::shutdown(descriptor, libc::SHUT_WR) };
+}
+
+/// Looks at the first bytes that wait to be read from a TCP connection, without taking them; how many there are.
+pub fn peek(descriptor: RawFd, bytes: &mut [u8]) -> usize {
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: `bytes` is valid for writing its length. The descriptor is open as for `shut_down`.
+    let read = unsafe { libc::recv(descriptor, bytes.as_mut_ptr().cast(), bytes.len(), flags) };
+    usize::try_from(read).unwrap_or(0)
+}
+
 /// Breaks a TCP connection by a reset and leaves its descriptor open: whoever reads from it sees an error, not an end.
 pub fn dissolve(descriptor: RawFd) {
     let none = libc::sockaddr { sa_family: libc::AF_UNSPEC as libc::sa_family_t, sa_data: [0; 14] };

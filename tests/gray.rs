@@ -28,6 +28,92 @@ fn asks(address: SocketAddr) -> TcpStream {
     stream
 }
 
+/// Nobody can tell what became of it, and that is said long before its own time is up.
+#[test]
+fn a_post_at_one_that_has_fallen_silent_is_answered() {
+    let (a, b) = (Backend::start("a"), Backend::start("b"));
+    let proxy = start("http: { routes: [ { pool: p } ] }", "", [&a, &b]);
+    (0..100).for_each(|_| drop(get(proxy.address(0)).unwrap()));
+    a.set(Mode::Mute);
+    let mut open = Vec::new();
+    eventually("it is out", Duration::from_secs(20), || {
+        open.push(asks(proxy.address(0)));
+        std::thread::park_timeout(Duration::from_millis(10));
+        (proxy.health(&a.address.to_string()) == "down").then_some(())
+    });
+    let answers: Vec<String> = open.iter_mut().map(answer_within_ten_seconds).collect();
+    let of = |status: &str| answers.iter().filter(|answer| answer.starts_with(status)).count();
+    let (good, bad) = (of("HTTP/1.1 200"), of("HTTP/1.1 504"));
+    assert!(good > 0 && bad > 0 && good + bad == answers.len(), "{good} {bad}: {answers:?}");
+}
+
+fn answer_within_ten_seconds(stream: &mut TcpStream) -> String {
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// So ends a process that is replaced: it listens no more, and answers what it has.
+#[test]
+fn one_that_takes_no_more_connections_may_finish_what_it_has() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (old, b) = (listener.local_addr().unwrap(), Backend::start("b"));
+    let (until_it_is_out, is_out) = std::sync::mpsc::channel::<()>();
+    let ends = std::thread::spawn(move || {
+        let mut streams: Vec<TcpStream> = Vec::new();
+        while streams.len() < 6 {
+            let mut stream = listener.accept().unwrap().0;
+            if read_request(&mut stream).is_some() {
+                streams.push(stream);
+            }
+        }
+        drop(listener);
+        is_out.recv().unwrap();
+        std::thread::park_timeout(Duration::from_secs(3));
+        for mut stream in streams {
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nold").unwrap();
+        }
+    });
+    let pools = pool("p", &[old, b.address], "probe: { tcp: {}, interval: 200ms }");
+    let proxy = proxy(&pools, "routes: [ { pool: p } ]", "");
+    b.set(Mode::Slow(50));
+    let mut open = Vec::new();
+    eventually("it is out", Duration::from_secs(20), || {
+        open.push(asks(proxy.address(0)));
+        std::thread::park_timeout(Duration::from_millis(10));
+        (proxy.health(&old.to_string()) == "down").then_some(())
+    });
+    until_it_is_out.send(()).unwrap();
+    let answers: Vec<String> = open.iter_mut().map(answer_within_ten_seconds).collect();
+    ends.join().unwrap();
+    assert!(answers.iter().all(|answer| answer.starts_with("HTTP/1.1 200")), "{answers:?}\n{}", proxy.log());
+    assert_eq!(answers.iter().filter(|answer| answer.ends_with("old")).count(), 6);
+}
+
+/// While it was away the other one alone answered, which is nearer.
+#[test]
+fn a_far_backend_that_was_away_is_not_measured_by_a_nearer_one() {
+    let (near, far) = (Backend::start("a"), Backend::start("b"));
+    far.set(Mode::Slow(150));
+    let proxy = start("http: { routes: [ { pool: p } ] }", "", [&near, &far]);
+    let address = proxy.address(0);
+    let many = |count: usize, threads: usize| -> Vec<String> {
+        let ask = || (0..count / threads).map(|_| get(address).unwrap()).collect::<Vec<_>>();
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..threads).map(|_| scope.spawn(ask)).collect();
+            all.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        })
+    };
+    many(400, 8);
+    assert!(proxy.command(&["drain", "b"]).status.success());
+    many(2_400, 4);
+    assert!(proxy.command(&["undrain", "b"]).status.success());
+    let answers = many(80, 4);
+    assert!(answers.iter().filter(|name| *name == "b").count() > 15, "{answers:?}");
+    assert_eq!(proxy.metric("sailover_request_retries_total", &[]), 0.0, "{}", proxy.log());
+}
+
 /// Its probe says at once that it answers, each time that it comes into doubt.
 #[test]
 fn a_probe_does_not_hide_for_ever_that_clients_get_no_answers() {

@@ -4,6 +4,8 @@
 
 mod support;
 
+/// How answers are passed on, and what ends an exchange that stands still.
+mod answers;
 /// Faults over veth, one declarative file each.
 mod drills;
 /// Every sub-command, by what it prints.

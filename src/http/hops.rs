@@ -1,6 +1,7 @@
 //! Headers that do not pass from one connection to the next as they came.
 
 use http::header::{self, HeaderName, HeaderValue};
+use http::{StatusCode, Version};
 use pingora_core::{Error, ErrorType, Result};
 use pingora_http::{RequestHeader, ResponseHeader};
 
@@ -49,10 +50,47 @@ pub fn take_out_hops(response: &mut ResponseHeader) {
     for name in named {
         response.remove_header(&name);
     }
-    for name in ["keep-alive", "proxy-connection"] {
+    for name in ["keep-alive", "proxy-connection", "te", "upgrade"] {
         response.remove_header(name);
     }
     response.remove_header(&header::CONNECTION);
+}
+
+/// Says an answer's version and framing in our own terms (RFC 9112, 2.3 and 6.1): what has no body has no length either, and a body
+/// whose end its backend shows by closing comes in chunks, so that one that was cut does not look whole.
+///
+/// # Errors
+/// It has a transfer coding that nobody asked for.
+pub fn frame_anew(response: &mut ResponseHeader) -> Result<()> {
+    response.set_version(Version::HTTP_11);
+    if response.status == StatusCode::NO_CONTENT {
+        response.remove_header(&header::CONTENT_LENGTH);
+        response.remove_header(&header::TRANSFER_ENCODING);
+    }
+    let mut said = response.headers.get_all(header::TRANSFER_ENCODING).iter();
+    let Some(first) = said.next() else { return Ok(()) };
+    if said.next().is_none() && first == "chunked" {
+        return Ok(());
+    }
+    let values = response.headers.get_all(header::TRANSFER_ENCODING);
+    let codings = values.iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii);
+    let is = |coding: &[u8], name: &str| coding.eq_ignore_ascii_case(name.as_bytes());
+    let (mut chunked, mut other) = (false, false);
+    for coding in codings.filter(|coding| !coding.is_empty()) {
+        chunked |= is(coding, "chunked");
+        other |= !is(coding, "chunked") && !is(coding, "identity");
+    }
+    if other {
+        let why = "an answer has a transfer coding that was not asked for";
+        return Err(Error::explain(ErrorType::InvalidHTTPHeader, why).into_up());
+    }
+    response.remove_header(&header::TRANSFER_ENCODING);
+    // A length is kept where it says how the body came.
+    if chunked || !response.headers.contains_key(header::CONTENT_LENGTH) {
+        response.remove_header(&header::CONTENT_LENGTH);
+        response.insert_header(header::TRANSFER_ENCODING, "chunked")?;
+    }
+    Ok(())
 }
 
 /// Headers of which an answer may well have several; what a route adds comes beside those of the backend.

@@ -203,12 +203,17 @@ fn ready(route: &config::Route, pools: &[Arc<Pool>], share: u32, lane: usize) ->
     })
 }
 
-/// A host as it is compared.
-pub fn host(authority: &str) -> Cow<'_, str> {
-    let name = match authority.rfind(':') {
+/// A host as it came, but for its port.
+pub fn without_port(authority: &str) -> &str {
+    match authority.rfind(':') {
         Some(colon) if !authority.ends_with(']') => &authority[..colon],
         _ => authority,
-    };
+    }
+}
+
+/// A host as it is compared.
+pub fn host(authority: &str) -> Cow<'_, str> {
+    let name = without_port(authority);
     let name = name.strip_suffix('.').unwrap_or(name);
     let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     if name.bytes().any(|byte| byte.is_ascii_uppercase()) {

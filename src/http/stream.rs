@@ -41,9 +41,15 @@ const GATHER: usize = 16 * 1024;
 const BURST: usize = 128 * 1024;
 /// Most bytes of next requests that wait while one is served.
 const AHEAD: usize = 64 * 1024;
+/// Looks at whether anything moves during a request, within the time in which something has to.
+const TICKS: u32 = 4;
 /// Connections that are looked at for one that can make room, and how long each may take for its request before it does.
 const LOOKED_AT: usize = 64;
 const YOUNG: Duration = Duration::from_millis(500);
+/// A client that has gone is seen by the stream itself, unless nothing has moved for this long.
+const LEFT_FOR: Duration = Duration::from_secs(2);
+/// How long the rest of a request may take for its next bytes, once its answer has been given.
+const REST: Duration = Duration::from_secs(5);
 /// How long, and for how many bytes, a connection is read after its last answer, so that a reset does not overtake it.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 1 << 20;
@@ -93,6 +99,10 @@ pub struct Link {
     timed_out: AtomicBool,
     /// The client waits for leave to send its body.
     pub expects: AtomicBool,
+    /// The present answer has been given whole, whatever more of the request may come.
+    answered: AtomicBool,
+    /// What more of the present request goes to, for a client of HTTP/1.
+    feeds: Mutex<Option<upstream::Place>>,
     /// The body of the present answer ends with the connection; and it has ended before its time.
     pub until_close: AtomicBool,
     /// See `until_close`.
@@ -149,6 +159,31 @@ impl Link {
         self.unacked_ms.store(unacked.as_millis() as u64, Relaxed);
     }
 
+    /// How long it may go without a byte either way, where the request has come whole or not; `None`: as long as the connection.
+    fn idle(&self, whole: bool) -> Option<Duration> {
+        let idle = Some(self.idle_ms.load(Relaxed)).filter(|ms| *ms > 0).map(Duration::from_millis);
+        let rest = !whole && self.answered.load(Relaxed) && !self.is_blocked();
+        idle.into_iter().chain(rest.then_some(REST)).min()
+    }
+
+    /// All of the answer has been given. What is left of the request is waited for no longer than [`REST`].
+    pub fn is_answered(&self) {
+        self.answered.store(true, Relaxed);
+    }
+
+    /// More of the present request is to come, and goes there.
+    pub fn feeds(&self, place: upstream::Place) {
+        *self.feeds.lock().unwrap_or_else(PoisonError::into_inner) = Some(place);
+    }
+
+    fn fed(&self) -> Option<upstream::Place> {
+        *self.feeds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn moved(&self) -> u64 {
+        self.bytes.iter().map(|bytes| bytes.load(Relaxed)).sum()
+    }
+
     /// Whether it is the client that has to go on, with more of its body.
     pub fn awaits_body(&self) -> bool {
         self.awaits_body.load(Relaxed)
@@ -158,10 +193,12 @@ impl Link {
     pub fn begins(&self) {
         self.active.fetch_add(1, Relaxed);
         self.quiet_since.store(0, Relaxed);
+        self.answered.store(false, Relaxed);
     }
 
     /// A request has ended.
     pub fn ends_one(&self, now: Time) {
+        *self.feeds.lock().unwrap_or_else(PoisonError::into_inner) = None;
         if self.active.fetch_sub(1, Relaxed) == 1 && !self.makes_room() {
             self.quiet_since.store(now.0, Relaxed);
         }
@@ -244,7 +281,16 @@ impl Link {
 
 thread_local! {
     /// The connections of this worker.
-    static OPEN: RefCell<Slab<(Arc<Link>, Unacked)>> = const { RefCell::new(Slab::new()) };
+    static OPEN: RefCell<Slab<(Arc<Link>, Seen)>> = const { RefCell::new(Slab::new()) };
+}
+
+/// What the looks once a second saw of a connection: whether its client's kernel acknowledges, how many bytes have gone either way,
+/// and since when none has.
+#[derive(Debug, Default)]
+struct Seen {
+    unacked: Unacked,
+    moved: u64,
+    since: Time,
 }
 
 /// A connection's place in the list of its worker; dropping it takes it out. Stays on its worker's thread.
@@ -258,7 +304,7 @@ impl Place {
     /// A connection that has no request yet.
     pub fn of(link: Arc<Link>) -> Place {
         link.quiet_since.store(clock::now().0, Relaxed);
-        let at = OPEN.with_borrow_mut(|open| open.insert((link.clone(), Unacked::default())));
+        let at = OPEN.with_borrow_mut(|open| open.insert((link.clone(), Seen::default())));
         Place { link, at }
     }
 
@@ -301,25 +347,40 @@ pub fn make_room(listener: Option<usize>, now: Time) {
 }
 
 /// The look at all clients that are served, once a second: a connection whose client's kernel has not acknowledged anything for too
-/// long is broken, as the kernel would break it after a quarter of an hour.
+/// long is broken, as the kernel would break it after a quarter of an hour; and so is what stands still because a backend does not
+/// take what its client sends. Then the engine waits for nothing else, and sees neither the client's end nor that of its time.
 pub fn break_stuck(now: Time) {
     let round = now.seconds() as usize % ROUNDS;
-    let mut stuck = Vec::new();
+    let (mut stuck, mut lines) = (Vec::new(), Vec::new());
     OPEN.with_borrow_mut(|open| {
-        for (place, (link, unacked)) in open.iter_mut() {
+        for (place, (link, seen)) in open.iter_mut() {
             let (descriptor, may_wait) = (link.descriptor.load(Relaxed), link.unacked_ms.load(Relaxed));
             if descriptor == 0 || may_wait == 0 || link.active.load(Relaxed) == 0 {
-                *unacked = Unacked::default();
+                seen.unacked = Unacked::default();
                 continue;
             }
-            let due = place % ROUNDS == round || unacked.waits();
-            if due && unacked.silence(sys::info_of(descriptor), now) >= Duration::from_millis(may_wait) {
+            let asked = place % ROUNDS == round || seen.unacked.waits();
+            let info = asked.then(|| sys::info_of(descriptor)).flatten();
+            if asked && seen.unacked.silence(info, now) >= Duration::from_millis(may_wait) {
                 sys::dissolve(descriptor);
                 stuck.push(link.clone());
+            }
+            let moved = link.moved();
+            if moved != seen.moved {
+                (seen.moved, seen.since) = (moved, now);
+            }
+            if let Some(line) = link.fed() {
+                let still = now.since(seen.since);
+                // Where the stream itself is asked it has ended by then.
+                let over = link.idle(false).is_some_and(|idle| still >= idle + idle / 2);
+                if over || still >= LEFT_FOR && info.is_some_and(|info| info.gone()) {
+                    lines.push(line);
+                }
             }
         }
     });
     stuck.iter().for_each(|link| link.wake());
+    lines.into_iter().for_each(upstream::dissolve);
 }
 
 /// Cuts what is left of this worker's exchanges, because the program ends: each has its line, and none looks whole.
@@ -352,8 +413,9 @@ pub struct Edge {
     phase: Phase,
     since: Instant,
     timer: Option<Pin<Box<Sleep>>>,
-    /// Sum of bytes when the timer last ran during a request; `None`: it has not run since the request began.
-    seen: Option<u64>,
+    /// Sum of bytes when the timer last ran during a request, and since when it has been the same; `None`: it has not run since the
+    /// request began.
+    seen: Option<(u64, Instant)>,
     ending: Option<Ending>,
     /// In the list of this worker's connections.
     _place: Place,
@@ -418,10 +480,9 @@ impl Edge {
         match self.phase {
             Phase::Waiting => self.patience.keepalive,
             Phase::Head => self.patience.header,
-            Phase::Busy => match self.link.idle_ms.load(Relaxed) {
-                0 => self.patience.idle,
-                bound => self.patience.idle.min(Duration::from_millis(bound)),
-            },
+            Phase::Busy => {
+                self.link.idle(self.framer.done()).map_or(self.patience.idle, |idle| idle.min(self.patience.idle))
+            }
         }
     }
 
@@ -447,9 +508,9 @@ impl Edge {
     fn overdue(&mut self, context: &mut Context<'_>) -> bool {
         let (limit, since, phase) = (self.limit(), self.since, self.phase);
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(since + limit)));
-        // During a request it may stand where a longer bound put it.
-        if phase == Phase::Busy && timer.deadline() > Instant::now() + limit {
-            timer.as_mut().reset(Instant::now() + limit);
+        // During a request it runs several times within the bound; it may stand where a longer one put it.
+        if phase == Phase::Busy && timer.deadline() > Instant::now() + limit / TICKS {
+            timer.as_mut().reset(Instant::now() + limit / TICKS);
         }
         while timer.as_mut().poll(context).is_ready() {
             let now = Instant::now();
@@ -461,12 +522,14 @@ impl Edge {
                 timer.as_mut().reset(since + limit);
                 continue;
             }
-            let sum = self.link.bytes.iter().map(|bytes| bytes.load(Relaxed)).sum();
-            if self.seen.replace(sum) == Some(sum) {
+            let sum = self.link.moved();
+            let since = self.seen.filter(|(known, _)| *known == sum).map_or(now, |(_, since)| since);
+            if now >= since + limit {
                 self.link.timed_out.store(true, Relaxed);
                 return true;
             }
-            timer.as_mut().reset(now + limit);
+            self.seen = Some((sum, since));
+            timer.as_mut().reset((now + limit / TICKS).min(since + limit));
         }
         false
     }

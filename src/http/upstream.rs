@@ -209,6 +209,28 @@ pub fn cut(place: Place) {
     }
 }
 
+/// The same by a reset: its backend, which does not read, learns of it all the same.
+pub fn dissolve(place: Place) {
+    if with(place, |line| line.cut = true).is_some() {
+        sys::dissolve(place.descriptor);
+    }
+}
+
+/// Whether the backend does not take what is sent and has answered already, which the engine would read after that alone. Of a connection
+/// under TLS nothing can be told.
+pub fn answers_early(place: Place) -> bool {
+    let mut head = [0; b"HTTP/1.1 4".len()];
+    let heard =
+        with(place, |_| if sys::unsent(place.descriptor) > 0 { sys::peek(place.descriptor, &mut head) } else { 0 });
+    // A leave to go on, and its like, are no answer.
+    heard == Some(head.len()) && head.starts_with(b"HTTP/1.") && matches!(head[8..], [b' ', b'2'..=b'5'])
+}
+
+/// Ends the sending on a connection whose backend has answered: the engine gives up its wait, and reads the answer.
+pub fn stop_sending(place: Place) {
+    with(place, |_| sys::stop_sending(place.descriptor));
+}
+
 /// The look at all connections with exchanges, once a second: one whose backend's kernel has not acknowledged anything for too long
 /// is broken, as the kernel would break it after a quarter of an hour.
 pub fn break_stuck(now: Time) {

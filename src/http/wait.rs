@@ -32,6 +32,9 @@ const SILENT_FLOOR: Duration = Duration::from_millis(50);
 const SILENT_FACTOR: u32 = 5;
 /// For whoever tries a doubted backend, which may be slow and not silent.
 const TRIED: Duration = Duration::from_secs(1);
+/// What may not be sent twice is given up after so long, where its backend is down for its silence: its client learns that nobody
+/// can tell what became of it.
+const GIVEN_UP: Duration = Duration::from_millis(800);
 /// Answers of one kind of request that make a record, and how many times its longest is too long.
 const RECORD: u32 = 50;
 const RECORD_FACTOR: u32 = 3;
@@ -42,6 +45,8 @@ const AT_LEAST: u32 = 8;
 const RECORD_WINDOW: u32 = 1_000;
 /// Kinds of request on record in one worker, and for all of them.
 const KINDS: usize = 4_096;
+/// A body of which nothing went on for so long stands still.
+const STANDS: Duration = Duration::from_millis(200);
 /// Time between two questions whether a backend takes what is sent.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// The body of an answer has stalled when nothing of it came for so long, or for as long as makes a silence; of one that has
@@ -111,6 +116,8 @@ struct Entry {
     accused: bool,
     /// When the kernel was asked last whether the backend takes what is sent, and whether it does not.
     full: (Time, bool),
+    /// Whether the sending was ended because the backend has answered already; and when that was looked for last.
+    early: (Time, bool),
     verdict: Verdict,
     /// Whether it has waited for longer than a poison takes.
     harmless: bool,
@@ -207,6 +214,7 @@ impl Wait {
             unusual_at: None,
             accused: false,
             full: (now, false),
+            early: (now, false),
             verdict: Verdict::Waits,
             harmless: false,
         };
@@ -451,8 +459,11 @@ fn look(now: Time, late: bool) {
     let mut look = Look { now, judged: HashMap::new(), mute: Vec::new(), steps: Vec::new() };
     WAITING.with_borrow_mut(|waiting| {
         for (_, entry) in waiting.iter_mut().filter(|(_, entry)| entry.verdict == Verdict::Waits) {
-            if !look.ends(entry) && !late && entry.complete {
-                look.moves(entry);
+            if !look.ends(entry) && !late {
+                match entry.complete {
+                    true => look.moves(entry),
+                    false => entry.looks_for_an_early_answer(now),
+                }
             }
         }
     });
@@ -477,6 +488,25 @@ impl Entry {
                 !self.full.1
             }
         }
+    }
+
+    /// The engine reads no answer while the backend does not take a piece of the body: so the body ends where an answer is there.
+    fn looks_for_an_early_answer(&mut self, now: Time) {
+        let stands = !self.request.shared && now.since(self.since) >= STANDS && !self.early.1;
+        if stands && now.since(self.early.0) >= ASK_AGAIN {
+            self.early = (now, upstream::answers_early(self.request.place));
+            if self.early.1 {
+                upstream::stop_sending(self.request.place);
+            }
+        }
+    }
+
+    /// Whether it takes longer than its kind has on record, and several times what its own backend takes: the record may be that of a
+    /// nearer one.
+    fn is_unusual(&self, now: Time) -> bool {
+        let backend = &self.request.backend;
+        let usual = || backend.pace().0.map_or_else(|| silent_after(backend), |calm| calm * RECORD_FACTOR);
+        self.unusual_at.is_some_and(|at| at <= now) && now.since(self.since) >= usual()
     }
 
     /// Holds it against its backend that it hangs: what was written later is answered, and sooner, so this is no slowness of the
@@ -510,7 +540,8 @@ impl Look {
         let (request, waited) = (&entry.request, self.now.since(entry.since));
         // Any byte keeps a connection of HTTP/2, so each of its bodies has a bound of its own.
         let stalled = clients_turn && request.body.is_none() && waited >= request.idle;
-        if !stalled && (clients_turn || waited < request.timeout) {
+        let given_up = entry.complete && !request.movable && waited >= GIVEN_UP && request.backend.fell_silent();
+        if !stalled && !given_up && (clients_turn || waited < request.timeout) {
             return false;
         }
         entry.verdict = if stalled { Verdict::Stalled } else { Verdict::TimedOut };
@@ -560,7 +591,7 @@ impl Look {
         // What tries it for others tells whether it is slow or silent.
         let may_be = !tries || silent || waited >= patience;
         let (shared, vanished) = (request.shared, judged.vanished);
-        let unusual = entry.unusual_at.is_some_and(|at| at <= now) && may_be;
+        let unusual = may_be && entry.is_unusual(now);
         if unusual {
             entry.accuse(now);
         }
