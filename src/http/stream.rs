@@ -166,7 +166,7 @@ impl Link {
         idle.into_iter().chain(rest.then_some(REST)).min()
     }
 
-    /// All of the answer has been given. What is left of the request is waited for no longer than [`REST`].
+    /// All of the answer has been given. What is left of the request is waited for no longer than five seconds.
     pub fn is_answered(&self) {
         self.answered.store(true, Relaxed);
     }

@@ -239,6 +239,10 @@ pub fn judge(name: &str, drill: &Drill, kind: front::Kind, seen: Seen) -> Outcom
     if let Some(most) = bars.posts_failed {
         bar(posts.failed() <= most, format!("{} POSTs failed, at most {most}: {:?}", posts.failed(), posts.errors()));
     }
+    if let Some(most) = bars.posts_ms {
+        let worst = posts.0.iter().map(|sample| sample.latency.as_secs_f64() * 1e3).fold(0.0, f64::max);
+        bar(worst <= most, format!("a POST took {worst:.0} ms, at most {most}"));
+    }
     let asked = all.0.len();
     if let Some(most) = bars.amplification {
         let times = seen.received as f64 / asked as f64;

@@ -219,6 +219,8 @@ pub struct Bars {
     pub times_calm: Option<f64>,
     /// POST requests that may be answered by an error.
     pub posts_failed: Option<usize>,
+    /// Milliseconds that any POST took at most, whatever became of it.
+    pub posts_ms: Option<f64>,
     /// Backends that poison may end in any ten seconds.
     pub deaths: Option<usize>,
     /// Kilobytes of the front's private memory for each attacker.
