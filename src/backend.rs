@@ -55,6 +55,8 @@ pub const TOO_LONG: Duration = Duration::from_secs(3);
 const SLOW_FOR: Duration = Duration::from_secs(1);
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
 const SILENT: Duration = Duration::from_millis(250);
+/// And where many wait, so many times the 90th.
+const MANY_FACTOR: u32 = 5;
 /// No first byte to anybody for this, and for so many times the 99th percentile, is a reason to go elsewhere for now.
 const HANGS: Duration = Duration::from_millis(5);
 const HANGS_TIMES: u32 = 2;
@@ -357,7 +359,7 @@ impl Backend {
         self.silence.forget(now);
         let (first_bytes, moved) = (self.first_byte.ever(), self.moved.ever());
         let seen = pace::Seen { first_bytes, moved, handshakes: [ok, silent], lost_known_after };
-        let pace = pace.get_or_insert_with(|| Box::new(Pace::new(seen, now)));
+        let pace = pace.get_or_insert_with(|| Box::new(Pace::new(now)));
         if late {
             pace.skip(seen);
             pace.came(self.silence.wrote_ever());
@@ -398,6 +400,13 @@ impl Backend {
     /// After how long without a first byte to anybody it is silent, where it has not answered often enough to tell by that.
     pub fn stranger_silent_after(&self) -> Duration {
         self.shared.stranger_silent_after(self.handshake.learned().map(|(_, p99)| p99))
+    }
+
+    /// After how long many that wait make a silence, whatever the slowest hundredth takes: one request in fifty that takes seconds by
+    /// nature must not hide it for as long. `None`: few wait, or little is known.
+    pub fn many_silent_after(&self) -> Option<Duration> {
+        let usual = self.first_byte.ninth_decile().filter(|_| self.silence.many_wait())?;
+        Some((usual * MANY_FACTOR).max(SILENT).max(self.slow_for()))
     }
 
     fn late_after(&self, floor: Duration) -> Duration {
@@ -676,8 +685,12 @@ impl Backend {
         };
         if silent {
             let answers = evidence.seen == Seen::Mute;
-            let usual = if answers { self.first_byte.learned() } else { self.handshake.learned() };
-            let race = usual.map_or(LIFE_FLOOR, |(_, p99)| p99.max(LIFE_FLOOR));
+            let usual = match answers {
+                true if self.silence.many_wait() => self.first_byte.ninth_decile(),
+                true => self.first_byte.learned().map(|(_, p99)| p99),
+                false => self.handshake.learned().map(|(_, p99)| p99),
+            };
+            let race = usual.unwrap_or_default().max(LIFE_FLOOR);
             // What was under way when everything stopped must not look like life. A probe is one of two at least.
             let since = if probe { evidence.began - PROBE_SLACK } else { evidence.began + race };
             if !self.shared.uplink.vouches(self.id, answers, since, now) {

@@ -26,10 +26,11 @@ const OTHERS_ERRORS: f32 = 0.1;
 const WINDOW: f32 = 128.0;
 /// A class without an answer for so long is none of the others.
 const LATELY: Duration = Duration::from_secs(10);
-/// Pause before a class is tried by a request that may be sent twice, and by one that may not; both double, to a minute.
+/// Pause before a class is tried by a request that may be sent twice, and by one that may not; both double, to some seconds: it
+/// would stay away for as long after it is well again.
 const TRIAL_REPEATABLE: Duration = Duration::from_secs(1);
 const TRIAL_OTHER: Duration = Duration::from_secs(5);
-const TRIAL_LONGEST: Duration = Duration::from_secs(60);
+const TRIAL_LONGEST: Duration = Duration::from_secs(8);
 /// Good answers in a row that clear a class.
 const PROOF: u8 = 2;
 /// Classes of one backend that are remembered.

@@ -126,7 +126,7 @@ impl Drop for Owed {
 /// After how long without a first byte to anybody a backend is silent; `None`: its silence says nothing.
 fn silent_after(backend: &Backend, policy: &Policy) -> Option<Duration> {
     let longest = policy.first_byte_time;
-    match (backend.first_byte.learned(), policy.first_byte) {
+    let one = match (backend.first_byte.learned(), policy.first_byte) {
         (_, FirstByte::Ignore) => None,
         (Some((_, p99)), FirstByte::Learn) if p99 >= TOO_LONG => None,
         (Some((_, p99)), _) => Some((p99 * FACTOR).max(FLOOR).max(backend.slow_for()).min(longest)),
@@ -136,7 +136,9 @@ fn silent_after(backend: &Backend, policy: &Policy) -> Option<Duration> {
             Some(backend.stranger_silent_after().min(longest))
         }
         (None, FirstByte::Learn) => None,
-    }
+    };
+    let many = backend.many_silent_after().filter(|_| policy.first_byte != FirstByte::Ignore);
+    one.into_iter().chain(many).min()
 }
 
 /// Looks at what is owed, for as long as the worker lives.

@@ -207,6 +207,12 @@ pub struct Seen {
     pub lost_known_after: Duration,
 }
 
+impl Default for Seen {
+    fn default() -> Self {
+        Seen { first_bytes: [0; BUCKETS], moved: [0; BUCKETS], handshakes: [0; 2], lost_known_after: Duration::ZERO }
+    }
+}
+
 /// By how much a backend is slower than its calm.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Slower {
@@ -287,10 +293,10 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Of a backend that has shown `seen` until now.
-    pub fn new(seen: Seen, now: Time) -> Pace {
+    /// Of a backend of which nothing was looked at yet: what it has shown by the first look counts in that.
+    pub fn new(now: Time) -> Pace {
         Pace {
-            before: seen,
+            before: Seen::default(),
             came: 0,
             recent: Times::default(),
             streak: Times::default(),

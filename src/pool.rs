@@ -249,6 +249,8 @@ struct CellPlan {
     suspect: Vec<usize>,
     draw: Alias,
     turns: Vec<usize>,
+    /// How much of their full weight those of `fit` have, of what the one with the most has, 0 to 1.
+    presence: Vec<f64>,
 }
 
 /// What one client wants.
@@ -607,6 +609,7 @@ impl Pool {
             let mut part = CellPlan::default();
             let (mut ready, mut all, mut fit, mut fit_full) = (0.0, 0.0, 0.0, 0.0);
             let mut weights = Vec::new();
+            let mut most = 0f64;
             for index in cell.members.clone() {
                 let member = &self.members[index];
                 let weight = f64::from(member.weight);
@@ -627,6 +630,8 @@ impl Pool {
                         plan.moving |= view.ramp_share(policy, now) < 1.0;
                         let share = member.backend.share_now(policy, now);
                         part.fit.push(index);
+                        part.presence.push(share);
+                        most = most.max(share);
                         weights.push(weight * share);
                         fit += weight * share;
                         fit_full += weight;
@@ -642,6 +647,7 @@ impl Pool {
                 part.turns = turns(&part.fit, &weights);
             }
             part.draw = Alias::new(&weights);
+            part.presence.iter_mut().for_each(|presence| *presence /= most.max(f64::MIN_POSITIVE));
             let could_keep = if ready > 0.0 { (OVERPROVISION * fit / ready).min(1.0) } else { 0.0 };
             part.could_keep = if ready > 0.0 { could_keep } else { -1.0 };
             ready_weights.push((ready, could_keep));
@@ -729,14 +735,17 @@ impl Pool {
                 }
             }
             Balance::LeastConnections => {
-                let best = if part.fit.len() <= LEAST_LOOKED_AT {
-                    let start = rng.usize(..part.fit.len());
-                    let all = (0..part.fit.len()).map(|i| part.fit[(start + i) % part.fit.len()]);
-                    all.filter(|&m| self.open(m, want, states, full)).reduce(|a, b| self.less_loaded(a, b))
-                } else {
-                    let some = (0..LEAST_LOOKED_AT).map(|_| part.fit[part.draw.draw(rng)]);
-                    some.filter(|&m| self.open(m, want, states, full)).reduce(|a, b| self.less_loaded(a, b))
-                };
+                let all = part.fit.len() <= LEAST_LOOKED_AT;
+                let start = rng.usize(..part.fit.len());
+                let mut best = None;
+                for i in 0..part.fit.len().min(LEAST_LOOKED_AT) {
+                    let at = if all { (start + i) % part.fit.len() } else { part.draw.draw(rng) };
+                    // One that has a part of its share takes part as often, or it would get all until it has as many as the others.
+                    let takes_part = !all || part.presence[at] >= 1.0 || rng.f64() < part.presence[at];
+                    if takes_part && self.open(part.fit[at], want, states, full) {
+                        best = Some(best.map_or(part.fit[at], |best| self.less_loaded(best, part.fit[at])));
+                    }
+                }
                 if best.is_some() {
                     return best;
                 }

@@ -17,6 +17,9 @@ use crate::estimate::Estimate;
 /// Fewest requests that wait, of those written since the last first byte.
 const LEAST: u32 = 3;
 
+/// So many that wait, all of them written since the last first byte, are no mixture of slow requests.
+const MANY: u32 = 8;
+
 /// A body is late after so many learned 99th percentiles of what lies between a head and its body.
 const LATE_BODY: u32 = 5;
 /// What hangs for longer than this either is accused, or is no silence.
@@ -272,6 +275,11 @@ impl Silence {
     /// too early to accuse it, but no time to send others there. Later it is a matter of evidence.
     pub fn hangs(&self, limit: Duration, now: Time) -> bool {
         self.written.load(Relaxed) >= LEAST && self.quiet(limit, now) && !self.quiet(HANGS_FOR, now)
+    }
+
+    /// Whether so many wait without a first byte to anybody that they cannot all be slow by nature, where few are.
+    pub fn many_wait(&self) -> bool {
+        self.written.load(Relaxed).min(self.waiting.load(Relaxed)) >= MANY
     }
 
     /// Whether it was found silent and has not answered since: those that were carried elsewhere leave that standing for the

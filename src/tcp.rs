@@ -407,7 +407,7 @@ async fn with_one(
     drop(session);
     let unanswered = carried.answered.is_none();
     if unanswered && carried.spoke.is_some_and(|at| backend.silence.heard_at() > clock::of(at)) {
-        backend.shared.manner.was_silent();
+        backend.shared.manner.was_silent(prefix, backend.others_than(prefix, clock::now()));
     }
     record.cut = carried.cut;
     if carried.cut || !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {

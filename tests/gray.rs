@@ -91,6 +91,31 @@ fn one_that_takes_no_more_connections_may_finish_what_it_has() {
     assert_eq!(answers.iter().filter(|answer| answer.ends_with("old")).count(), 6);
 }
 
+/// One request in thirty takes three seconds by nature: five times the slowest hundredth would be fifteen.
+#[test]
+fn slow_requests_do_not_hide_a_silence() {
+    for face in ["tcp: p", "http: { routes: [ { pool: p } ] }"] {
+        let (a, b) = (Backend::start("a"), Backend::start("b"));
+        let proxy = start(face, "", [&a, &b]);
+        let address = proxy.address(0);
+        let slow = || drop(raw(address, b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"));
+        std::thread::scope(|scope| {
+            (0..20).for_each(|_| drop(scope.spawn(slow)));
+            (0..600).for_each(|_| drop(get(address).unwrap()));
+        });
+        a.set(Mode::Mute);
+        let mut open = Vec::new();
+        for (health, within) in [("suspect", 5), ("down", 20)] {
+            eventually(health, Duration::from_secs(within), || {
+                open.push(asks(address));
+                std::thread::park_timeout(Duration::from_millis(20));
+                (proxy.health(&a.address.to_string()) == health).then_some(())
+            });
+        }
+        assert_eq!(proxy.health(&b.address.to_string()), "up", "{face}");
+    }
+}
+
 /// While it was away the other one alone answered, which is nearer.
 #[test]
 fn a_far_backend_that_was_away_is_not_measured_by_a_nearer_one() {

@@ -371,10 +371,11 @@ fn record(kind: u64) -> Option<Duration> {
 
 /// After how long without a first byte to anybody a backend is silent.
 fn silent_after(backend: &Backend) -> Duration {
-    match backend.first_byte.learned() {
+    let one = match backend.first_byte.learned() {
         Some((_, p99)) => SILENT_FLOOR.max(p99 * SILENT_FACTOR).max(backend.slow_for()),
         None => backend.stranger_silent_after(),
-    }
+    };
+    backend.many_silent_after().map_or(one, |many| many.min(one))
 }
 
 /// Looks at those that wait, for as long as the worker lives.

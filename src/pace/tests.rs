@@ -31,13 +31,7 @@ impl Rig {
     fn new(count: usize) -> Rig {
         let now = Time(1_000_000);
         let estimates: Vec<Estimate> = (0..count).map(|_| Estimate::default()).collect();
-        let seen = |estimate: &Estimate| Seen {
-            first_bytes: estimate.ever(),
-            moved: [0; BUCKETS],
-            handshakes: [0; 2],
-            lost_known_after: LOST_KNOWN_AFTER,
-        };
-        let paces = estimates.iter().map(|estimate| Pace::new(seen(estimate), now)).collect();
+        let paces = estimates.iter().map(|_| Pace::new(now)).collect();
         Rig {
             estimates,
             handshakes: vec![[0; 2]; count],
@@ -148,6 +142,14 @@ fn few_clients_are_enough_to_see_a_slow_one() {
         // Some seven of its answers.
         assert!(took[10] <= 0.2 + 14.0 / rate && took[19] <= 0.4 + 28.0 / rate, "{rate}: {took:?}");
     }
+}
+
+#[test]
+fn what_came_before_the_first_look_is_known_by_it() {
+    let mut rig = Rig::new(2);
+    (0..2).for_each(|i| (0..500).for_each(|_| rig.estimates[i].record(Duration::from_micros(400))));
+    rig.run(0.2, 0.0, &[(0.4, 0.0), (0.4, 0.0)]);
+    assert!(rig.paces[0].calm().is_some());
 }
 
 #[test]

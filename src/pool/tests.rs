@@ -112,6 +112,16 @@ fn weights_of_cells_and_backends_hold() {
     }
 }
 
+/// It has no connection, and the other one hundreds.
+#[test]
+fn a_backend_that_has_a_part_of_its_share_gets_no_more_by_having_few_connections() {
+    let pool = pool(Policy { balance: Balance::LeastConnections, ..Policy::default() }, &[(0, 1, 2)]);
+    let _held: Vec<_> = (0..100).map(|_| pool.members[0].backend.in_flight.take(u32::MAX)).collect();
+    pool.members[1].backend.keep_share(0.1);
+    let picks = picks(&pool, false);
+    assert!((picks[&1] - 0.1).abs() < 0.02, "{picks:?}");
+}
+
 #[test]
 fn round_robin_turns_are_smooth() {
     assert_eq!(turns(&[7, 8], &[2.0, 1.0]).len(), 3);
