@@ -657,7 +657,7 @@ impl Backend {
     /// Says in which cell it stands, by the cell's number.
     pub fn stands_in(&self, cell: usize) {
         self.cell.store(cell, Relaxed);
-        self.shared.uplink.stands_in(self.id, cell);
+        self.shared.uplink.stands_in(self.id, self.shared.number, cell);
     }
 
     /// A handshake with it was finished.
@@ -673,7 +673,7 @@ impl Backend {
 
     /// Whether a failure counts: errors only where another one has fewer, silence only while somebody else answers, and what probes
     /// say only where no client says otherwise, and not of all cells at once.
-    fn counts(&self, health: &Health, policy: &Policy, evidence: &Evidence, now: Time) -> bool {
+    fn counts(&self, health: &mut Health, policy: &Policy, evidence: &Evidence, now: Time) -> bool {
         let probe = evidence.source == Source::Probe;
         if evidence.seen == Seen::Errors && self.errs_like_the_others(health, now) {
             return false;
@@ -693,7 +693,11 @@ impl Backend {
             let race = usual.unwrap_or_default().max(LIFE_FLOOR);
             // What was under way when everything stopped must not look like life. A probe is one of two at least.
             let since = if probe { evidence.began - PROBE_SLACK } else { evidence.began + race };
-            if !self.shared.uplink.vouches(self.id, answers, since, now) {
+            let vouched = match answers {
+                true => self.shared.uplink.vouches_by_answers(self.id, &self.shared.stall, since, now),
+                false => self.shared.uplink.vouches(self.id, since, now),
+            };
+            if !vouched {
                 return false;
             }
             // When all have become slower alike, one of them has to be the first to answer again.
@@ -707,6 +711,7 @@ impl Backend {
         let good = self.good_ms.load(Relaxed);
         if good > 0 && now.0 / 1_000 <= good + CONTRADICTION_MS && good >= health.last_failure().0 / 1_000 {
             self.counters.contradictions.add(1);
+            health.denies_probes(now);
             self.contradicted_ms.store((now.0 / 1_000).max(1), Relaxed);
             return false;
         }
@@ -732,7 +737,7 @@ impl Backend {
             // A router may refuse as well.
             Seen::Refused | Seen::Silent | Seen::Mute => {}
         }
-        if !matches!(evidence.seen, Seen::Success { .. }) && !self.counts(&locked.health, policy, &evidence, now) {
+        if !matches!(evidence.seen, Seen::Success { .. }) && !self.counts(&mut locked.health, policy, &evidence, now) {
             return None;
         }
         if let Seen::Success { hits } = &mut evidence.seen {

@@ -376,6 +376,10 @@ pub struct Health {
     /// When a probe last cleared what traffic had seen, and whether it has lost its say by doing so too often.
     cleared_by_probe: Option<Time>,
     probe_distrusted: bool,
+    /// When clients were served last while a probe failed; and whether that was so before the present doubt came up: then failing
+    /// probes say nothing about it.
+    probe_denied: Option<Time>,
+    probe_lies: bool,
     successes: u32,
     /// Good answers to clients that must come before a return; 0: the rest decides.
     proof: u32,
@@ -419,6 +423,8 @@ impl Health {
             probe_failed: Depth::Connect,
             cleared_by_probe: None,
             probe_distrusted: false,
+            probe_denied: None,
+            probe_lies: false,
             successes: 0,
             proof: 0,
             was_away: false,
@@ -548,6 +554,11 @@ impl Health {
         self.tls_failures = 0;
     }
 
+    /// Clients are served while a probe fails.
+    pub fn denies_probes(&mut self, now: Time) {
+        self.probe_denied = Some(now);
+    }
+
     /// Notes that a trial is under way, so that the next waits for its pause.
     pub fn trial_begins(&mut self, now: Time) {
         self.trial_at = now + self.trial_pause;
@@ -573,6 +584,9 @@ impl Health {
         }
         self.refusals = 0;
         self.silence = Run::default();
+        if evidence.source == Source::Probe {
+            (self.probe_denied, self.probe_lies) = (None, false);
+        }
         if evidence.source == Source::Probe || evidence.depth >= self.probe_failed {
             self.probe_failures = 0;
         }
@@ -631,6 +645,9 @@ impl Health {
         if evidence.began < self.since && !(probe && self.state == State::Suspect) {
             return None;
         }
+        if probe && self.probe_lies && matches!(self.state, State::Suspect | State::Down) {
+            return None;
+        }
         self.first_failure.get_or_insert(evidence.began);
         self.successes = 0;
         if probe {
@@ -685,7 +702,9 @@ impl Health {
                 self.blamed = evidence.depth;
                 self.seen_by_traffic = !probe;
                 // A probe that denied the same a moment ago does not see what clients see.
-                self.probe_distrusted = !probe && self.cleared_by_probe.is_some_and(|at| now.since(at) < DENIAL);
+                let lately = |at: Option<Time>| !probe && at.is_some_and(|at| now.since(at) < DENIAL);
+                self.probe_lies = lately(self.probe_denied);
+                self.probe_distrusted = self.probe_lies || lately(self.cleared_by_probe);
                 self.owe_proof(evidence);
                 self.trial_pause = TRIAL_FIRST;
                 self.trial_at = now + TRIAL_FIRST;
@@ -785,7 +804,7 @@ impl Health {
             self.first_failure = None;
             self.blamed = Depth::Connect;
             self.seen_by_traffic = false;
-            self.probe_distrusted = false;
+            (self.probe_distrusted, self.probe_lies) = (false, false);
             self.quick = self.proof > 0 && !self.was_away;
             self.was_away = false;
             self.proof = 0;

@@ -798,7 +798,7 @@ mod tests {
         let live = table(&two, None);
         take_effect(&live, Time(1));
         let first = &live.pools[0].members[0].backend;
-        let believed = || live.uplink.vouches(first.id, false, Time(10), Time(20));
+        let believed = || live.uplink.vouches(first.id, Time(10), Time(20));
         assert!(!believed(), "nobody shows life");
         let refused = table(&one, Some(&live));
         assert!(!believed() && live.uplink.cell_name(2).is_none());

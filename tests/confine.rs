@@ -766,6 +766,38 @@ fn the_first_clients_of_a_slow_backend_are_served() {
     assert_eq!(refused, 0, "{}", proxy.log());
 }
 
+/// Nobody but clients can tell when it is well again, and they do.
+#[test]
+fn a_short_fault_under_lying_probes_ends_with_the_fault() {
+    for face in ["tcp: p", "http: { routes: [ { pool: p } ] }"] {
+        let (a, b) = (Backend::start("a"), Backend::start("b"));
+        let [of_a, of_b] = [&a, &b].map(|backend| backend.address.to_string());
+        let proxy = Proxy::start(&format!(
+            "pools: {{ p: {{ cells: {{ a: [ '{of_a}' ], b: [ '{of_b}' ] }}, probe: {{ http: {{ path: /healthz }}, interval: 200ms }} }} }}\n\
+             listeners: [ {{ bind: '127.0.0.1:0', {face} }} ]"
+        ));
+        up(&proxy, &[&a, &b]);
+        let address = proxy.address(0);
+        let asks = || get(address).is_ok();
+        [&a, &b].iter().for_each(|backend| backend.set(Mode::Unhealthy(100)));
+        eventually("the probes are contradicted", Duration::from_secs(20), || {
+            assert!(asks());
+            (proxy.metric("sailover_backend_contradiction", &[]) == 2.0).then_some(())
+        });
+        a.set(Mode::Refuse);
+        eventually("it is out", Duration::from_secs(20), || {
+            assert!(asks());
+            (proxy.health(&of_a) == "down").then_some(())
+        });
+        a.set(Mode::Unhealthy(100));
+        eventually("it is back, whatever its probe says", Duration::from_secs(20), || {
+            assert!(asks());
+            matches!(proxy.health(&of_a).as_str(), "up" | "returning").then_some(())
+        });
+        assert_eq!(proxy.health(&of_b), "up", "{face}");
+    }
+}
+
 /// It serves most, and some of its requests hang until their time is up.
 #[test]
 fn what_hangs_is_an_error_of_the_backend() {

@@ -9,7 +9,7 @@ use crate::limits::{Bucket, Budget, Gauge, Queue};
 use crate::manner::Manner;
 use crate::metrics::{Counter, DETECT_BOUNDS, Histogram};
 use crate::poison::Poison;
-use crate::uplink::Uplink;
+use crate::uplink::{Stall, Uplink};
 use crate::witness::Failing;
 
 /// One that has not answered often enough to know how long it takes may take so many times as long as the slowest of its pool
@@ -20,6 +20,8 @@ const STRANGER_MOST: Duration = Duration::from_secs(1);
 
 /// Time between two removals by probes in one cell: two looks at who stands in a tier.
 const WITHIN_CELL: Duration = Duration::from_millis(200);
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// What the backends of one pool share, kept over reloads by the pool's name.
 #[derive(Debug)]
@@ -50,6 +52,10 @@ pub struct PoolShared {
     pub(super) answers: Tally,
     /// Which cells of the process show life.
     pub uplink: Arc<Uplink>,
+    /// When all of its backends that were asked gave no answers.
+    pub stall: Stall,
+    /// Tells it from other pools of the process.
+    pub number: u64,
     /// The cell that probes alone took out last, and when.
     probe_removal: Mutex<Option<(usize, Time)>>,
     /// Races begun; and clients that had one, by whether the later attempt won it.
@@ -114,6 +120,8 @@ impl PoolShared {
             poison: Poison::default(),
             answers: Tally::default(),
             uplink,
+            stall: Stall::default(),
+            number: NEXT.fetch_add(1, Relaxed),
             probe_removal: Mutex::default(),
             races: Counter::default(),
             raced: Default::default(),

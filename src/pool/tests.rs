@@ -94,7 +94,7 @@ fn what_takes_long_by_nature_is_not_late() {
         let (since, later) = (NOW + Duration::from_millis(10), NOW + Duration::from_secs(1));
         uplink.connected(backends[0].id, later);
         backends[1].asked(1, since);
-        assert_eq!(uplink.vouches(backends[0].id, true, since, later), !late, "{takes:?}");
+        assert_eq!(uplink.vouches_by_answers(backends[0].id, &pool.shared.stall, since, later), !late, "{takes:?}");
     }
 }
 
