@@ -14,19 +14,19 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
+use crate::blame::Answered;
 use crate::class::Classes;
 use crate::clock::{self, Time};
-use crate::crowd::{self, Crowd};
+use crate::concurrency::{self, Concurrency};
+use crate::error_ratio::ErrorRatio;
 use crate::estimate::Estimate;
 use crate::health::{Blame, Depth, Evidence, Health, Policy, Seen, Source, State, Transition, View};
 use crate::limits::{Gauge, Window};
 use crate::metrics::Counter;
 use crate::pace::{self, Pace};
-use crate::ratio::Ratio;
 use crate::silence::Silence;
 use crate::tell;
 use crate::version::Version;
-use crate::witness::Answered;
 
 use errors::EVERYWHERE;
 use shared::Mark;
@@ -35,19 +35,19 @@ pub use shared::PoolShared;
 /// Transitions of one backend that are logged in ten seconds; the counters tell of the others.
 const TOLD: u64 = 20;
 
-/// Clients that were served so lately outweigh a probe that fails, and the contradiction is shown for so long.
+/// Clients that were served so lately outweigh a probe that fails, and the contradiction is shown for this long.
 const CONTRADICTION_MS: u64 = 2_000;
 const CONTRADICTION_SHOWN_MS: u64 = 3_000;
-/// Another backend's sign of life counts from so long after a silent attempt began, or from as long as a handshake takes; and
-/// for a probe from so long before.
+/// Another backend's handshake vouches for the network only if it came at least this long after the silent attempt began, or one
+/// handshake time if that is longer; for a probe it may have come this long before.
 const LIFE_FLOOR: Duration = Duration::from_millis(20);
 const PROBE_SLACK: Duration = Duration::from_secs(1);
 
-/// An answer after this, or five times the 99th percentile of its first bytes, may have been taken for a silence by others; and as
-/// so many of them at most it counts.
+/// An answer later than this, or than five times the 99th percentile, comes from a backend that others may have taken for silent; it
+/// counts for them too, for this many at most.
 const LATE: Duration = Duration::from_millis(50);
 const LATE_FOR: u32 = 8;
-/// And for so long the next ones are thought to take as long.
+/// And for this long the next ones are thought to take as long.
 const TOOK_FOR: Duration = Duration::from_secs(1);
 /// First bytes that take as long as can be learned are no sign of anything.
 pub const TOO_LONG: Duration = Duration::from_secs(3);
@@ -55,9 +55,9 @@ pub const TOO_LONG: Duration = Duration::from_secs(3);
 const SLOW_FOR: Duration = Duration::from_secs(1);
 /// For the limit of a silent backend: silent after this, or five times the 99th percentile of its first bytes.
 const SILENT: Duration = Duration::from_millis(250);
-/// And where many wait, so many times the 90th.
+/// And where many wait, this many times the 96th.
 const MANY_FACTOR: u32 = 5;
-/// No first byte to anybody for this, and for so many times the 99th percentile, is a reason to go elsewhere for now.
+/// No first byte to anybody for this, and for this many times the 99th percentile, is a reason to go elsewhere for now.
 const HANGS: Duration = Duration::from_millis(5);
 const HANGS_TIMES: u32 = 2;
 /// Clients that may wait at a backend whose limit is taken up by what others left there.
@@ -70,7 +70,7 @@ const OUT_LATELY: Duration = Duration::from_secs(60);
 /// A client that gave up after this, or five times the 99th percentile, has seen a silence.
 const GAVE_UP: Duration = Duration::from_secs(1);
 
-/// Clients that lose something by a trial are sent on one when nobody else has been for so long.
+/// A client whose request cannot be repeated is used for a trial only if nobody else has made one for this long.
 const LATE_TRIAL_MS: u64 = 4_000;
 
 /// How an attempt at a backend ended.
@@ -166,7 +166,7 @@ pub struct Backend {
     /// Answers without an error that `ratio` does not know of yet, and whether it must know at once.
     good: AtomicU64,
     watched: AtomicBool,
-    ratio: Mutex<Ratio>,
+    ratio: Mutex<ErrorRatio>,
     /// What the pool's answers were when the errors began that are being looked at, and until when they are not looked at anew.
     errors_since: Mutex<Option<(Mark, Time)>>,
     /// Its classes of requests, looked at until this moment (in milliseconds since the process began), and whether any fails.
@@ -175,7 +175,7 @@ pub struct Backend {
     class_fails: AtomicBool,
     /// The same for answers that deny a client something (401, 403, 429).
     undenied: AtomicU64,
-    denials: Mutex<Ratio>,
+    denials: Mutex<ErrorRatio>,
     /// When a burst of them was told of last, in whole seconds since the process began.
     denials_told: AtomicU64,
     /// The number of its cell in the process.
@@ -184,6 +184,8 @@ pub struct Backend {
     /// process began.
     good_ms: AtomicU64,
     contradicted_ms: AtomicU64,
+    /// Whether probes failed since the last good one while clients were served.
+    probe_denied: AtomicBool,
     /// The others of its tier, which has several cells, are out: probes alone leave it in.
     pub last_standing: AtomicBool,
     /// Wakes its prober, when it has one.
@@ -201,7 +203,7 @@ pub struct Backend {
     /// Share of its clients that it keeps for that, in ten-thousandths.
     pace_share: AtomicU32,
     /// How many clients may wait for its answers at once, as far as it was learned.
-    crowd: Mutex<Crowd>,
+    concurrency: Mutex<Concurrency>,
     most_waiting: AtomicU32,
     /// Transitions of the last ten seconds.
     told: Window,
@@ -263,6 +265,7 @@ impl Backend {
             cell: AtomicUsize::new(0),
             good_ms: AtomicU64::new(0),
             contradicted_ms: AtomicU64::new(0),
+            probe_denied: AtomicBool::new(false),
             last_standing: AtomicBool::new(false),
             prober: Mutex::default(),
             next_probe_ms: AtomicU64::new(0),
@@ -271,7 +274,7 @@ impl Backend {
             version: Version::default(),
             pace: Mutex::default(),
             pace_share: AtomicU32::new(10_000),
-            crowd: Mutex::default(),
+            concurrency: Mutex::default(),
             most_waiting: AtomicU32::new(u32::MAX),
             told: Window::default(),
             view: AtomicU64::new(view.pack()),
@@ -370,7 +373,7 @@ impl Backend {
         let waiting = self.silence.waiting() + self.silence.abandoned();
         let came = pace.came(self.silence.wrote_ever());
         if waiting > 0 || came > 0 || self.most_waiting.load(Relaxed) != u32::MAX {
-            let crowded = crowd::Look {
+            let crowded = concurrency::Look {
                 waiting,
                 came,
                 answered: pace.answers().wrapping_sub(before),
@@ -380,9 +383,9 @@ impl Backend {
                 calm: pace.calm(),
                 recent: pace.recent(),
             };
-            let mut crowd = self.crowd.lock().unwrap_or_else(PoisonError::into_inner);
-            crowd.look(crowded);
-            let limit = crowd.limit();
+            let mut concurrency = self.concurrency.lock().unwrap_or_else(PoisonError::into_inner);
+            concurrency.look(crowded);
+            let limit = concurrency.limit();
             if limit > self.most_waiting.swap(limit, Relaxed) {
                 self.shared.queue.freed();
             }
@@ -403,9 +406,9 @@ impl Backend {
     }
 
     /// After how long many that wait make a silence, whatever the slowest hundredth takes: one request in fifty that takes seconds by
-    /// nature must not hide it for as long. `None`: few wait, or little is known.
+    /// nature must not hide it for as long. `None`: few wait, little is known, or long ones are no rarity.
     pub fn many_silent_after(&self) -> Option<Duration> {
-        let usual = self.first_byte.ninth_decile().filter(|_| self.silence.many_wait())?;
+        let usual = self.first_byte.but_one_in_25().filter(|usual| *usual < TOO_LONG && self.silence.many_wait())?;
         Some((usual * MANY_FACTOR).max(SILENT).max(self.slow_for()))
     }
 
@@ -550,12 +553,12 @@ impl Backend {
     pub fn asked(&self, prefix: u32, now: Time) {
         self.silence.wrote(prefix, now);
         // What takes so long by nature, as long polls do, is no debt whose lateness anybody could see.
-        if self.first_byte.learned().is_none_or(|(_, p99)| p99 < TOO_LONG) {
+        if self.first_byte.but_one_in_25().is_none_or(|usual| usual < TOO_LONG) {
             self.shared.uplink.asked(self.id, now);
         }
     }
 
-    /// A request was carried elsewhere that would have taken so long, and others of its kind never had: the backend is slow.
+    /// A request was carried elsewhere that would have taken this long, and others of its kind never had: the backend is slow.
     pub fn moved_slow(&self, took: Duration) {
         self.moved.record(took);
     }
@@ -594,6 +597,14 @@ impl Backend {
     /// The same, where it takes no connections or answers none: one that refuses them may be about to finish what it has.
     pub fn fell_silent(&self) -> bool {
         self.is_down_and_says_nothing("silent")
+    }
+
+    /// Whether it is in doubt or down because it answers nobody (not because it takes no connections alone), and has not since.
+    pub fn answers_nobody(&self) -> bool {
+        let view = self.view();
+        matches!(view.state, State::Suspect | State::Down)
+            && self.silence.heard_at() < view.since
+            && self.health().cause().is_some_and(|cause| cause.kind == "silent" && cause.depth >= Depth::FirstByte)
     }
 
     fn is_down_and_says_nothing(&self, kind: &str) -> bool {
@@ -638,6 +649,9 @@ impl Backend {
     pub fn probed(&self, policy: &Policy, depth: Depth, began: Time, now: Time) {
         self.counters.probes[0].add(1);
         self.shows_life(now);
+        if self.probe_denied.swap(false, Relaxed) {
+            self.lock().health.believes_probes();
+        }
         let view = self.view();
         if view.state != State::Up || view.open_run.is_some() {
             self.success(policy, Source::Probe, depth, began, now);
@@ -686,7 +700,7 @@ impl Backend {
         if silent {
             let answers = evidence.seen == Seen::Mute;
             let usual = match answers {
-                true if self.silence.many_wait() => self.first_byte.ninth_decile(),
+                true if self.silence.many_wait() => self.first_byte.but_one_in_25(),
                 true => self.first_byte.learned().map(|(_, p99)| p99),
                 false => self.handshake.learned().map(|(_, p99)| p99),
             };
@@ -711,7 +725,8 @@ impl Backend {
         let good = self.good_ms.load(Relaxed);
         if good > 0 && now.0 / 1_000 <= good + CONTRADICTION_MS && good >= health.last_failure().0 / 1_000 {
             self.counters.contradictions.add(1);
-            health.denies_probes(now);
+            health.denies_probe(evidence.began, Time(good * 1_000), now);
+            self.probe_denied.store(true, Relaxed);
             self.contradicted_ms.store((now.0 / 1_000).max(1), Relaxed);
             return false;
         }

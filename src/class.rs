@@ -2,7 +2,7 @@
 //!
 //! A credential that ran out fails all writes and no read; a lost cache fails one path. When the errors of a backend come from
 //! one class while its others are answered, the class goes elsewhere and the others stay. Each class is judged by a cumulative
-//! sum as the backend is ([`crate::ratio`]); one request now and then tries how the class does, those that may be sent twice
+//! sum as the backend is ([`crate::error_ratio`]); one request now and then tries how the class does, those that may be sent twice
 //! sooner than those that may not.
 
 use std::collections::HashMap;
@@ -19,12 +19,12 @@ const PAST_MOST: f32 = 0.5;
 const MANY: f32 = 0.25;
 const MANY_TIMES: f32 = 3.0;
 const ALARM: f32 = 12.0;
-/// The other classes are well when so many of their answers were seen lately, and no more than this part were errors.
+/// The other classes are well when this many of their answers were seen lately, and no more than this part were errors.
 const OTHERS: f32 = 8.0;
 const OTHERS_ERRORS: f32 = 0.1;
-/// After so many answers the older half is forgotten.
+/// After this many answers the older half is forgotten.
 const WINDOW: f32 = 128.0;
-/// A class without an answer for so long is none of the others.
+/// A class without an answer for this long is none of the others.
 const LATELY: Duration = Duration::from_secs(10);
 /// Pause before a class is tried by a request that may be sent twice, and by one that may not; both double, to some seconds: it
 /// would stay away for as long after it is well again.

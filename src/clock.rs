@@ -12,7 +12,7 @@ use tokio::time::Instant;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub u64);
 
-/// The control thread looks at what the backends did so often.
+/// The control thread looks at what the backends did this often.
 pub const LOOK: Duration = Duration::from_millis(100);
 
 static EPOCH: OnceLock<Instant> = OnceLock::new();

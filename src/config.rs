@@ -159,7 +159,7 @@ pub enum Failback {
     Manual,
 }
 
-/// So many events in a time.
+/// This many events in a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
     /// In a minute, at least 1.

@@ -39,7 +39,7 @@ const JUDGE_FLOOR: Duration = Duration::from_millis(150);
 const JUDGE_FACTOR: u32 = 4;
 /// With nothing learned an attempt is judged after this.
 const JUDGE_COLD: Duration = Duration::from_millis(1_000);
-/// With TLS all of these take so many times as long.
+/// With TLS all of these take this many times as long.
 const TLS_FACTOR: u32 = 3;
 /// A timer that runs later than this ran late by our own fault and proves no silence.
 const LATE: Duration = Duration::from_millis(10);
@@ -196,161 +196,241 @@ pub fn choose_first(host: &Host, pool: &Pool, want: &Want<'_>, now: Time, rng: &
     }
 }
 
-/// Connects `client` to a backend of `pool`: to `first`, when it was chosen before, or to another.
-///
-/// `timer` is the connection's own timer, reused for its later waits. `begin` is this moment. The members in `tried` are
-/// tried again only when nothing else is left.
+/// What is to be dialled.
+pub struct Order<'a> {
+    /// Ours to count by.
+    pub host: &'a Host,
+    /// To a backend of this pool.
+    pub pool: &'a Arc<Pool>,
+    /// What pins the client.
+    pub pin: Option<u64>,
+    /// The backend that was chosen before, if one was.
+    pub first: Option<First>,
+    /// Members that are tried again only when nothing else is left.
+    pub tried: Vec<usize>,
+    /// This moment.
+    pub begin: Time,
+}
+
+/// Connects `client` to a backend of a pool. `timer` is the connection's own timer, reused for its later waits.
 ///
 /// # Errors
 /// [`DialError`]; the details are in `story`.
-#[allow(clippy::too_many_arguments)] // One call site; a struct would only name them a second time.
 pub async fn dial<N: Network>(
     network: &N,
-    host: &Host,
-    pool: &Arc<Pool>,
-    pin: Option<u64>,
-    mut first: Option<First>,
-    mut tried: Vec<usize>,
+    order: Order<'_>,
     client: &impl Client,
     mut timer: Pin<&mut Sleep>,
     rng: &mut Rng,
     story: &mut Story,
-    begin: Time,
 ) -> Result<Dialled<<N::Opening as Opening>::Connection>, DialError> {
-    let policy = &*pool.policy;
-    let deadline = begin + policy.connect_timeout;
-    let mut open: [Option<Attempt<N::Opening>>; OPEN] = [const { None }; OPEN];
-    let mut pause = AGAIN;
-    let told_of = client.told_of();
-    let mut race_of_client = Race { pool, begun: false, won: false };
-    // When the next attempt begins, and whether as a race: now, at a race time, or (`None`) not yet known.
-    let mut next = Some((begin, false));
-
+    let deadline = order.begin + order.pool.policy.connect_timeout;
     // The clock is read after each wait; nothing before a wait takes long.
-    let mut now = begin;
+    let mut now = order.begin;
+    let mut dialling = Dialling {
+        race: Race { pool: order.pool, begun: false, won: false },
+        next: Some((now, false)),
+        network,
+        order,
+        told_of: client.told_of(),
+        rng,
+        story,
+        open: [const { None }; OPEN],
+        pause: AGAIN,
+    };
     loop {
-        let running = open.iter().flatten().count();
-
-        if let Some((at, race)) = next
-            && at <= now
-            && story.attempts < policy.attempts
-            && running < OPEN
-        {
-            let silent_cell = open.iter().flatten().next_back().map(|attempt| pool.members[attempt.member].cell);
-            let want = Want { pin, tried: &tried, racing: silent_cell, trial: Trial::Yes, ..Want::default() };
-            let chosen = match first.take() {
-                Some(First { member, doubtful, permit }) => Chosen::Member(member, doubtful, permit, None),
-                None => choose(host, pool, &want, race, now, rng),
-            };
-            match chosen {
-                Chosen::Member(member, doubtful, permit, extra) => {
-                    let backend = &pool.members[member].backend;
-                    tried.push(member);
-                    story.attempts += 1;
-                    story.raced |= running > 0;
-                    race_of_client.begun |= running > 0;
-                    match network.open(backend, policy, rng) {
-                        Ok(opening) => {
-                            let shakes_hands = network.shakes_hands(policy);
-                            let learned = shakes_hands.then(|| backend.tls_handshake.learned()).flatten();
-                            let (race, judge) = learned.map_or_else(|| delays(backend, policy), delays_after);
-                            next = policy.race.then(|| (if doubtful { now } else { now + race }, true));
-                            let attempt = Attempt {
-                                member,
-                                opening,
-                                permit,
-                                extra,
-                                began: now,
-                                judge_at: now + judge,
-                                judged: false,
-                            };
-                            if let Some(place) = open.iter_mut().find(|place| place.is_none()) {
-                                *place = Some(attempt);
-                            }
-                        }
-                        Err(error) => {
-                            failed(host, policy, backend, &error, true, None, now, now, story);
-                            next = Some((now, false));
-                        }
-                    }
-                    continue;
-                }
-                Chosen::NoBudget | Chosen::Full if running > 0 => {
-                    // Ask again after a while: the budget and the room renew themselves, and the attempt may end before.
-                    next = Some((now + RACE_COLD, race));
-                }
-                Chosen::Full => return Err(DialError::Full),
-                Chosen::Nothing if running == 0 && tried.is_empty() => return Err(DialError::Unreachable),
-                // Everything was tried once. What failed a moment ago may be back: try it again, slower.
-                Chosen::Nothing | Chosen::NoBudget => {
-                    tried = open.iter().flatten().map(|attempt| attempt.member).collect();
-                    next = Some((now + pause, race));
-                    pause *= 2;
-                }
+        if dialling.is_due(now) {
+            if dialling.begin_next(now)? {
+                continue;
             }
-        } else if running == 0 && (next.is_none() || story.attempts >= policy.attempts) {
+        } else if dialling.is_over() {
             return Err(DialError::Unreachable);
         }
-
-        let may_begin = story.attempts < policy.attempts && open.iter().flatten().count() < OPEN;
-        let judge_at = open.iter().flatten().filter(|attempt| !attempt.judged).map(|attempt| attempt.judge_at).min();
-        let wake = [Some(deadline), judge_at, next.filter(|_| may_begin).map(|(at, _)| at)]
-            .into_iter()
-            .flatten()
-            .min()
-            .unwrap_or(deadline);
+        let wake = dialling.wakes_at(deadline);
         timer.as_mut().reset(wake.instant());
-        let event = wait(&mut open, timer.as_mut()).await;
+        let event = wait(&mut dialling.open, timer.as_mut()).await;
         now = clock::now();
         match event {
             Event::Ended(place, Ok((connection, handshake))) => {
-                let Some(mut attempt) = open[place].take() else { continue };
-                let member = &pool.members[attempt.member];
-                let shaken = network.shakes_hands(policy).then(|| now.since(attempt.began));
-                member.backend.connected(&policy.health, handshake, shaken, attempt.began, now);
-                pool.cells[member.cell].shared.handshake.record(handshake);
-                race_of_client.won = open.iter().flatten().any(|other| other.began < attempt.began);
-                // One attempt of a client needs no descriptor beyond its connection's: now it is the winner.
-                if let Some(loser) = open.iter_mut().flatten().find(|loser| loser.extra.is_none()) {
-                    loser.extra = attempt.extra.take();
+                if let Some(dialled) = dialling.wins(place, connection, handshake, now) {
+                    return Ok(dialled);
                 }
-                watch_losers(pool, &mut open, told_of, network.shakes_hands(policy));
-                return Ok(Dialled {
-                    connection,
-                    member: attempt.member,
-                    permit: attempt.permit,
-                    began: attempt.began,
-                    connected: now,
-                    handshake,
-                });
             }
-            Event::Ended(place, Err(error)) => {
-                let Some(attempt) = open[place].take() else { continue };
-                let backend = &pool.members[attempt.member].backend;
-                failed(host, policy, backend, &error, false, told_of, attempt.began, now, story);
-                // Nothing was sent, and nothing is waited for: the next attempt costs no budget.
-                next = Some((now, false));
+            Event::Ended(place, Err(error)) => dialling.fails(place, &error, now),
+            Event::Timer if client.gone() => {
+                abandon(dialling.order.pool, &dialling.open);
+                return Err(DialError::ClientGone);
             }
             Event::Timer => {
-                if client.gone() {
-                    abandon(pool, &open);
-                    return Err(DialError::ClientGone);
-                }
-                let late = now.since(wake) > LATE;
-                for attempt in open.iter_mut().flatten().filter(|attempt| !attempt.judged && attempt.judge_at <= now) {
-                    attempt.judged = true;
-                    judge(policy, &pool.members[attempt.member].backend, &attempt.opening, attempt.began, late, now);
-                }
+                dialling.judge(wake, now);
                 if now >= deadline {
-                    for attempt in open.iter().flatten() {
-                        let backend = pool.members[attempt.member].backend.name.clone();
-                        story.failures.push(Failure { backend, cause: "silent".into() });
-                    }
-                    watch_losers(pool, &mut open, told_of, network.shakes_hands(policy));
+                    dialling.gives_up();
                     return Err(DialError::Unreachable);
                 }
             }
         }
+    }
+}
+
+/// One client's dialling.
+struct Dialling<'a, N: Network> {
+    network: &'a N,
+    order: Order<'a>,
+    told_of: Option<u32>,
+    rng: &'a mut Rng,
+    story: &'a mut Story,
+    open: [Option<Attempt<N::Opening>>; OPEN],
+    /// When the next attempt begins, and whether as a race: now, at a race time, or (`None`) not yet known.
+    next: Option<(Time, bool)>,
+    /// Before what failed is tried again.
+    pause: Duration,
+    race: Race<'a>,
+}
+
+impl<N: Network> Dialling<'_, N> {
+    fn running(&self) -> usize {
+        self.open.iter().flatten().count()
+    }
+
+    fn may_begin(&self) -> bool {
+        self.story.attempts < self.order.pool.policy.attempts && self.running() < OPEN
+    }
+
+    fn is_due(&self, now: Time) -> bool {
+        self.next.is_some_and(|(at, _)| at <= now) && self.may_begin()
+    }
+
+    /// Whether nothing is open, and nothing more will be.
+    fn is_over(&self) -> bool {
+        self.running() == 0 && (self.next.is_none() || !self.may_begin())
+    }
+
+    fn wakes_at(&self, deadline: Time) -> Time {
+        let judge_at =
+            self.open.iter().flatten().filter(|attempt| !attempt.judged).map(|attempt| attempt.judge_at).min();
+        let next = self.next.filter(|_| self.may_begin()).map(|(at, _)| at);
+        [judge_at, next].into_iter().flatten().fold(deadline, Time::min)
+    }
+
+    /// Begins the attempt that is due, or says by `next` when to ask again. False: there is none now.
+    fn begin_next(&mut self, now: Time) -> Result<bool, DialError> {
+        let race = self.next.is_some_and(|(_, race)| race);
+        let pool = self.order.pool;
+        let silent_cell = self.open.iter().flatten().next_back().map(|attempt| pool.members[attempt.member].cell);
+        let want = Want {
+            pin: self.order.pin,
+            tried: &self.order.tried,
+            racing: silent_cell,
+            trial: Trial::Yes,
+            ..Want::default()
+        };
+        let chosen = match self.order.first.take() {
+            Some(First { member, doubtful, permit }) => Chosen::Member(member, doubtful, permit, None),
+            None => choose(self.order.host, pool, &want, race, now, self.rng),
+        };
+        match chosen {
+            Chosen::Member(member, doubtful, permit, extra) => {
+                self.start(member, doubtful, permit, extra, now);
+                return Ok(true);
+            }
+            // Ask again after a while: the budget and the room renew themselves, and the attempt may end before.
+            Chosen::NoBudget | Chosen::Full if self.running() > 0 => self.next = Some((now + RACE_COLD, race)),
+            Chosen::Full => return Err(DialError::Full),
+            Chosen::Nothing if self.running() == 0 && self.order.tried.is_empty() => {
+                return Err(DialError::Unreachable);
+            }
+            // Everything was tried once. What failed a moment ago may be back: try it again, slower.
+            Chosen::Nothing | Chosen::NoBudget => {
+                self.order.tried = self.open.iter().flatten().map(|attempt| attempt.member).collect();
+                self.next = Some((now + self.pause, race));
+                self.pause *= 2;
+            }
+        }
+        Ok(false)
+    }
+
+    fn start(&mut self, member: usize, doubtful: bool, permit: Permit, extra: Option<Permit>, now: Time) {
+        let (pool, beside) = (self.order.pool, self.running() > 0);
+        let (backend, policy) = (&pool.members[member].backend, &*pool.policy);
+        self.order.tried.push(member);
+        self.story.attempts += 1;
+        self.story.raced |= beside;
+        self.race.begun |= beside;
+        let opening = match self.network.open(backend, policy, self.rng) {
+            Ok(opening) => opening,
+            Err(error) => {
+                failed(self.order.host, policy, backend, &error, true, None, now, now, self.story);
+                self.next = Some((now, false));
+                return;
+            }
+        };
+        let shakes_hands = self.network.shakes_hands(policy);
+        let learned = shakes_hands.then(|| backend.tls_handshake.learned()).flatten();
+        let (race, judge) = learned.map_or_else(|| delays(backend, policy), delays_after);
+        self.next = policy.race.then(|| (if doubtful { now } else { now + race }, true));
+        let attempt = Attempt { member, opening, permit, extra, began: now, judge_at: now + judge, judged: false };
+        if let Some(place) = self.open.iter_mut().find(|place| place.is_none()) {
+            *place = Some(attempt);
+        }
+    }
+
+    /// An attempt has its connection: the others are watched to their own ends.
+    fn wins(
+        &mut self,
+        place: usize,
+        connection: <N::Opening as Opening>::Connection,
+        handshake: Duration,
+        now: Time,
+    ) -> Option<Dialled<<N::Opening as Opening>::Connection>> {
+        let mut attempt = self.open[place].take()?;
+        let (pool, shakes_hands) = (self.order.pool, self.network.shakes_hands(&self.order.pool.policy));
+        let member = &pool.members[attempt.member];
+        let shaken = shakes_hands.then(|| now.since(attempt.began));
+        member.backend.connected(&pool.policy.health, handshake, shaken, attempt.began, now);
+        pool.cells[member.cell].shared.handshake.record(handshake);
+        self.race.won = self.open.iter().flatten().any(|other| other.began < attempt.began);
+        // One attempt of a client needs no descriptor beyond its connection's: now it is the winner.
+        if let Some(loser) = self.open.iter_mut().flatten().find(|loser| loser.extra.is_none()) {
+            loser.extra = attempt.extra.take();
+        }
+        watch_losers(pool, &mut self.open, self.told_of, shakes_hands);
+        Some(Dialled {
+            connection,
+            member: attempt.member,
+            permit: attempt.permit,
+            began: attempt.began,
+            connected: now,
+            handshake,
+        })
+    }
+
+    fn fails(&mut self, place: usize, error: &io::Error, now: Time) {
+        let Some(attempt) = self.open[place].take() else { return };
+        let Order { host, pool, .. } = self.order;
+        let backend = &pool.members[attempt.member].backend;
+        failed(host, &pool.policy, backend, error, false, self.told_of, attempt.began, now, self.story);
+        // Nothing was sent, and nothing is waited for: the next attempt costs no budget.
+        self.next = Some((now, false));
+    }
+
+    /// Judges the attempts whose time has come; the timer was to run at `wake`.
+    fn judge(&mut self, wake: Time, now: Time) {
+        let (pool, late) = (self.order.pool, now.since(wake) > LATE);
+        for attempt in self.open.iter_mut().flatten().filter(|attempt| !attempt.judged && attempt.judge_at <= now) {
+            attempt.judged = true;
+            let backend = &pool.members[attempt.member].backend;
+            judge(&pool.policy, backend, &attempt.opening, attempt.began, late, now);
+        }
+    }
+
+    /// The client's time is up.
+    fn gives_up(&mut self) {
+        let pool = self.order.pool;
+        for attempt in self.open.iter().flatten() {
+            let backend = pool.members[attempt.member].backend.name.clone();
+            self.story.failures.push(Failure { backend, cause: "silent".into() });
+        }
+        watch_losers(pool, &mut self.open, self.told_of, self.network.shakes_hands(&pool.policy));
     }
 }
 

@@ -25,7 +25,7 @@ pub struct Estimate {
     forgotten: [AtomicU32; BUCKETS],
     total: AtomicU32,
     median_us: AtomicU32,
-    p90_us: AtomicU32,
+    p96_us: AtomicU32,
     p99_us: AtomicU32,
 }
 
@@ -36,7 +36,7 @@ impl Default for Estimate {
             forgotten: [const { AtomicU32::new(0) }; BUCKETS],
             total: AtomicU32::new(0),
             median_us: AtomicU32::new(0),
-            p90_us: AtomicU32::new(0),
+            p96_us: AtomicU32::new(0),
             p99_us: AtomicU32::new(0),
         }
     }
@@ -69,9 +69,9 @@ impl Estimate {
         })
     }
 
-    /// The learned 90th percentile; `None` before enough samples.
-    pub fn ninth_decile(&self) -> Option<Duration> {
-        Some(self.p90_us.load(Relaxed)).filter(|us| *us > 0).map(|us| Duration::from_micros(u64::from(us)))
+    /// The learned 96th percentile; `None` before enough samples.
+    pub fn but_one_in_25(&self) -> Option<Duration> {
+        Some(self.p96_us.load(Relaxed)).filter(|us| *us > 0).map(|us| Duration::from_micros(u64::from(us)))
     }
 
     /// Two threads may do this at once: a few samples are then counted once more or less, which a window of a
@@ -88,7 +88,7 @@ impl Estimate {
         }
         if total >= ENOUGH {
             self.median_us.store(self.quantile(0.5), Relaxed);
-            self.p90_us.store(self.quantile(0.9), Relaxed);
+            self.p96_us.store(self.quantile(0.96), Relaxed);
             self.p99_us.store(self.quantile(0.99), Relaxed);
         }
     }

@@ -17,7 +17,7 @@ use crate::pace::{self, Alike};
 use crate::pool::Pool;
 use crate::table::Table;
 
-/// A look so much later than it was due means that the process stood still: what was measured meanwhile, and what ends in this many
+/// A look this much later than it was due means that the process stood still: what was measured meanwhile, and what ends in this many
 /// looks, is our own time and no backend's.
 const LATE: Duration = Duration::from_millis(60);
 const SKIPPED: u32 = 2;
@@ -107,7 +107,7 @@ fn find_last_standing(pool: &Pool) {
 fn tell(table: &Table, before: usize) -> usize {
     match (table.uplink.dark(), before) {
         (Some(_), 0) => {
-            tracing::info!("nothing answers from any cell: taken for our own way out, and held against no backend");
+            tracing::info!("nothing answers from any cell: our own uplink seems to be down; no backend is blamed");
             1
         }
         (Some(_), looks) => looks + 1,

@@ -28,7 +28,7 @@ use crate::clock::Time;
 
 /// Chance of a false alarm per run of silence that makes a backend suspect.
 const SUSPECT_ODDS: f64 = 1e-4;
-/// The same for `down`; and so many in a row that even the worst path would hardly do it, because what was
+/// The same for `down`; and this many in a row that even the worst path would hardly do it, because what was
 /// learned of a path may be young.
 const DOWN_ODDS: f64 = 1e-6;
 const DOWN_LEAST: u32 = 8;
@@ -53,14 +53,14 @@ const TRIAL_LONGEST: Duration = Duration::from_secs(8);
 const TRIAL_LONGEST_OF_ERRORS: Duration = Duration::from_secs(2);
 /// Good answers in a row that a backend owes which was doubted for its errors: one alone proves little of a ratio.
 const PROOF: u32 = 16;
-/// And so many times as quick is its ramp, where errors were all that was seen of it.
+/// Its ramp is this many times as quick where errors were all that was seen of it.
 const QUICKER: u32 = 3;
-/// A doubt of traffic's that comes back this soon after a probe denied it is for traffic to settle.
+/// A doubt that clients raise again this soon after a probe cleared it is for clients to settle.
 const DENIAL: Duration = Duration::from_secs(10);
 /// A return to `down` within this many holds of the last return is a relapse.
 const RELAPSE_HOLDS: u32 = 10;
-/// A backend that was well for no longer than this before it failed again must stay well for so many times as long before it
-/// returns, and that fades by this with each time: one that fails and works in turn stays out until it no longer does.
+/// A backend that fails again within `FLAPS` of becoming well must stay well for `STEADY_TIMES` as long as it last did before it
+/// returns; that demand fades by `STEADY_FADES` each time. One that fails and works in turn stays out until it no longer does.
 const FLAPS: Duration = Duration::from_secs(5);
 const STEADY_TIMES: u32 = 2;
 const STEADY_FADES: f64 = 0.7;
@@ -376,8 +376,9 @@ pub struct Health {
     /// When a probe last cleared what traffic had seen, and whether it has lost its say by doing so too often.
     cleared_by_probe: Option<Time>,
     probe_distrusted: bool,
-    /// When clients were served last while a probe failed; and whether that was so before the present doubt came up: then failing
-    /// probes say nothing about it.
+    /// Since when probes have failed while clients were served, and when one did last after which a client was served. And whether that
+    /// was so when the present doubt came up: then failing probes say nothing about it.
+    probe_fails_since: Option<Time>,
     probe_denied: Option<Time>,
     probe_lies: bool,
     successes: u32,
@@ -423,6 +424,7 @@ impl Health {
             probe_failed: Depth::Connect,
             cleared_by_probe: None,
             probe_distrusted: false,
+            probe_fails_since: None,
             probe_denied: None,
             probe_lies: false,
             successes: 0,
@@ -554,9 +556,21 @@ impl Health {
         self.tls_failures = 0;
     }
 
-    /// Clients are served while a probe fails.
-    pub fn denies_probes(&mut self, now: Time) {
-        self.probe_denied = Some(now);
+    /// A probe that began at `began` failed, and a client was served at `good`. Only what comes after a failure denies it: whoever dies
+    /// has served somebody just before.
+    pub fn denies_probe(&mut self, began: Time, good: Time, now: Time) {
+        let since = *self.probe_fails_since.get_or_insert(began);
+        if good > since {
+            self.probe_denied = Some(now);
+        }
+    }
+
+    /// A probe succeeds again.
+    pub fn believes_probes(&mut self) {
+        (self.probe_fails_since, self.probe_denied) = (None, None);
+        if self.probe_lies {
+            (self.probe_lies, self.probe_distrusted) = (false, false);
+        }
     }
 
     /// Notes that a trial is under way, so that the next waits for its pause.
@@ -584,9 +598,6 @@ impl Health {
         }
         self.refusals = 0;
         self.silence = Run::default();
-        if evidence.source == Source::Probe {
-            (self.probe_denied, self.probe_lies) = (None, false);
-        }
         if evidence.source == Source::Probe || evidence.depth >= self.probe_failed {
             self.probe_failures = 0;
         }

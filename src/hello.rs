@@ -9,11 +9,11 @@ use std::net::SocketAddr;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
+use crate::blame;
 use crate::clock;
 use crate::limits::ClientPermit;
 use crate::sniff::{self, HelloReader, Proxied, Verdict};
 use crate::table::{End, Face, Listener};
-use crate::witness;
 
 /// Read at once.
 const PART: usize = 4 << 10;
@@ -66,7 +66,7 @@ pub async fn read(
     if !expects_header && !matches!(listener.face, Face::Sni(_)) {
         return Ok(greeting);
     }
-    let mut held = Held { prefix: witness::prefix(peer.ip()), bytes: 0 };
+    let mut held = Held { prefix: blame::prefix(peer.ip()), bytes: 0 };
     let mut hello = HelloReader::default();
     loop {
         if expects_header {
@@ -79,7 +79,7 @@ pub async fn read(
                     *client = greeting.client;
                     expects_header = false;
                     // From here on the client counts, and not the balancer before us.
-                    held = Held { prefix: witness::prefix(greeting.client.ip()), bytes: 0 };
+                    held = Held { prefix: blame::prefix(greeting.client.ip()), bytes: 0 };
                     // One that speaks for itself is among those who may.
                     if for_itself {
                         continue;

@@ -17,7 +17,7 @@ mod exchange;
 pub mod forward;
 pub mod framer;
 mod hops;
-mod meaning;
+mod classify;
 mod peer;
 pub mod route;
 pub mod serve;
@@ -46,29 +46,35 @@ use self::forward::Client;
 use self::route::Action;
 use self::serve::Connection;
 use self::upstream::{Dialler, InUse};
-use self::wait::{Answer, Body, Request, Verdict, Wait};
+use self::wait::{Request, Verdict, Wait};
 use crate::clock;
 use crate::dial::{DialError, First};
 use crate::health::{Depth, Evidence, Seen, Source};
 use crate::host::Host;
 use crate::log::{AccessRecord, HttpRecord, Served};
-use crate::poison::KILLS_WITHIN;
 use crate::pool::{Trial, Want};
 use crate::sniff;
 use crate::table::{self, End};
-use crate::{tcp, tls, witness};
+use crate::{blame, tcp, tls};
 
 /// Passes through the engine for one request, those that only hand over a race's winner included.
 pub const PASSES: usize = 32;
 /// A request's body is drained for this long when the answer did not need it.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// A piece of an answer, of 64 KiB at most, may take a client of HTTP/2 so long beyond the idle time: one that takes a kilobyte a
+/// A piece of an answer, of 64 KiB at most, may take a client of HTTP/2 this long beyond the idle time: one that takes a kilobyte a
 /// second is slow, and lives.
 const SLOW_PIECE: Duration = Duration::from_secs(64);
 
 /// Marks an answer that is not passed on because the request goes elsewhere.
 const NOT_NOW: ErrorType = ErrorType::new("NotNow");
+
+/// Ends a pass, so that the next begins with another backend.
+fn not_now() -> Box<Error> {
+    let mut error = Error::new_up(NOT_NOW);
+    error.set_retry(true);
+    error
+}
 
 /// What the engine asks, on one worker.
 pub struct Gateway {
@@ -95,7 +101,7 @@ impl ProxyHttp for Gateway {
         connection.link.begins();
         exchange.h2_client = session.req_header().version == Version::HTTP_2;
         exchange.old_client = session.req_header().version == Version::HTTP_10;
-        exchange.prefix = witness::prefix(connection.client.ip());
+        exchange.prefix = blame::prefix(connection.client.ip());
         exchange.listener = connection.listener(&self.host);
         exchange.connection = Some(connection);
         // The stream looks after all times by itself.
@@ -123,49 +129,13 @@ impl ProxyHttp for Gateway {
                     exchange.permits[0] = place;
                     Ok(false)
                 }
-                Err(refused) => {
-                    exchange.end = Some(refused.end);
-                    exchange.refused = Some(refused.reason);
-                    Err(Error::new_down(ErrorType::HTTPStatus(refused.status)))
-                }
+                Err(refused) => Err(exchange.refuse(&refused)),
             },
             Ok(Direction::Own) => {
-                let Some(route) = exchange.route.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
-                exchange.end = Some(End::Responded);
-                match &route.action {
-                    Action::Respond { status, page } => {
-                        exchange.status = *status;
-                        answer::page(session, *status, page, &route.response).await?;
-                    }
-                    Action::Redirect { scheme, host, path, status } => {
-                        let tls = exchange.is_secure(&session.req_header().headers);
-                        let head = session.req_header();
-                        let own = head.uri.path_and_query().map_or("/", |path| path.as_str());
-                        let own_scheme = if tls { "https" } else { "http" };
-                        // A port belongs to its scheme.
-                        let moves = scheme.as_deref().is_some_and(|scheme| scheme != own_scheme);
-                        let own_host = if moves { route::without_port(&exchange.host) } else { &exchange.host };
-                        // Another path takes the query along, unless it has one.
-                        let query = own.find('?').filter(|_| path.as_ref().is_some_and(|path| !path.contains('?')));
-                        let location = format!(
-                            "{}://{}{}{}",
-                            scheme.as_deref().unwrap_or(own_scheme),
-                            host.as_deref().unwrap_or(own_host),
-                            path.as_deref().unwrap_or(own),
-                            query.map_or("", |at| &own[at..]),
-                        );
-                        exchange.status = *status;
-                        answer::redirect(session, *status, &location, &route.response).await?;
-                    }
-                    Action::Pool(_) => return Err(Error::new_in(ErrorType::InternalError)),
-                }
+                self.answer_by_itself(session, exchange).await?;
                 Ok(true)
             }
-            Err(refused) => {
-                exchange.end = Some(refused.end);
-                exchange.refused = Some(refused.reason);
-                Err(Error::new_down(ErrorType::HTTPStatus(refused.status)))
-            }
+            Err(refused) => Err(exchange.refuse(&refused)),
         }
     }
 
@@ -213,7 +183,7 @@ impl ProxyHttp for Gateway {
                     first = direct::in_turn(exchange, &pool, lane, ask).await.ok_or(DialError::Full);
                 }
                 let first = first.map_err(|error| {
-                    exchange.end = Some(direct::ended(&pool, error));
+                    exchange.end = Some(tcp::ended(&pool, error));
                     Error::new_in(ErrorType::HTTPStatus(503))
                 })?;
                 now = clock::now();
@@ -256,12 +226,12 @@ impl ProxyHttp for Gateway {
             return error;
         }
         if let (Some(failed), Some(pool)) = (outcome.failed, &exchange.pool) {
-            exchange.end = Some(direct::ended(pool, failed));
+            exchange.end = Some(tcp::ended(pool, failed));
             return error;
         }
         // It connected, and then TLS or the beginning of HTTP/2 failed.
         let (Some(backend), Some(policy)) = (&exchange.backend, &exchange.policy) else { return error };
-        let cause = meaning::handshake_cause(&error);
+        let cause = classify::handshake_cause(&error);
         let for_client = policy.send_proxy.is_some() && tls::may_be_the_clients(cause);
         if outcome.connected.is_some() && policy.tls.is_some() && for_client {
             backend.unanswered(&policy.health, exchange.prefix, true, exchange.attempt_began, clock::now());
@@ -311,15 +281,11 @@ impl ProxyHttp for Gateway {
         }
         // It has said so since it was chosen, and nothing was sent yet.
         if exchange.backend.as_ref().is_some_and(|backend| backend.version.is_old()) {
-            exchange.tried.push(exchange.member);
-            if !exchange.another(session, false, true) {
-                exchange.end = Some(End::Unreachable);
-                return Err(Error::new_in(ErrorType::HTTPStatus(503)));
+            if exchange.leaves(session, false, true, "its data are too old") {
+                return Err(not_now());
             }
-            exchange.fail("its data are too old");
-            let mut error = Error::new_up(NOT_NOW);
-            error.set_retry(true);
-            return Err(error);
+            exchange.end = Some(End::Unreachable);
+            return Err(Error::new_in(ErrorType::HTTPStatus(503)));
         }
         Ok(())
     }
@@ -450,37 +416,13 @@ impl ProxyHttp for Gateway {
         let now = clock::now();
         // An answer that comes before the whole request has come says nothing about time.
         let took = exchange.sent.map(|sent| now.since(sent));
-        backend.heard(took.filter(|_| !meaning::is_error(status)), now);
+        backend.heard(took.filter(|_| !classify::is_error(status)), now);
         // Only now: whoever leaves before the answer is known counts as unanswered.
         exchange.wait = None;
         if let Some(line) = &mut exchange.line {
             line.talks();
         }
-        // A gRPC call says how it ended behind its body, and what says how long it is has to come whole.
-        let grpc = meaning::is_grpc(&response.headers);
-        let error = meaning::is_error(status) || meaning::is_grpc_error(&response.headers);
-        let length = meaning::has_length(&response.headers) && !meaning::is_bodiless(session, status) && !error;
-        let word = grpc && status == 200 && meaning::grpc_status(&response.headers).is_none();
-        exchange.judged = if error {
-            Judged::Done
-        } else if word {
-            Judged::Word
-        } else if length {
-            Judged::Whole
-        } else {
-            Judged::Well
-        };
-        // While its client still sends the backend may wait for that.
-        let watched = exchange.judged == Judged::Whole && exchange.sent.is_some();
-        if let (true, Some(client)) = (watched, exchange.connection.clone()) {
-            let (prefix, class, began, h2) =
-                (exchange.prefix, exchange.class, exchange.attempt_began, exchange.h2_client);
-            let (backend, policy) = (backend.clone(), policy.clone());
-            exchange.answer = Some(Answer::begin(Body { backend, policy, client, prefix, class, began, h2 }, now));
-        }
-        if matches!(exchange.judged, Judged::Done | Judged::Well) {
-            backend.replied(&policy.health, exchange.prefix, exchange.class, error, exchange.attempt_began, now);
-        }
+        exchange.judge_head(session, response, &backend, &policy, now);
         if let (Some(cell), Some(took)) = (&exchange.cell, took) {
             cell.first_byte.record(took);
         }
@@ -499,30 +441,20 @@ impl ProxyHttp for Gateway {
             backend.says_version(version, exchange.attempt_began, now);
         }
         // Whoever may ask again gets newer data elsewhere.
-        if version.is_some_and(|version| backend.version.is_too_old(version)) && exchange.repeatable {
-            exchange.tried.push(exchange.member);
-            if exchange.another(session, false, false) {
-                exchange.fail("answered with old data");
-                let mut error = Error::new_up(NOT_NOW);
-                error.set_retry(true);
-                return Err(error);
-            }
+        let old = version.is_some_and(|version| backend.version.is_too_old(version));
+        if old && exchange.repeatable && exchange.leaves(session, false, false, "answered with old data") {
+            return Err(not_now());
         }
-        // A client that tries a doubted backend for us does not pay for it.
-        let trial = status == 500 && exchange.backend.as_ref().is_some_and(|backend| backend.is_doubted());
-        if (trial || matches!(status, 502..=504)) && exchange.repeatable {
-            exchange.tried.push(exchange.member);
-            if exchange.another(session, true, false) {
-                exchange.fail(match status {
-                    500 => "answered 500",
-                    502 => "answered 502",
-                    503 => "answered 503",
-                    _ => "answered 504",
-                });
-                let mut error = Error::new_up(NOT_NOW);
-                error.set_retry(true);
-                return Err(error);
-            }
+        let cause = match status {
+            // A client that tries a doubted backend for us does not pay for it.
+            500 if backend.is_doubted() => Some("answered 500"),
+            502 => Some("answered 502"),
+            503 => Some("answered 503"),
+            504 => Some("answered 504"),
+            _ => None,
+        };
+        if cause.is_some_and(|cause| exchange.repeatable && exchange.leaves(session, true, false, cause)) {
+            return Err(not_now());
         }
         Ok(())
     }
@@ -552,7 +484,7 @@ impl ProxyHttp for Gateway {
             hops::change_answer(&route.response, response)?;
         }
         peer::keep_in_place(response, exchange, &session.req_header().headers)?;
-        if let Some(link) = exchange.link().filter(|_| !exchange.h2_client && meaning::is_bodiless(session, status)) {
+        if let Some(link) = exchange.link().filter(|_| !exchange.h2_client && classify::is_bodiless(session, status)) {
             link.is_answered();
         }
         let endless = status == 101 || !response.headers.contains_key(header::CONTENT_LENGTH);
@@ -563,7 +495,7 @@ impl ProxyHttp for Gateway {
         if old
             && exchange.shared
             && !response.headers.contains_key(header::CONTENT_LENGTH)
-            && !meaning::is_bodiless(session, status)
+            && !classify::is_bodiless(session, status)
         {
             // The engine would send it in chunks, which HTTP/1.0 does not know.
             return Err(Error::new_in(ErrorType::HTTPStatus(505)));
@@ -615,7 +547,7 @@ impl ProxyHttp for Gateway {
         trailers: &mut HeaderMap,
         exchange: &mut Box<Exchange>,
     ) -> Result<()> {
-        exchange.settle(meaning::is_grpc_error(trailers));
+        exchange.settle(classify::is_grpc_error(trailers));
         Ok(())
     }
 
@@ -631,11 +563,12 @@ impl ProxyHttp for Gateway {
         let verdict = exchange.wait.as_ref().map_or(Verdict::Waits, Wait::verdict);
         let hung = exchange.wait.as_ref().is_some_and(Wait::has_hung);
         // What the engine itself knows for unprocessed: a refused stream, a connection that says it is going.
-        let unprocessed = meaning::is_unprocessed(&error);
+        let unprocessed = classify::is_unprocessed(&error);
         let not_now = error.etype() == &NOT_NOW;
         let answered = exchange.took.is_some() && !not_now;
         let sent = exchange.sent.take();
         let cut = exchange.line.as_ref().is_some_and(InUse::is_cut);
+        let left = exchange.line.as_ref().is_some_and(InUse::is_left);
         exchange.wait = None;
         exchange.line = None;
         exchange.permit = None;
@@ -648,6 +581,13 @@ impl ProxyHttp for Gateway {
         if *error.esource() == ErrorSource::Downstream {
             exchange.end.get_or_insert(End::ClientGone);
             exchange.judge_left();
+            return error;
+        }
+        if left && !answered {
+            // It was ended for its client's sake, which has gone or said nothing for too long.
+            exchange.end =
+                Some(if exchange.link().is_some_and(stream::Link::is_left) { End::ClientGone } else { End::Idle });
+            exchange.forgive();
             return error;
         }
         if answered {
@@ -686,7 +626,8 @@ impl ProxyHttp for Gateway {
         match verdict {
             Verdict::TimedOut => {
                 exchange.fail("no answer in time");
-                if !hung {
+                // Its silence is known where that was the reason.
+                if !hung && !backend.fell_silent() {
                     backend.replied(&policy.health, exchange.prefix, exchange.class, true, exchange.attempt_began, now);
                 }
                 exchange.end = Some(End::Timeout);
@@ -714,24 +655,15 @@ impl ProxyHttp for Gateway {
             exchange.tried.push(exchange.member);
         }
         let died = verdict == Verdict::Waits && !unprocessed;
-        if died && let Some(pool) = &exchange.pool {
-            let innocent = pool.shared.poison.is_acquitted(exchange.kind);
-            if !pool.shared.poison.may_go_on(exchange.kind, backend.id, innocent, now) {
-                return error;
-            }
-            let at_once = sent.is_some_and(|sent| now.since(sent) < KILLS_WITHIN);
-            exchange.suspected_of = (!innocent && at_once).then(|| backend.clone());
+        if died && !exchange.may_survive_another(&backend, sent, now) {
+            return error;
         }
         if (exchange.repeatable || unprocessed) && exchange.another(session, false, verdict == Verdict::Move) {
             exchange.retries += 1;
             exchange.end = None;
             error.set_retry(true);
-        } else if let (Some(lost), Some(pool)) = (exchange.suspected_of.take(), exchange.pool.clone())
-            && pool.shared.poison.alone(exchange.kind, lost.id, now)
-        {
-            // It goes nowhere else; but its client may send it once more.
-            let kind = exchange.kind;
-            tokio::spawn(async move { tcp::has_killed(kind, &lost).await });
+        } else {
+            exchange.watch_for_death(now);
         }
         error
     }
@@ -852,6 +784,27 @@ impl Gateway {
         Gateway { host }
     }
 
+    /// Answers a request whose route ends here.
+    async fn answer_by_itself(&self, session: &mut Session, exchange: &mut Exchange) -> Result<()> {
+        let Some(route) = exchange.route.clone() else { return Err(Error::new_in(ErrorType::InternalError)) };
+        exchange.end = Some(End::Responded);
+        match &route.action {
+            Action::Respond { status, page } => {
+                exchange.status = *status;
+                answer::page(session, *status, page, &route.response).await
+            }
+            Action::Redirect { scheme, host, path, status } => {
+                exchange.status = *status;
+                let head = session.req_header();
+                let target = head.uri.path_and_query().map_or("/", |path| path.as_str());
+                let own = answer::Asked { tls: exchange.is_secure(&head.headers), host: &exchange.host, target };
+                let location = answer::location(&own, scheme.as_deref(), host.as_deref(), path.as_deref());
+                answer::redirect(session, *status, &location, &route.response).await
+            }
+            Action::Pool(_) => Err(Error::new_in(ErrorType::InternalError)),
+        }
+    }
+
     /// A request is being given to a backend: the wait begins, and its clock when the request is whole.
     fn begin_wait(&self, exchange: &mut Exchange, body: Option<Arc<Connection>>, complete: bool) {
         let (Some(backend), Some(policy), Some(line), Some(pool)) =
@@ -873,11 +826,12 @@ impl Gateway {
             timeout,
             idle: exchange.listener.as_ref().map_or(policy.idle, |listener| listener.idle(pool)),
             movable: exchange.repeatable && exchange.story.attempts < policy.attempts,
+            once: !exchange.repeatable,
             kind: exchange.kind,
             class: exchange.class,
         };
-        if let Some(link) = exchange.link().filter(|_| !exchange.h2_client && (!complete || exchange.tunnel)) {
-            link.feeds(line.place());
+        if let Some(link) = exchange.link().filter(|_| !exchange.h2_client) {
+            link.feeds(Some(line.place()).filter(|_| !exchange.shared && (!complete || exchange.tunnel)));
         }
         exchange.sent = complete.then_some(now);
         exchange.wait = Some(Wait::begin(request, complete, now));

@@ -206,10 +206,10 @@ impl Default for Turn {
     }
 }
 
-/// A queue that has stood for so long is more than a burst, and then nobody waits longer than this.
+/// A queue that has stood for this long is more than a burst, and then nobody waits longer than this.
 const STANDING: Duration = Duration::from_millis(100);
 const STANDING_WAIT: Duration = Duration::from_millis(3);
-/// But at least until so many halves of another one have come, so that somebody waits when a place becomes free; and at most this.
+/// But at least until this many halves of another one have come, so that somebody waits when a place becomes free; and at most this.
 const STANDING_HALVES: u32 = 3;
 const STANDING_MOST: Duration = Duration::from_millis(250);
 /// A queue that was empty has stood all the time, when it has refused somebody no longer ago than this.
@@ -414,7 +414,7 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// Takes one if the rate allows it, with so much of it saved up at most.
+    /// Takes one if the rate allows it, with this much of it saved up at most.
     pub fn take(&self, rate: Rate, saved: Duration, now: Time) -> bool {
         let apart = 60_000_000_000 / u64::from(rate.per_minute);
         let (now, saved) = (now.0 * 1_000, saved.as_nanos() as u64);
@@ -532,7 +532,7 @@ impl Drop for ClientPermit {
     }
 }
 
-/// The network of a client, so many bits of its address, as a hash.
+/// The network of a client, this many bits of its address, as a hash.
 pub fn network(client: IpAddr, (ipv4, ipv6): (u8, u8)) -> u64 {
     match client.to_canonical() {
         IpAddr::V4(v4) => {

@@ -22,10 +22,10 @@ const ENOUGH_FOR_CALM: f64 = 20.0;
 const TAUGHT_BY: f64 = 100.0;
 /// Each look forgets this part of what it saw before, as long as enough is left.
 const FORGET: f64 = 0.3;
-/// So many times slower is still the same, and so much.
+/// This many times slower is still the same, and this much.
 const SAME: f64 = 2.0;
 const SAME_BY_US: f64 = 5_000.0;
-/// And so much of what is usual: the jitter of a far one excuses nobody.
+/// And this much of what is usual: the jitter of a far one excuses nobody.
 const SAME_PART: f64 = 0.3;
 /// The ninth decile of a few dozen answers is less certain.
 const SAME_TAIL: f64 = 3.0;
@@ -49,7 +49,7 @@ const QUANTILE_SIGMAS: f64 = 3.0;
 const POWER: f64 = 2.0;
 const MUCH_US: f64 = 400_000.0;
 const POWER_OF_TIME: f64 = 1.5;
-/// Least share: what shows so many answers a second of a backend that has all of its share, within these bounds. Each of them
+/// Least share: what shows this many answers a second of a backend that has all of its share, within these bounds. Each of them
 /// is a client's, and a hundredth of these must not notice.
 const TRICKLE_ANSWERS: f64 = 0.5;
 const TRICKLE: [f64; 2] = [0.0025, 0.005];
@@ -66,11 +66,18 @@ const FRESH: f64 = 2.0;
 const SMALL: f64 = 0.1;
 const SMALL_GROWTH: f64 = 3.0;
 const FRESH_HANDSHAKES: f64 = 24.0;
-/// Below this share so many in a row are enough for one growth, by this.
+/// As few as a backend that loses what it lost would bring through this seldom; and standard deviations that what it lost may be off.
+const LUCK: f64 = 0.25;
+const LEAST_HANDSHAKES: f64 = 4.0;
+/// This many that were lost in a row say that all are.
+const LOST_RUN: f64 = 5.0;
+const CHANCE_SIGMAS: f64 = 1.5;
+/// Below this share this many in a row are enough for one growth, by this.
 const FEW_BELOW: f64 = 0.2;
 const FEW_HANDSHAKES: f64 = 12.0;
 const GROWTH_BY_FEW: f64 = 2.4;
-/// Where there has been no handshake for so long, connections are kept, and so many answers speak for it instead.
+/// Where there are twice as many answers as handshakes, connections are kept: then this many answers speak for it, over this
+/// time, once the handshakes that it lost are forgotten.
 const KEPT: Duration = Duration::from_secs(1);
 const FEW_ANSWERS: f64 = 12.0;
 /// Where so little is left in memory of those that were lost at this share.
@@ -79,16 +86,16 @@ const FORGOTTEN_LOST: f64 = 1.0;
 const EXCUSES_FOR: Duration = Duration::from_secs(3);
 /// Nobody seems slow by answers older than this, nor beside one whose last answer is older, and may be from before it became as slow.
 const CURRENT: Duration = Duration::from_millis(300);
-/// Who has not answered anybody for so long is waited for no more.
+/// Who has not answered anybody for this long is waited for no more.
 const STALE: Duration = Duration::from_secs(10);
-/// Without any client for so long a share grows by itself, because only clients can tell.
+/// Without any client for this long a share grows by itself, because only clients can tell.
 const UNSEEN: Duration = Duration::from_secs(5);
 /// How fast the calm follows, by look: downwards, upwards with all others, and upwards alone. Half a minute of too much work
 /// must not become the measure of what is too much.
 const LEARN_DOWN: f64 = 0.01;
 const LEARN_UP: f64 = 0.002;
 const LEARN_ALONE: f64 = 0.001;
-/// So many looks teach it alike.
+/// This many looks teach it alike.
 const FIRST_LOOKS: u32 = 50;
 /// Handshakes that make a judgement of loss, those of them lost, and the loss beyond the others' that is still the same.
 const ENOUGH_HANDSHAKES: f64 = 20.0;
@@ -96,11 +103,11 @@ const ENOUGH_LOST: f64 = 3.0;
 /// Lost ones that are enough where its share is small because it lost some before.
 const LOST_AGAIN: f64 = 2.0;
 const SAME_LOSS: f64 = 0.03;
-/// And so many standard deviations of what that loss would do by chance.
+/// And this many standard deviations of what that loss would do by chance.
 const LOSS_SIGMAS: f64 = 2.0;
 /// And of what the last three looks alone would do, which are looked at ten times a second.
 const QUICK_SIGMAS: f64 = 3.0;
-/// Share of one that loses more than that: what shows so many handshakes a second, within these bounds. Each loss costs a client
+/// Share of one that loses more than that: what shows this many handshakes a second, within these bounds. Each loss costs a client
 /// a race, so there is little reason for more.
 const LOSSY_HANDSHAKES: f64 = 4.0;
 const LOSSY_TRICKLE: [f64; 2] = [0.02, 0.03];
@@ -179,7 +186,7 @@ impl Calm {
         Calm { median, for_median: of(CALM_MEDIAN), for_tail: of(CALM_TAIL), long }
     }
 
-    /// So many answers in a row that all take long are no chance.
+    /// This many answers in a row that all take long are no chance.
     fn streak(self) -> f64 {
         STREAK.max(STREAK_BY_CHANCE.ln() / self.long.clamp(1e-3, MOST_LONG).ln())
     }
@@ -197,13 +204,13 @@ impl Calm {
 /// What a look is told of one backend: counts that only ever rise (and wrap).
 #[derive(Clone, Copy, Debug)]
 pub struct Seen {
-    /// First bytes by bucket; and the same of what was carried elsewhere, and would have taken at least so long.
+    /// First bytes by bucket; and the same of what was carried elsewhere, and would have taken at least this long.
     pub first_bytes: [u32; BUCKETS],
     /// See `first_bytes`.
     pub moved: [u32; BUCKETS],
     /// Handshakes that ended well, and those that were never answered.
     pub handshakes: [u64; 2],
-    /// A handshake that was lost is known so long after it began: what speaks for a backend must have stood for that time.
+    /// A handshake that was lost is known this long after it began: what speaks for a backend must have stood for that time.
     pub lost_known_after: Duration,
 }
 
@@ -216,9 +223,9 @@ impl Default for Seen {
 /// By how much a backend is slower than its calm.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Slower {
-    /// So many times, at least 1.
+    /// This many times, at least 1.
     pub times: f64,
-    /// So many microseconds.
+    /// This many microseconds.
     pub by_us: f64,
 }
 
@@ -284,12 +291,13 @@ pub struct Pace {
     /// Whether handshakes were the reason for less than all of it, and the least it keeps for that reason.
     lossy: bool,
     lossy_trickle: f64,
+    /// Part of its handshakes that it loses when it does, at least; and how many have been lost since the last look that saw one end well.
+    lost_part: f64,
+    lost_run: f64,
     /// Answers of a look while it has all of its share, over some seconds.
     usually_come: f64,
     changed: Time,
-    /// When anything came last, and any handshake.
     seen: Time,
-    shaken: Time,
 }
 
 impl Pace {
@@ -317,10 +325,11 @@ impl Pace {
             share: 1.0,
             lossy: false,
             lossy_trickle: LOSSY_TRICKLE[1],
+            lost_part: 0.0,
+            lost_run: 0.0,
             usually_come: 0.0,
             changed: now,
             seen: now,
-            shaken: now,
         }
     }
 
@@ -384,16 +393,14 @@ impl Pace {
         if moved && self.share < 1.0 {
             self.begin_afresh(now);
         }
-        for i in 0..2 {
-            let new = seen.handshakes[i].saturating_sub(self.before.handshakes[i]) as f64;
+        let [well, lost] = [0, 1].map(|i| seen.handshakes[i].saturating_sub(self.before.handshakes[i]) as f64);
+        self.lost_run = if well > 0.0 { 0.0 } else { self.lost_run + lost };
+        for (i, new) in [well, lost].into_iter().enumerate() {
             self.handshakes[i] = self.handshakes[i] * (1.0 - FORGET_HANDSHAKES) + new;
             self.quick_handshakes[i] = self.quick_handshakes[i] * (1.0 - FORGET) + new;
             self.fresh_handshakes[i] += new;
             self.unbroken = if i == 1 && new > 0.0 { 0.0 } else { self.unbroken + new };
             came += new;
-            if new > 0.0 {
-                self.shaken = now;
-            }
         }
         self.before = seen;
         if self.share >= 1.0 {
@@ -535,7 +542,15 @@ impl Pace {
         }
         let for_loss = self.loses(look, alike).then_some(self.lossy_trickle);
         let target = for_pace.unwrap_or(1.0).min(for_loss.unwrap_or(1.0));
-        self.lossy |= for_loss.is_some();
+        if for_loss.is_some() {
+            self.lossy = true;
+            let [well, lost] = if self.share < 1.0 { self.fresh_handshakes } else { self.handshakes };
+            let (of, part) = (well + lost, lost / (well + lost).max(1.0));
+            self.lost_part = (part - CHANCE_SIGMAS * (part * (1.0 - part) / of.max(1.0)).sqrt()).max(0.0);
+        }
+        if self.lossy && self.lost_run >= LOST_RUN {
+            self.lost_part = 1.0;
+        }
         // A few slow ones keep a share from growing; to make it smaller takes as many as they did at first.
         let certain = self.share >= 1.0 || for_loss.is_some() || self.in_streak();
         if target < self.share && certain {
@@ -553,12 +568,13 @@ impl Pace {
         let [well, lost] = self.fresh_handshakes;
         let small = self.share < SMALL;
         let many = well + lost >= FRESH_HANDSHAKES && lost <= SAME_LOSS * (well + lost);
-        let few = self.unbroken >= FEW_HANDSHAKES && self.handshakes[1] < FORGOTTEN_LOST;
+        let few = self.unbroken >= self.few_handshakes() && self.handshakes[1] < FORGOTTEN_LOST;
         let carries = many || self.share < FEW_BELOW && few;
         self.carries_since = self.carries_since.or(Some(now)).filter(|_| carries);
         let carried = self.carries_since.is_some_and(|since| now.since(since) >= self.before.lost_known_after);
         let by_handshakes = self.lossy && self.share >= self.lossy_trickle || self.calm.is_none();
-        let kept = now.since(self.shaken.max(self.changed)) >= KEPT && self.fresh.total >= FEW_ANSWERS;
+        let by_answers = now.since(self.changed) >= KEPT && self.fresh.total >= FEW_ANSWERS.max(2.0 * (well + lost));
+        let kept = by_answers && self.handshakes[1] < FORGOTTEN_LOST;
         let proven = if by_handshakes { carried || kept } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
         let unseen = now.since(self.seen.max(self.changed)) >= UNSEEN;
         if proven && now.since(self.changed) >= GROWTH_EVERY || unseen {
@@ -573,6 +589,11 @@ impl Pace {
             return true;
         }
         false
+    }
+
+    /// This many handshakes in a row are none that it would have lost: the fewer, the more it lost.
+    fn few_handshakes(&self) -> f64 {
+        (LUCK.ln() / (1.0 - self.lost_part).max(1e-6).ln()).clamp(LEAST_HANDSHAKES, FEW_HANDSHAKES)
     }
 
     /// The least it keeps where it is slow.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::clock::Time;
 
-/// A backend that dies so long after it was given something may have died of it.
+/// A backend that dies this long after it was given something may have died of it.
 pub const KILLS_WITHIN: Duration = Duration::from_millis(250);
 
 /// Whole seconds for which a death is remembered, at least ten and a part, and an answer.
@@ -48,7 +48,7 @@ impl Known {
     }
 }
 
-/// Marks of fingerprints that were acquitted; so many of them are too many to tell anything.
+/// Marks of fingerprints that were acquitted; this many of them are too many to tell anything.
 const MARKS: usize = 65_536;
 const MARKED: u32 = 8_192;
 

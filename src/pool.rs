@@ -36,7 +36,7 @@ use crate::version;
 const OVERPROVISION: f64 = 1.4;
 /// While a ramp is under way, or all are down, a plan is good for this long.
 const PLAN_MOVING: Duration = Duration::from_millis(100);
-/// A plan of more members than this is good for at least so long.
+/// A plan of more members than this is good for at least this long.
 const PLAN_SMALL: usize = 256;
 const PLAN_LEAST: Duration = Duration::from_millis(5);
 /// Draws before a cell is searched one by one; a search happens only when most of a cell was tried or is full.
@@ -44,12 +44,12 @@ const DRAWS: usize = 4;
 /// `least_connections` looks at all backends of a cell up to this many, and at as many random ones beyond.
 const LEAST_LOOKED_AT: usize = 16;
 
-/// A cell has clearly more than its share with so many times its share.
+/// A cell has clearly more than its share with this many times its share.
 const OVER: f64 = 1.1;
 
 /// Most of a cell's capacity that is saved up.
 const CAPACITY_SAVED: Duration = Duration::from_millis(50);
-/// A suspect that has given nobody a first byte for so long does not keep its clients.
+/// A suspect that has given nobody a first byte for this long does not keep its clients.
 const ANSWERS_NOBODY: Duration = Duration::from_millis(250);
 /// Backends that await a trial and are asked for one client.
 const TRIALS_LOOKED_AT: usize = 8;
@@ -455,8 +455,8 @@ impl Pool {
         }
     }
 
-    /// Whether there is a member that was not tried: one that could take one more now and is beyond doubt, or doubted for errors alone;
-    /// or, for whom nothing is left to lose, `any`. In the order of the number of backends: for the rare request that failed.
+    /// Whether an untried member could take this request: one with room that is beyond doubt, or doubted for errors alone. `any` accepts
+    /// members in doubt or full as well. Linear in the number of backends: for the rare request that failed.
     pub fn has_untried(&self, tried: &[usize], any: bool, fit: impl Fn(&Backend) -> bool) -> bool {
         (0..self.members.len()).any(|member| {
             let backend = &self.members[member].backend;

@@ -38,7 +38,7 @@ const BUFFER: usize = 64 << 10;
 const CAUTIOUS: usize = 8 << 10;
 /// Full reads in a row before a direction moves to a pipe.
 const FULL_READS: u8 = 3;
-/// Pipe fills below this are small; after so many in a row the direction goes back to the buffer.
+/// Pipe fills below this are small; after this many in a row the direction goes back to the buffer.
 const SMALL_FILL: usize = 32 << 10;
 const SMALL_FILLS: u8 = 8;
 /// Most reads of one direction before the other connections of the worker have their turn.
@@ -146,7 +146,7 @@ enum Broken {
 }
 
 /// Relays until the session ends, and says how. `begin` is this moment; `first` goes to the backend before anything
-/// else, and so many of its bytes at the front are not the client's. `carried.kept` is what it begins with and what it ends with.
+/// else, and this many of its bytes at the front are not the client's. `carried.kept` is what it begins with and what it ends with.
 #[allow(clippy::too_many_arguments)] // One call site; a struct would only name them a second time.
 pub async fn relay(
     client: &mut Stream,

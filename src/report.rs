@@ -43,7 +43,7 @@ pub struct Info {
     pub at_next_start: Vec<String>,
 }
 
-/// What is said of a cell of which so many backends of all that count are fit.
+/// What is said of a cell of which this many backends of all that count are fit.
 fn cell_state(fit: usize, all: usize) -> &'static str {
     match fit {
         0 => "down",

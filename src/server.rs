@@ -36,9 +36,9 @@ use crate::worker::{Command, Worker};
 const HELPERS: usize = 4;
 /// How often the process looks after itself.
 const TICK: Duration = Duration::from_secs(1);
-/// Sessions that are left when the program stops have so long to be told of.
+/// Sessions that are left when the program stops have this long to be told of.
 const ENDING: Duration = Duration::from_millis(300);
-/// Addresses are asked whether they are local once in so many ticks.
+/// Addresses are asked whether they are local once in this many ticks.
 const LOCAL_TICKS: u64 = 5;
 
 /// Why the process could not start or go on.

@@ -17,16 +17,16 @@ use crate::estimate::Estimate;
 /// Fewest requests that wait, of those written since the last first byte.
 const LEAST: u32 = 3;
 
-/// So many that wait, all of them written since the last first byte, are no mixture of slow requests.
+/// This many that wait, all of them written since the last first byte, are no mixture of slow requests.
 const MANY: u32 = 8;
 
-/// A body is late after so many learned 99th percentiles of what lies between a head and its body.
+/// A body is late after this many learned 99th percentiles of what lies between a head and its body.
 const LATE_BODY: u32 = 5;
 /// What hangs for longer than this either is accused, or is no silence.
 const HANGS_FOR: Duration = Duration::from_secs(1);
-/// What its last answers took says so long how long answers take now.
+/// What its last answers took says for this long how long answers take now.
 const TOOK_FOR: Duration = Duration::from_secs(1);
-/// So many that left are done with for each answer to what was written after them.
+/// This many that left are done with for each answer to what was written after them.
 const FREED: u32 = 2;
 /// Most that are remembered of those that left a silent backend, or are on their way; and for how long of the former.
 const LEFT: usize = 4_096;
@@ -43,7 +43,7 @@ pub struct Silence {
     first: AtomicU64,
     prefix: AtomicU32,
     mixed: AtomicBool,
-    /// When the last first byte came; and when that was written, of what was answered, that was written last.
+    /// When the last first byte came; and when the newest request was written of those that were answered.
     heard: AtomicU64,
     answered: AtomicU64,
     /// How long the last answers took, in microseconds: the longest, which is halved with each that took less.
@@ -55,10 +55,10 @@ pub struct Silence {
     found: AtomicBool,
     /// How many have given up, since the last first byte, what took longer than answers take.
     gave_up: AtomicU32,
-    /// When that was written that was left since the last first byte; and how many these are.
+    /// When the requests were written whose clients gave up since the last first byte; and how many these are.
     abandoned: Mutex<VecDeque<Time>>,
     abandoned_count: AtomicU32,
-    /// When those set out who have not written yet, while it matters; and how many these are.
+    /// When the clients set out that have not written yet, while it matters; and how many these are.
     coming: Mutex<VecDeque<Time>>,
     coming_count: AtomicU32,
     /// How the bodies of its answers follow their heads.

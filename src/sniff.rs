@@ -110,7 +110,7 @@ impl<'a> Bytes<'a> {
         Some(self.take(bytes)?.iter().fold(0, |n, byte| n << 8 | usize::from(*byte)))
     }
 
-    /// A list behind its length, which has so many bytes.
+    /// A list behind its length, which has this many bytes.
     fn list(&mut self, bytes: usize) -> Option<Bytes<'a>> {
         let length = self.number(bytes)?;
         self.take(length).map(Bytes)

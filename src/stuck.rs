@@ -7,10 +7,10 @@ use std::time::Duration;
 use crate::clock::Time;
 use crate::sys::TcpInfo;
 
-/// Connections that show nothing are asked about once in so many looks, which come once a second.
+/// Connections that show nothing are asked about once in this many looks, which come once a second.
 pub const ROUNDS: usize = 5;
 
-/// A peer that takes nothing is asked by our kernel whether it does again, ever more seldom; so many of these in a row are not lost by
+/// A peer that takes nothing is asked by our kernel whether it does again, ever more seldom; this many of these in a row are not lost by
 /// chance.
 const PROBES: u8 = 3;
 

@@ -26,36 +26,39 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::backend::Backend;
+use crate::blame;
 use crate::clock::{self, Time};
 use crate::config::{Affinity, Replay};
-use crate::dial::{self, Client, DialError, Dialled, Failure, Network, Opening, Story};
+use crate::dial::{self, Client, DialError, Dialled, Failure, Network, Opening, Order, Story};
+use crate::first_byte::Owed;
 use crate::hello::{self, Greeting};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::listen::Admission;
 use crate::log::{AccessRecord, Served};
-use crate::manner::Owes;
-use crate::owed::Owed;
 use crate::poison::KILLS_WITHIN;
 use crate::pool::{self, Policy, Pool, Want};
 use crate::relay::{self, Bounds, Carried, Kept, Notice};
 use crate::session;
 use crate::sniff;
+use crate::speaks_first::Owes;
 use crate::sys;
 use crate::table::{End, Face, Listener, ListenerShared};
 use crate::tls::{Stream, Upstream};
-use crate::witness;
 
 /// A first byte is expected within this many learned 99th percentiles, within the bounds below.
 const FIRST_BYTE_FACTOR: u32 = 4;
 const FIRST_BYTE_FLOOR: Duration = Duration::from_millis(100);
-/// Whether a backend is still there is asked for so long, or for two round trips.
+/// Time for asking whether a backend still accepts connections: this, or two round trips where that is longer.
 const DEAD_WITHIN: Duration = Duration::from_millis(50);
+/// Connections beyond the half that beginners may have, as a part of all, below which one more of them waits.
+const BEGINNERS_BEYOND: u32 = 32;
+const BEGINNERS_LEAST: u32 = 8;
 /// Whether a place is free is asked this often by whoever waits for one.
 const LOOK: Duration = Duration::from_millis(20);
 /// The priority of sessions in a queue.
 const NORMAL: usize = 1;
-/// The first byte of an answer is waited for so long where nothing was learned.
+/// The first byte of an answer is waited for this long where nothing was learned.
 const FIRST_BYTE_COLD: Duration = Duration::from_secs(1);
 
 thread_local! {
@@ -148,8 +151,9 @@ pub async fn begin(
     greet(client, listener, record).await
 }
 
-/// One of the places of those who have not begun yet, and may never: half of all, so that they leave room for the others, of this
-/// listener and of all. Whoever finds none waits for one as at any bound, unless many more places are taken.
+/// A permit for a connection that has not finished its PROXY header, ClientHello or handshake, and may never. At most half of the
+/// connections have one, so that clients that stay silent cannot fill the listener. Whoever finds none waits for one as at any bound,
+/// unless many more connections are open.
 async fn beginning(listener: &Listener, host: &Host) -> Option<Permit> {
     let most = host.max_connections.load(Relaxed).min(listener.max_connections);
     let (places, half) = (&listener.shared.beginnings, (most / 2).max(1));
@@ -160,7 +164,8 @@ async fn beginning(listener: &Listener, host: &Host) -> Option<Permit> {
             return Some(place);
         }
         let now = Instant::now();
-        if listener.shared.connections.used() > half + (most / 32).max(8) || now >= deadline {
+        if listener.shared.connections.used() > half + (most / BEGINNERS_BEYOND).max(BEGINNERS_LEAST) || now >= deadline
+        {
             return None;
         }
         // A place that becomes free between the look and the wait is told to nobody.
@@ -355,8 +360,8 @@ async fn with_one(
     );
     let bounds = Bounds { idle, half_close: policy.half_close };
     let begin = connected.instant();
-    let prefix = witness::prefix(record.client.ip());
-    let owes = backend.shared.manner.owes(policy.first_byte);
+    let prefix = blame::prefix(record.client.ip());
+    let owes = backend.shared.speaks_first.owes(policy.first_byte);
     let mut owed =
         (owes == Owes::AGreeting).then(|| Owed::begin(&backend, &policy, &session, movable, prefix, connected));
     let end = relay::relay(
@@ -386,7 +391,7 @@ async fn with_one(
                     {
                         backend.shared.poison.answered(xxh3_64(&kept.bytes), clock::now());
                     }
-                    backend.shared.manner.spoke(carried.spoke.is_none());
+                    backend.shared.speaks_first.spoke(carried.spoke.is_none());
                     let took = carried.answered.unwrap_or(asked).saturating_duration_since(asked);
                     of_cell.first_byte.record(took);
                     backend.answered(&policy.health, prefix, took, attempt_began, clock::of(asked + took));
@@ -407,7 +412,7 @@ async fn with_one(
     drop(session);
     let unanswered = carried.answered.is_none();
     if unanswered && carried.spoke.is_some_and(|at| backend.silence.heard_at() > clock::of(at)) {
-        backend.shared.manner.was_silent(prefix, backend.others_than(prefix, clock::now()));
+        backend.shared.speaks_first.was_silent(prefix, backend.others_than(prefix, clock::now()));
     }
     record.cut = carried.cut;
     if carried.cut || !matches!(end, End::ClientClosed | End::BackendClosed | End::Idle | End::HalfClosed) {
@@ -451,26 +456,13 @@ async fn connect_to_one(
     let header = if under_tls { first_bytes(&pool.policy, greeting, peer_socket, true) } else { (Vec::new(), 0) };
     let network = Kernel { tls: true, header: header.0 };
     let tried: Vec<usize> = before.into_iter().collect();
-    let told_of = pool.policy.send_proxy.map(|_| witness::prefix(peer.ip()));
+    let told_of = pool.policy.send_proxy.map(|_| blame::prefix(peer.ip()));
     let waiting = Waiting(client.socket(), told_of);
-    let first = None;
     // Whoever comes later does not overtake those who wait.
     let mut dialled = Err(DialError::Full);
     if before.is_some() || !pool.shared.queue.waits_before(NORMAL) {
-        dialled = dial::dial(
-            &network,
-            host,
-            pool,
-            pin,
-            first,
-            tried.clone(),
-            &waiting,
-            timer.as_mut(),
-            &mut rng,
-            &mut story,
-            dialling,
-        )
-        .await;
+        let order = Order { host, pool, pin, first: None, tried: tried.clone(), begin: dialling };
+        dialled = dial::dial(&network, order, &waiting, timer.as_mut(), &mut rng, &mut story).await;
     }
     if matches!(dialled, Err(DialError::Full)) && story.attempts == 0 {
         let want = Want { pin, tried: &tried, ..Want::default() };
@@ -482,28 +474,29 @@ async fn connect_to_one(
             Some(_) => pool.shared.queue.take_some(queue.length, queue.timeout, gone, ask).await,
         };
         if turn.is_some() {
-            let (again, now) = (timer.as_mut(), clock::now());
-            dialled = Box::pin(dial::dial(
-                &network, host, pool, pin, turn, tried, &waiting, again, &mut rng, &mut story, now,
-            ))
-            .await;
+            let order = Order { host, pool, pin, first: turn, tried, begin: clock::now() };
+            dialled = Box::pin(dial::dial(&network, order, &waiting, timer.as_mut(), &mut rng, &mut story)).await;
         }
     }
     drop(network);
     record.attempts += story.attempts;
     record.raced |= story.raced;
     record.failures.append(&mut story.failures);
-    match dialled {
-        Ok(dialled) => Ok(dialled),
-        Err(DialError::Full) => {
+    dialled.map_err(|error| ended(pool, error))
+}
+
+/// The end of a client that dialling failed for; counted.
+pub fn ended(pool: &Pool, error: DialError) -> End {
+    match error {
+        DialError::Full => {
             pool.shared.refused_full.add(1);
-            Err(End::Full)
+            End::Full
         }
-        Err(DialError::Unreachable) => {
+        DialError::Unreachable => {
             pool.shared.refused_unreachable.add(1);
-            Err(End::Unreachable)
+            End::Unreachable
         }
-        Err(DialError::ClientGone) => Err(End::ClientGone),
+        DialError::ClientGone => End::ClientGone,
     }
 }
 

@@ -199,7 +199,7 @@ impl Upstream {
 #[derive(Debug)]
 struct Tickets(Mutex<(Instant, Arc<ClientSessionMemoryCache>)>);
 
-/// For so long.
+/// For this long.
 const RESUMED_FOR: Duration = Duration::from_secs(60);
 /// Sessions remembered for one pool.
 const RESUMED: usize = 256;

@@ -19,7 +19,7 @@ const PLACES: usize = 256;
 
 /// Looks at one stall are no further apart than this.
 const APART: Duration = Duration::from_secs(1);
-/// A stall of all for so long is followed by as much time, at most this, in which nobody's lack of answers counts.
+/// A stall of all for this long is followed by as much time, at most this, in which nobody's lack of answers counts.
 const STALLED: Duration = Duration::from_millis(500);
 const GRACE: Duration = Duration::from_secs(5);
 /// What was asked this long ago is owed no more: its client may have left.
@@ -33,7 +33,7 @@ struct Signs {
     pool: AtomicU64,
     /// Its last handshake.
     connected: AtomicU64,
-    /// When it was last asked something; and when that was asked, of what it has answered, that was asked last.
+    /// When it was last asked something; and when the newest request was asked of those that it has answered.
     asked: AtomicU64,
     answered: AtomicU64,
 }

@@ -13,10 +13,10 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use crate::clock;
+use crate::first_byte;
 use crate::host::Host;
 use crate::http;
 use crate::listen::{self, Stop};
-use crate::owed;
 use crate::session;
 use crate::sys;
 
@@ -105,7 +105,7 @@ async fn run(number: usize, host: Arc<Host>, mut commands: UnboundedReceiver<Com
     let mut accepting = JoinSet::new();
     // If it ended by a panic no request would have its time any more.
     accepting.spawn(http::wait::watch());
-    accepting.spawn(owed::watch());
+    accepting.spawn(first_byte::watch());
     loop {
         tokio::select! {
             command = commands.recv() => match command {

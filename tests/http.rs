@@ -301,6 +301,7 @@ fn what_could_be_read_in_two_ways_is_refused_and_reaches_no_backend() {
         assert!(answer.contains(&wanted) && last >= 1, "{request:?}: {answer}");
         let own = answer.split("HTTP/1.1 ").last().unwrap();
         assert!(!own.contains("127.0.0.1"), "an internal address: {answer}");
+        assert!(!answer.to_ascii_lowercase().contains("pingora"), "the engine's own answer: {answer}");
     }
     let big = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n", "a".repeat(70_000));
     assert!(raw(address, big.as_bytes()).starts_with("HTTP/1.1 431"));

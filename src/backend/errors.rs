@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::Backend;
 use crate::class::{Avoids, Says};
 use crate::clock::Time;
+use crate::error_ratio::ErrorRatio;
 use crate::health::{Blame, Depth, Evidence, Health, Policy, Seen, Source, State};
-use crate::ratio::Ratio;
 
 /// Bursts of denials are told of this many seconds apart.
 const DENIALS_APART: u64 = 60;
@@ -66,7 +66,7 @@ impl Backend {
             self.counters.class_failures.add(u64::from(failing));
             if failing {
                 // What is known to be the class's is nothing of the backend's.
-                *self.ratio.lock().unwrap_or_else(PoisonError::into_inner) = Ratio::default();
+                *self.ratio.lock().unwrap_or_else(PoisonError::into_inner) = ErrorRatio::default();
             }
             if !self.told_too_often(now) {
                 tracing::info!(

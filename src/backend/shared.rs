@@ -4,16 +4,16 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::Relea
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::blame::Failing;
 use crate::clock::Time;
 use crate::limits::{Bucket, Budget, Gauge, Queue};
-use crate::manner::Manner;
 use crate::metrics::{Counter, DETECT_BOUNDS, Histogram};
 use crate::poison::Poison;
+use crate::speaks_first::SpeaksFirst;
 use crate::uplink::{Stall, Uplink};
-use crate::witness::Failing;
 
-/// One that has not answered often enough to know how long it takes may take so many times as long as the slowest of its pool
-/// that has, at least so long, and its way besides; no longer than this, which is all that is known where no other has answered either.
+/// One that has not answered often enough to know how long it takes may take this many times as long as the slowest of its pool
+/// that has, at least this long, and its way besides; no longer than this, which is all that is known where no other has answered either.
 const STRANGER_TIMES: u32 = 10;
 const STRANGER_LEAST: Duration = Duration::from_millis(250);
 const STRANGER_MOST: Duration = Duration::from_secs(1);
@@ -37,7 +37,7 @@ pub struct PoolShared {
     /// Clients whose connections end unanswered.
     pub failing: Failing,
     /// How its sessions begin.
-    pub manner: Manner,
+    pub speaks_first: SpeaksFirst,
     /// How long the slowest of those whose time is known takes for its first byte, in microseconds (99th percentile); 0: none is.
     pub usual: AtomicU32,
     /// Backends at which a class of requests fails.
@@ -115,7 +115,7 @@ impl PoolShared {
             budget: Budget::default(),
             epoch: AtomicU64::new(1),
             failing: Failing::default(),
-            manner: Manner::default(),
+            speaks_first: SpeaksFirst::default(),
             usual: AtomicU32::new(0),
             poison: Poison::default(),
             answers: Tally::default(),
@@ -144,7 +144,7 @@ pub(super) struct Tally([[AtomicU64; 2]; PLACES]);
 #[derive(Clone, Debug)]
 pub(super) struct Mark(Box<[[u64; 2]; PLACES]>);
 
-/// A share of errors is greater than another's when it is so many standard deviations beyond it, and so many times as great.
+/// A share of errors is greater than another's when it is this many standard deviations beyond it, and this many times as great.
 const BEYOND: f64 = 3.0;
 const TIMES: f64 = 1.5;
 

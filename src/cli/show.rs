@@ -245,7 +245,9 @@ fn alarms(status: &Value) -> Vec<String> {
     }
     if !status["uplink"]["dark_since"].is_null() {
         let since = past(&status["uplink"]["dark_since"]);
-        alarms.push(format!("nothing answers from any cell for {since}: taken for our own way out"));
+        alarms.push(format!(
+            "nothing answers from any cell for {since}: our own uplink seems to be down; no backend is blamed"
+        ));
     }
     for pool in list(&status["pools"]) {
         if list(&pool["cells"]).all(|cell| cell["share"]["now"].as_f64() == Some(0.0)) {

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
-use super::file::{File, FileBackendTls, FileListener, FilePool, FileProbe, FileProbeKind, FileTls};
+use super::file::{File, FileBackendTls, FileCell, FileListener, FilePool, FileProbe, FileProbeKind, FileTls};
 use super::*;
 use crate::tls::{self, Part};
 
@@ -270,95 +270,15 @@ fn resolve_tls(
 
 fn resolve_pool(
     name: String,
-    pool: FilePool,
+    mut pool: FilePool,
     kind: Option<ProbeKind>,
     tls: Option<BackendTls>,
     known_cells: Option<&HashSet<String>>,
     say: &mut impl FnMut(&str, String),
 ) -> Pool {
     let path = format!("pools.{name}");
-    let mut cells = Vec::new();
-    let mut names: HashMap<String, String> = HashMap::new();
-    let mut addresses: HashMap<SocketAddr, String> = HashMap::new();
-    for (cell_name, cell) in pool.cells {
-        let cell_path = format!("{path}.cells.{cell_name}");
-        if known_cells.is_some_and(|known| !known.contains(&cell_name)) {
-            say(
-                &cell_path,
-                format!(
-                    "the cell {cell_name:?} does not stand under `cells` at the top of the file; add it there or correct the name"
-                ),
-            );
-        }
-        let mut backends = Vec::new();
-        for (backend_path, backend) in cell.backends {
-            if let Some(first) = addresses.insert(backend.address, backend_path.clone()) {
-                say(&backend_path, format!("{} stands in this pool a second time (first at {first})", backend.address));
-            }
-            let name = backend.name.unwrap_or_else(|| backend.address.to_string());
-            if let Some(first) = names.insert(name.clone(), backend_path.clone()) {
-                say(
-                    &backend_path,
-                    format!("the name {name:?} is already taken at {first}; names are unique in a pool"),
-                );
-            }
-            backends.push(Backend {
-                name,
-                address: backend.address,
-                weight: backend.weight.unwrap_or(1) as u32,
-                max_connections: backend.max_connections.map(|n| n as u32),
-            });
-        }
-        cells.push(Cell {
-            name: cell_name,
-            weight: cell.weight.unwrap_or(1) as u32,
-            tier: cell.tier.unwrap_or(0) as u8,
-            max_connections: cell.max_connections.map(|n| n as u32),
-            capacity: cell.capacity,
-            backends,
-        });
-    }
-
-    let probe = match pool.probe {
-        None => Some(FileProbe::default()),
-        Some(probe) if probe.off => None,
-        Some(probe) => Some(probe),
-    };
-    let probe = probe.map(|probe| {
-        let interval = probe.interval.unwrap_or(Duration::from_secs(1));
-        let timeout = probe.timeout.unwrap_or(Duration::from_millis(800).min(interval.mul_f64(0.8)));
-        if timeout > interval {
-            say(
-                &format!("{path}.probe.timeout"),
-                format!(
-                    "{} is longer than the interval of {}; a probe ends before the next begins",
-                    human(timeout),
-                    human(interval)
-                ),
-            );
-        }
-        // Another port is another service, which expects neither a header nor TLS.
-        let mut backends = cells.iter().flat_map(|cell| &cell.backends);
-        let own_port = probe.port.is_none_or(|port| backends.all(|backend| u64::from(backend.address.port()) == port));
-        Probe {
-            kind: kind.unwrap_or(ProbeKind::Tcp),
-            interval,
-            timeout,
-            fall: probe.fall.unwrap_or(2) as u32,
-            rise: probe.rise.unwrap_or(2) as u32,
-            port: probe.port.map(|port| port as u16),
-            send_proxy: pool.send_proxy.filter(|_| own_port),
-            tls: tls.clone().filter(|_| own_port),
-            version: pool.http.filter(|_| own_port).unwrap_or(HttpVersion::Auto),
-            data_header: pool.data_version.as_ref().map(|wanted| wanted.header.clone()),
-        }
-    });
-    let reads_headers = probe.as_ref().is_some_and(|probe| matches!(probe.kind, ProbeKind::Http { .. }));
-    if pool.data_version.is_some() && !reads_headers {
-        let reason = "only a probe of kind http can read it; add `probe: { http: { path: /healthz } }` to the pool";
-        say(&format!("{path}.data_version"), reason.into());
-    }
-
+    let cells = resolve_cells(&path, std::mem::take(&mut pool.cells), known_cells, say);
+    let probe = resolve_probe(&path, &mut pool, kind, tls.as_ref(), &cells, say);
     let hold = Hold {
         first: pool.hold_first.unwrap_or(Duration::from_secs(1)),
         longest: pool.hold_longest.unwrap_or(Duration::from_secs(60).max(pool.hold_first.unwrap_or_default())),
@@ -369,22 +289,8 @@ fn resolve_pool(
             format!("{} is shorter than `first`, {}", human(hold.longest), human(hold.first)),
         );
     }
-
-    let source = pool.source.unwrap_or_default();
-    if !source.is_empty() {
-        for cell in &cells {
-            for backend in &cell.backends {
-                if !source.iter().any(|ip| ip.is_ipv4() == backend.address.is_ipv4()) {
-                    let family = if backend.address.is_ipv4() { "IPv4" } else { "IPv6" };
-                    say(
-                        &format!("{path}.connect.source"),
-                        format!("no {family} address to dial {} from; add one", backend.address),
-                    );
-                }
-            }
-        }
-    }
-
+    let source = pool.source.take().unwrap_or_default();
+    check_sources(&path, &source, &cells, say);
     Pool {
         name,
         cells,
@@ -422,6 +328,118 @@ fn resolve_pool(
         rebalance: pool.rebalance,
         probe_removal: pool.probe_removal.unwrap_or(Duration::from_secs(10)),
         data_version: pool.data_version,
+    }
+}
+
+fn resolve_cells(
+    path: &str,
+    file_cells: Vec<(String, FileCell)>,
+    known_cells: Option<&HashSet<String>>,
+    say: &mut impl FnMut(&str, String),
+) -> Vec<Cell> {
+    let mut cells = Vec::new();
+    let mut names: HashMap<String, String> = HashMap::new();
+    let mut addresses: HashMap<SocketAddr, String> = HashMap::new();
+    for (cell_name, cell) in file_cells {
+        let cell_path = format!("{path}.cells.{cell_name}");
+        if known_cells.is_some_and(|known| !known.contains(&cell_name)) {
+            say(
+                &cell_path,
+                format!(
+                    "the cell {cell_name:?} does not stand under `cells` at the top of the file; add it there or correct the name"
+                ),
+            );
+        }
+        let mut backends = Vec::new();
+        for (backend_path, backend) in cell.backends {
+            if let Some(first) = addresses.insert(backend.address, backend_path.clone()) {
+                say(&backend_path, format!("{} stands in this pool a second time (first at {first})", backend.address));
+            }
+            let name = backend.name.unwrap_or_else(|| backend.address.to_string());
+            if let Some(first) = names.insert(name.clone(), backend_path.clone()) {
+                say(
+                    &backend_path,
+                    format!("the name {name:?} is already taken at {first}; names are unique in a pool"),
+                );
+            }
+            backends.push(Backend {
+                name,
+                address: backend.address,
+                weight: backend.weight.unwrap_or(1) as u32,
+                max_connections: backend.max_connections.map(|n| n as u32),
+            });
+        }
+        cells.push(Cell {
+            name: cell_name,
+            weight: cell.weight.unwrap_or(1) as u32,
+            tier: cell.tier.unwrap_or(0) as u8,
+            max_connections: cell.max_connections.map(|n| n as u32),
+            capacity: cell.capacity,
+            backends,
+        });
+    }
+    cells
+}
+
+/// The probe of a pool, and what of the pool it needs.
+fn resolve_probe(
+    path: &str,
+    pool: &mut FilePool,
+    kind: Option<ProbeKind>,
+    tls: Option<&BackendTls>,
+    cells: &[Cell],
+    say: &mut impl FnMut(&str, String),
+) -> Option<Probe> {
+    let probe = match pool.probe.take() {
+        None => Some(FileProbe::default()),
+        Some(probe) if probe.off => None,
+        Some(probe) => Some(probe),
+    };
+    let probe = probe.map(|probe| {
+        let interval = probe.interval.unwrap_or(Duration::from_secs(1));
+        let timeout = probe.timeout.unwrap_or(Duration::from_millis(800).min(interval.mul_f64(0.8)));
+        if timeout > interval {
+            say(
+                &format!("{path}.probe.timeout"),
+                format!(
+                    "{} is longer than the interval of {}; a probe ends before the next begins",
+                    human(timeout),
+                    human(interval)
+                ),
+            );
+        }
+        // Another port is another service, which expects neither a header nor TLS.
+        let mut backends = cells.iter().flat_map(|cell| &cell.backends);
+        let own_port = probe.port.is_none_or(|port| backends.all(|backend| u64::from(backend.address.port()) == port));
+        Probe {
+            kind: kind.unwrap_or(ProbeKind::Tcp),
+            interval,
+            timeout,
+            fall: probe.fall.unwrap_or(2) as u32,
+            rise: probe.rise.unwrap_or(2) as u32,
+            port: probe.port.map(|port| port as u16),
+            send_proxy: pool.send_proxy.filter(|_| own_port),
+            tls: tls.cloned().filter(|_| own_port),
+            version: pool.http.filter(|_| own_port).unwrap_or(HttpVersion::Auto),
+            data_header: pool.data_version.as_ref().map(|wanted| wanted.header.clone()),
+        }
+    });
+    let reads_headers = probe.as_ref().is_some_and(|probe| matches!(probe.kind, ProbeKind::Http { .. }));
+    if pool.data_version.is_some() && !reads_headers {
+        let reason = "only a probe of kind http can read it; add `probe: { http: { path: /healthz } }` to the pool";
+        say(&format!("{path}.data_version"), reason.into());
+    }
+    probe
+}
+
+/// Each backend can be dialled from one of the addresses, where any are named.
+fn check_sources(path: &str, source: &[IpAddr], cells: &[Cell], say: &mut impl FnMut(&str, String)) {
+    let lacks = |backend: &&Backend| !source.iter().any(|ip| ip.is_ipv4() == backend.address.is_ipv4());
+    let backends = cells.iter().flat_map(|cell| &cell.backends);
+    for backend in backends.filter(|_| !source.is_empty()).filter(lacks) {
+        let family = if backend.address.is_ipv4() { "IPv4" } else { "IPv6" };
+        let reason = format!("no {family} address to dial {} from; add one", backend.address);
+        say(&format!("{path}.connect.source"), reason);
     }
 }
 

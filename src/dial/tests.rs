@@ -113,7 +113,7 @@ impl Rig {
         Rig { network: Scripted(Mutex::new(ports)), host, pool, client: Patient(AtomicBool::new(false)) }
     }
 
-    /// The same backends under another policy, each with so many connections at most.
+    /// The same backends under another policy, each with this many connections at most.
     fn with(mut self, policy: Policy, max_connections: u32) -> Rig {
         let members = self.pool.members.iter().map(|m| Member {
             backend: m.backend.clone(),
@@ -129,20 +129,15 @@ impl Rig {
     async fn dial(&self, story: &mut Story) -> Result<usize, DialError> {
         let timer = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
         let mut rng = Rng::with_seed(1);
-        let dialled = dial(
-            &self.network,
-            &self.host,
-            &self.pool,
-            None,
-            None,
-            Vec::new(),
-            &self.client,
-            timer,
-            &mut rng,
-            story,
-            clock::now(),
-        )
-        .await;
+        let order = Order {
+            host: &self.host,
+            pool: &self.pool,
+            pin: None,
+            first: None,
+            tried: Vec::new(),
+            begin: clock::now(),
+        };
+        let dialled = dial(&self.network, order, &self.client, timer, &mut rng, story).await;
         dialled.map(|dialled| dialled.member)
     }
 

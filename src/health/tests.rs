@@ -448,3 +448,33 @@ fn failed_handshakes_in_tls_are_told_by_their_name() {
     assert_eq!(bench.health.cause().map(|cause| cause.kind), Some("expired"));
     assert_eq!(bench.after(20).ok(Source::Probe, Depth::Connect), None);
 }
+
+#[test]
+fn only_clients_who_are_served_after_a_probe_has_failed_make_it_a_liar() {
+    for (served_after, agrees) in [(0, true), (500, false)] {
+        let mut bench = Bench::new(Policy::default());
+        let failed = bench.now;
+        for i in 0..8 {
+            let now = bench.after(250).now;
+            // The last client was served just before the first probe failed, or long after.
+            bench.health.denies_probe(
+                failed + Duration::from_millis(i * 250),
+                failed + Duration::from_millis(served_after),
+                now,
+            );
+        }
+        bench.refused();
+        assert_eq!(bench.refused(), Some(State::Suspect));
+        assert_eq!(bench.health.trial_at(&bench.policy).is_some(), !agrees);
+        let down = bench.see(Source::Probe, Depth::Connect, Seen::Refused);
+        assert_eq!(down, agrees.then_some(State::Down));
+        if !agrees {
+            bench.health.believes_probes();
+            assert_eq!(
+                bench.after(100).ok(Source::Probe, Depth::Connect),
+                Some(State::Up),
+                "and believes one that succeeds"
+            );
+        }
+    }
+}

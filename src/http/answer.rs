@@ -7,8 +7,8 @@ use pingora_core::Result;
 use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 
-use super::hops;
 use super::route::Changes;
+use super::{hops, route};
 use crate::config::http::Page;
 
 /// What a status says when nothing else is configured.
@@ -82,6 +82,34 @@ pub async fn page(session: &mut Session, status: u16, page: &Page, changes: &Cha
     }
     hops::change_answer(changes, &mut head)?;
     send(session, head, Bytes::from(page.body.clone())).await
+}
+
+/// What a client asked for.
+#[derive(Debug)]
+pub struct Asked<'a> {
+    /// Whether it came by TLS, here or before.
+    pub tls: bool,
+    /// The host as it was written, with its port.
+    pub host: &'a str,
+    /// Path and query.
+    pub target: &'a str,
+}
+
+/// Where a redirect leads: what it names takes the place of what was asked for.
+pub fn location(asked: &Asked<'_>, scheme: Option<&str>, host: Option<&str>, path: Option<&str>) -> String {
+    let own_scheme = if asked.tls { "https" } else { "http" };
+    // A port belongs to its scheme.
+    let moves = scheme.is_some_and(|scheme| scheme != own_scheme);
+    let own_host = if moves { route::without_port(asked.host) } else { asked.host };
+    // Another path takes the query along, unless it has one.
+    let query = asked.target.find('?').filter(|_| path.is_some_and(|path| !path.contains('?')));
+    format!(
+        "{}://{}{}{}",
+        scheme.unwrap_or(own_scheme),
+        host.unwrap_or(own_host),
+        path.unwrap_or(asked.target),
+        query.map_or("", |at| &asked.target[at..]),
+    )
 }
 
 /// Sends a client elsewhere.

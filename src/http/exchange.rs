@@ -4,23 +4,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{HeaderMap, HeaderValue};
+use pingora_core::{Error, ErrorType};
+use pingora_http::ResponseHeader;
 use pingora_proxy::Session;
 
-use super::forward;
+use super::direct::Refused;
 use super::route::Route;
 use super::serve::Connection;
-use super::stream;
 use super::upstream::{Dialler, InUse, Won};
-use super::wait::{Answer, Left, Wait};
+use super::wait::{Answer, Body, Left, Wait};
+use super::{classify, forward, stream};
 use crate::backend::Backend;
 use crate::clock::{self, Time};
 use crate::dial::{Failure, Story};
 use crate::limits::Permit;
 use crate::log::Served;
+use crate::poison::KILLS_WITHIN;
 use crate::pool::{CellShared, Policy, Pool};
 use crate::table::{End, Face, Listener};
+use crate::tcp;
 
-/// An answer that has gone on for so long may be cut without an error.
+/// An answer that has gone on for this long may be cut without an error.
 const LONG: Duration = Duration::from_secs(10);
 
 /// What was said of an answer to the health of its backend.
@@ -132,6 +136,79 @@ impl Exchange {
         if let Some(dialler) = self.dialler.take() {
             let (_, story) = dialler.take();
             self.story_goes_on(story);
+        }
+    }
+
+    /// It is not served: what its client and the log are told.
+    pub(super) fn refuse(&mut self, refused: &Refused) -> Box<Error> {
+        self.end = Some(refused.end);
+        self.refused = Some(refused.reason);
+        Error::new_down(ErrorType::HTTPStatus(refused.status))
+    }
+
+    /// Leaves a member for another one that may take it, if there is one (see `another`); `cause` is for the log.
+    pub(super) fn leaves(&mut self, session: &Session, better: bool, paid: bool, cause: &str) -> bool {
+        self.tried.push(self.member);
+        let leaves = self.another(session, better, paid);
+        if leaves {
+            self.fail(cause);
+        }
+        leaves
+    }
+
+    /// The head of an answer has come: what it says of its backend, now or when the rest has come.
+    pub(super) fn judge_head(
+        &mut self,
+        session: &Session,
+        response: &ResponseHeader,
+        backend: &Arc<Backend>,
+        policy: &Arc<Policy>,
+        now: Time,
+    ) {
+        // A gRPC call says how it ended behind its body, and what says how long it is has to come whole.
+        let status = response.status.as_u16();
+        let grpc = classify::is_grpc(&response.headers);
+        let error = classify::is_error(status) || classify::is_grpc_error(&response.headers);
+        let length = classify::has_length(&response.headers) && !classify::is_bodiless(session, status) && !error;
+        let word = grpc && status == 200 && classify::grpc_status(&response.headers).is_none();
+        self.judged = match (error, word, length) {
+            (true, ..) => Judged::Done,
+            (_, true, _) => Judged::Word,
+            (.., true) => Judged::Whole,
+            _ => Judged::Well,
+        };
+        // While its client still sends the backend may wait for that.
+        let watched = self.judged == Judged::Whole && self.sent.is_some();
+        if let (true, Some(client)) = (watched, self.connection.clone()) {
+            let (prefix, class, began, h2) = (self.prefix, self.class, self.attempt_began, self.h2_client);
+            let (backend, policy) = (backend.clone(), policy.clone());
+            self.answer = Some(Answer::begin(Body { backend, policy, client, prefix, class, began, h2 }, now));
+        }
+        if matches!(self.judged, Judged::Done | Judged::Well) {
+            backend.replied(&policy.health, self.prefix, self.class, error, self.attempt_began, now);
+        }
+    }
+
+    /// Its backend died with it, as far as is known: it may have been the reason. `sent` says when it was sent whole. False: it goes
+    /// nowhere else.
+    pub(super) fn may_survive_another(&mut self, backend: &Arc<Backend>, sent: Option<Time>, now: Time) -> bool {
+        let Some(pool) = &self.pool else { return true };
+        let innocent = pool.shared.poison.is_acquitted(self.kind);
+        if !pool.shared.poison.may_go_on(self.kind, backend.id, innocent, now) {
+            return false;
+        }
+        let at_once = sent.is_some_and(|sent| now.since(sent) < KILLS_WITHIN);
+        self.suspected_of = (!innocent && at_once).then(|| backend.clone());
+        true
+    }
+
+    /// It goes nowhere else; but its client may send it once more, and by then it should be known whether it kills.
+    pub(super) fn watch_for_death(&mut self, now: Time) {
+        if let (Some(lost), Some(pool)) = (self.suspected_of.take(), &self.pool)
+            && pool.shared.poison.alone(self.kind, lost.id, now)
+        {
+            let kind = self.kind;
+            tokio::spawn(async move { tcp::has_killed(kind, &lost).await });
         }
     }
 

@@ -289,7 +289,7 @@ fn judge(head: &[u8]) -> Result<Body, Refusal> {
         None if request.version_1_1 => return Err(bad("there is no Host")),
         None => {}
         Some(host) if !is_authority(host) => return Err(bad("the Host is no host name")),
-        Some(host) if request.authority.is_some_and(|authority| !authority.eq_ignore_ascii_case(host)) => {
+        Some(host) if request.authority.is_some_and(|authority| authority != host) => {
             return Err(bad("the request line and the Host name two hosts"));
         }
         Some(_) => {}

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
-use pingora_core::apps::{HttpPersistentSettings, HttpServerApp, ServerApp};
+use pingora_core::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ServerApp};
 use pingora_core::protocols::http::ServerSession;
 use pingora_core::protocols::http::v2::server::default_h2_options;
 use pingora_core::server::configuration::ServerConf;
@@ -124,6 +124,10 @@ fn engine(host: &Arc<Host>) -> Arc<HttpProxy<Gateway>> {
             let mut h2 = default_h2_options();
             h2.initial_window_size(H2_STREAM).initial_connection_window_size(H2_CONNECTION);
             engine.h2_options = Some(h2);
+            // CONNECT is refused by `direct`, with our page and a line in the log; the engine would do it by itself.
+            let mut options = HttpServerOptions::default();
+            options.allow_connect_method_proxying = true;
+            engine.server_options = Some(options);
             Arc::new(engine)
         };
         engine.get_or_init(make).clone()

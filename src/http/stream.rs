@@ -37,7 +37,7 @@ use crate::{sys, tcp, tls};
 
 /// Bytes on their way to the client are gathered up to this many, until the engine says that they should go.
 const GATHER: usize = 16 * 1024;
-/// A large answer goes out in so many bytes at a time.
+/// A large answer goes out in this many bytes at a time.
 const BURST: usize = 128 * 1024;
 /// Most bytes of next requests that wait while one is served.
 const AHEAD: usize = 64 * 1024;
@@ -149,12 +149,12 @@ impl Link {
         self.going.store(true, Relaxed);
     }
 
-    /// The present request may go so long without a byte, where that is shorter than the connection's own bound.
+    /// The present request may go this long without a byte, where that is shorter than the connection's own bound.
     pub fn bound_idle(&self, idle: Duration) {
         self.idle_ms.store(idle.as_millis() as u64, Relaxed);
     }
 
-    /// Bytes may wait so long for the client's acknowledgement.
+    /// Bytes may wait this long for the client's acknowledgement.
     pub fn bound_unacked(&self, unacked: Duration) {
         self.unacked_ms.store(unacked.as_millis() as u64, Relaxed);
     }
@@ -172,8 +172,8 @@ impl Link {
     }
 
     /// More of the present request is to come, and goes there.
-    pub fn feeds(&self, place: upstream::Place) {
-        *self.feeds.lock().unwrap_or_else(PoisonError::into_inner) = Some(place);
+    pub fn feeds(&self, place: Option<upstream::Place>) {
+        *self.feeds.lock().unwrap_or_else(PoisonError::into_inner) = place;
     }
 
     fn fed(&self) -> Option<upstream::Place> {

@@ -24,7 +24,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::clock::{self, Time};
-use crate::dial::{self, Client, DialError, Dialled, First, Story};
+use crate::dial::{self, Client, DialError, Dialled, First, Order, Story};
 use crate::host::Host;
 use crate::limits::Permit;
 use crate::pool::Pool;
@@ -82,8 +82,9 @@ struct Line {
     /// The kernel takes no more than [`RECEIVE`] for us; and bytes of answers that came so.
     bounded: bool,
     carried: u64,
-    /// We have ended it.
+    /// We have ended it; and for its client's sake.
     cut: bool,
+    left: bool,
     /// For how long bytes may wait for their acknowledgement, and since when they do.
     may_wait: Duration,
     unacked: Unacked,
@@ -155,7 +156,7 @@ impl InUse {
         self.place
     }
 
-    /// So many bytes more of its answer go towards the client. Enough of them, and the kernel may take as much as it likes.
+    /// This many bytes more of its answer go towards the client. Enough of them, and the kernel may take as much as it likes.
     pub fn carries(&mut self, bytes: u64) {
         let adds = |line: &mut Line| {
             line.carried += bytes;
@@ -177,6 +178,11 @@ impl InUse {
     /// Whether we have ended the connection.
     pub fn is_cut(&self) -> bool {
         with(self.place, |line| line.cut).unwrap_or(false)
+    }
+
+    /// Whether we have ended it because of its client.
+    pub fn is_left(&self) -> bool {
+        with(self.place, |line| line.left).unwrap_or(false)
     }
 
     /// Its answer has begun.
@@ -209,21 +215,21 @@ pub fn cut(place: Place) {
     }
 }
 
-/// The same by a reset: its backend, which does not read, learns of it all the same.
+/// The same by a reset, for the sake of its client: its backend, which does not read, learns of it all the same.
 pub fn dissolve(place: Place) {
-    if with(place, |line| line.cut = true).is_some() {
+    if with(place, |line| (line.cut, line.left) = (true, true)).is_some() {
         sys::dissolve(place.descriptor);
     }
 }
 
-/// Whether the backend does not take what is sent and has answered already, which the engine would read after that alone. Of a connection
-/// under TLS nothing can be told.
+/// Whether the backend does not take what is sent and has refused it already, which the engine would read after that alone. Of a
+/// connection under TLS nothing can be told.
 pub fn answers_early(place: Place) -> bool {
     let mut head = [0; b"HTTP/1.1 4".len()];
     let heard =
         with(place, |_| if sys::unsent(place.descriptor) > 0 { sys::peek(place.descriptor, &mut head) } else { 0 });
-    // A leave to go on, and its like, are no answer.
-    heard == Some(head.len()) && head.starts_with(b"HTTP/1.") && matches!(head[8..], [b' ', b'2'..=b'5'])
+    // Whoever says that all is well may well read on.
+    heard == Some(head.len()) && head.starts_with(b"HTTP/1.") && matches!(head[8..], [b' ', b'4' | b'5'])
 }
 
 /// Ends the sending on a connection whose backend has answered: the engine gives up its wait, and reads the answer.
@@ -428,20 +434,9 @@ impl Dialler {
         let Some((host, pool)) = by else { return Err(Error::new_in(ErrorType::InternalError)) };
         let mut timer = std::pin::pin!(tokio::time::sleep(pool.policy.connect_timeout));
         let mut rng = tcp::fork_rng();
-        let dialled = dial::dial(
-            &Kernel { tls: false, header: Vec::new() },
-            &host,
-            &pool,
-            self.pin,
-            first,
-            self.tried.clone(),
-            &Someone,
-            timer.as_mut(),
-            &mut rng,
-            &mut lent.story,
-            clock::now(),
-        )
-        .await;
+        let (network, tried) = (Kernel { tls: false, header: Vec::new() }, self.tried.clone());
+        let order = Order { host: &host, pool: &pool, pin: self.pin, first, tried, begin: clock::now() };
+        let dialled = dial::dial(&network, order, &Someone, timer.as_mut(), &mut rng, &mut lent.story).await;
         drop(lent);
         let mut state = self.lock();
         match dialled {
@@ -497,6 +492,7 @@ impl L4Connect for Dialler {
             bounded,
             carried: 0,
             cut: false,
+            left: false,
             may_wait,
             unacked: Unacked::default(),
         };

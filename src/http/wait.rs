@@ -27,38 +27,39 @@ use crate::pool::{Policy, Pool};
 const LOOK: Duration = Duration::from_millis(10);
 /// A look this much later than it was due ran late by our own fault; what is due by then has its turn first.
 const LATE: Duration = Duration::from_millis(10);
-/// A backend is silent no earlier than this, nor than so many learned 99th percentiles of its first bytes.
+/// A backend is silent no earlier than this, nor than this many learned 99th percentiles of its first bytes.
 const SILENT_FLOOR: Duration = Duration::from_millis(50);
 const SILENT_FACTOR: u32 = 5;
 /// For whoever tries a doubted backend, which may be slow and not silent.
 const TRIED: Duration = Duration::from_secs(1);
-/// What may not be sent twice is given up after so long, where its backend is down for its silence: its client learns that nobody
-/// can tell what became of it.
-const GIVEN_UP: Duration = Duration::from_millis(800);
+/// What may not be sent twice is given up after this long where its backend answers nobody, and later where it takes no connections
+/// any more: its client learns that nobody can tell what became of it.
+const GIVEN_UP: Duration = Duration::from_millis(900);
+const GIVEN_UP_UNREACHED: Duration = Duration::from_millis(1_500);
 /// Answers of one kind of request that make a record, and how many times its longest is too long.
 const RECORD: u32 = 50;
 const RECORD_FACTOR: u32 = 3;
 const RECORD_FLOOR: Duration = Duration::from_millis(50);
-/// What was carried elsewhere would have taken longer than it waited: so many times as long, as far as anybody can tell.
+/// What was carried elsewhere would have taken longer than it waited: this many times as long, as far as anybody can tell.
 const AT_LEAST: u32 = 8;
 /// Answers after which the longest before is forgotten.
 const RECORD_WINDOW: u32 = 1_000;
 /// Kinds of request on record in one worker, and for all of them.
 const KINDS: usize = 4_096;
-/// A body of which nothing went on for so long stands still.
+/// A body of which nothing went on for this long stands still.
 const STANDS: Duration = Duration::from_millis(200);
 /// Time between two questions whether a backend takes what is sent.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
-/// The body of an answer has stalled when nothing of it came for so long, or for as long as makes a silence; of one that has
-/// shown so many bytes nothing more is asked.
+/// The body of an answer has stalled when nothing of it came for this long, or for as long as makes a silence; of one that has
+/// shown this many bytes nothing more is asked.
 const STALLED: Duration = Duration::from_secs(1);
-/// So many bodies that are late together, by what is usual and no less than this, have stalled as well where nothing of any other
+/// This many bodies that are late together, by what is usual and no less than this, have stalled as well where nothing of any other
 /// has come meanwhile.
 const LATE_TOGETHER: usize = 5;
 const LATE_LEAST: Duration = Duration::from_millis(300);
 /// See `STALLED`.
 pub const SHOWN: u64 = 64 << 10;
-/// A client that leaves after so long without more of a body, or as long as makes a silence, left for that.
+/// A client that leaves after this long without more of a body, or as long as makes a silence, left for that.
 const LEAVES: Duration = Duration::from_millis(250);
 
 /// What was decided about a request that waits.
@@ -98,6 +99,8 @@ pub struct Request {
     pub idle: Duration,
     /// Whether it may be sent twice.
     pub movable: bool,
+    /// Whether it may not, whatever happens.
+    pub once: bool,
     /// Its kind, for the record.
     pub kind: u64,
     /// Its class.
@@ -491,6 +494,16 @@ impl Entry {
         }
     }
 
+    /// Whether nobody can tell any more what becomes of it: it may not be sent twice, and nothing has come from its backend since it
+    /// was written, which is down for that. One that takes no connections may still answer those that it has, for a while.
+    fn is_given_up(&self, waited: Duration) -> bool {
+        let backend = &self.request.backend;
+        self.complete
+            && self.request.once
+            && backend.silence.heard_at() <= self.since
+            && (backend.answers_nobody() || waited >= GIVEN_UP_UNREACHED && backend.fell_silent())
+    }
+
     /// The engine reads no answer while the backend does not take a piece of the body: so the body ends where an answer is there.
     fn looks_for_an_early_answer(&mut self, now: Time) {
         let stands = !self.request.shared && now.since(self.since) >= STANDS && !self.early.1;
@@ -526,7 +539,8 @@ impl Entry {
         let (request, backend) = (&self.request, &self.request.backend);
         let mut tried = request.tried.clone();
         tried.extend(request.pool.members.iter().position(|member| member.backend.id == backend.id));
-        let lively = request.shared && upstream::others_talk(request.place);
+        // What has fallen silent sends the others no more either.
+        let lively = request.shared && upstream::others_talk(request.place) && !backend.fell_silent();
         // One that has not answered either since this one fell silent is no better.
         let since = if reason.unusual { self.since } else { backend.silence.first() };
         let better = |other: &Backend| other.silence.answers_sooner(since, now);
@@ -541,7 +555,7 @@ impl Look {
         let (request, waited) = (&entry.request, self.now.since(entry.since));
         // Any byte keeps a connection of HTTP/2, so each of its bodies has a bound of its own.
         let stalled = clients_turn && request.body.is_none() && waited >= request.idle;
-        let given_up = entry.complete && !request.movable && waited >= GIVEN_UP && request.backend.fell_silent();
+        let given_up = waited >= GIVEN_UP && entry.is_given_up(waited);
         if !stalled && !given_up && (clients_turn || waited < request.timeout) {
             return false;
         }

@@ -54,7 +54,7 @@ fn drills_over_veth() {
     let only = std::env::var("DRILL").ok();
     let results = std::env::var_os("DRILLS").map(PathBuf::from);
     let peers = front::Kind::peers(&std::env::var("PEERS").unwrap_or_default());
-    // All of them take a quarter of an hour: `make drills`.
+    // All of them take half an hour: `make drills`.
     let every = results.is_some() || only.is_some();
     let wanted = |(name, drill): &&(String, Drill)| match &only {
         Some(only) => only.split(',').any(|part| name.contains(part)),

@@ -11,14 +11,14 @@ use crate::config::FirstByte;
 /// Sessions that teach a manner, and after how many the older half of them is forgotten.
 const ENOUGH: u32 = 16;
 const WINDOW: u32 = 1_024;
-/// Unanswered sessions of one client prefix that are counted of so many, where there are clients of others: less than what changes
+/// Unanswered sessions of one client prefix that are counted of this many, where there are clients of others: less than what changes
 /// anything, or one that opens sessions and leaves would blind us for all. And prefixes that are told apart.
 const OF_ONE: u32 = WINDOW / 128;
 const PREFIXES: usize = 256;
 
 /// How the sessions of a pool begin.
 #[derive(Debug, Default)]
-pub struct Manner {
+pub struct SpeaksFirst {
     /// The backend spoke first.
     server_first: AtomicU32,
     /// The client did, and was answered.
@@ -40,7 +40,7 @@ pub enum Owes {
     AGreeting,
 }
 
-impl Manner {
+impl SpeaksFirst {
     /// A session whose backend spoke, before or after its client.
     pub fn spoke(&self, first: bool) {
         let count = if first { &self.server_first } else { &self.asked };
@@ -96,8 +96,8 @@ impl Manner {
 mod tests {
     use super::*;
 
-    fn manner(server_first: u32, asked: u32, unanswered: u32) -> Manner {
-        let manner = Manner::default();
+    fn manner(server_first: u32, asked: u32, unanswered: u32) -> SpeaksFirst {
+        let manner = SpeaksFirst::default();
         (0..server_first).for_each(|_| manner.spoke(true));
         (0..asked).for_each(|_| manner.spoke(false));
         (0..unanswered).for_each(|_| manner.was_silent(1, false));

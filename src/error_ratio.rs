@@ -24,7 +24,7 @@ const WINDOW: f64 = 4_096.0;
 
 /// The errors of one backend.
 #[derive(Clone, Debug, Default)]
-pub struct Ratio {
+pub struct ErrorRatio {
     /// The past: errors, and all answers.
     errors: f64,
     answers: f64,
@@ -35,7 +35,7 @@ pub struct Ratio {
     pending: f64,
 }
 
-impl Ratio {
+impl ErrorRatio {
     /// Whether errors are being watched: then good answers count too.
     pub fn open(&self) -> bool {
         self.sum > 0.0
@@ -122,7 +122,7 @@ mod tests {
     }
 
     /// Answers until the alarm, with errors at `rate`.
-    fn until_alarm(ratio: &mut Ratio, rate: f64, most: u32, rng: &mut Rng) -> Option<u32> {
+    fn until_alarm(ratio: &mut ErrorRatio, rate: f64, most: u32, rng: &mut Rng) -> Option<u32> {
         for answer in 1..=most {
             if rng.f64() < rate {
                 if ratio.bad(blame(rng.u32(1..100), true)) {
@@ -141,7 +141,7 @@ mod tests {
         for (rate, most) in [(1.0, 5), (0.87, 12), (0.6, 30), (0.33, 120)] {
             let mut worst = 0;
             for _ in 0..200 {
-                let mut ratio = Ratio::default();
+                let mut ratio = ErrorRatio::default();
                 ratio.good(2_000);
                 worst = worst.max(until_alarm(&mut ratio, rate, 1_000, &mut rng).expect("an alarm"));
             }
@@ -153,7 +153,7 @@ mod tests {
     fn what_was_always_so_is_no_alarm() {
         let mut rng = Rng::with_seed(2);
         for rate in [0.001, 0.01, 0.05] {
-            let mut ratio = Ratio::default();
+            let mut ratio = ErrorRatio::default();
             // The first hundreds teach the past.
             until_alarm(&mut ratio, rate, 500, &mut rng);
             let alarms = (0..100).filter(|_| until_alarm(&mut ratio, rate, 1_000, &mut rng).is_some()).count();
@@ -163,16 +163,16 @@ mod tests {
 
     #[test]
     fn one_prefix_alone_makes_no_alarm_where_there_are_others() {
-        let mut ratio = Ratio::default();
+        let mut ratio = ErrorRatio::default();
         assert!((0..1_000).all(|_| !ratio.bad(blame(1, true))));
         assert!((0..10).any(|_| ratio.bad(blame(2, true))), "a second prefix agrees");
-        let mut alone = Ratio::default();
+        let mut alone = ErrorRatio::default();
         assert!((0..5).any(|_| alone.bad(blame(1, false))), "there is nobody else");
     }
 
     #[test]
     fn what_a_client_meets_everywhere_is_its_own_doing() {
-        let mut ratio = Ratio::default();
+        let mut ratio = ErrorRatio::default();
         ratio.good(1_000);
         let everywhere = Blame { prefix: 1, others: false, elsewhere: 1.0, tries_elsewhere: 0 };
         let alarm = (0..10).position(|_| ratio.bad(everywhere));

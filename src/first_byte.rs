@@ -2,7 +2,7 @@
 //!
 //! A backend that accepts and then says nothing passes every handshake. It is called silent when several sessions wait for
 //! their first byte and nobody has got one for longer than it takes ([`crate::silence`]); one slow session is no silence. Whether
-//! a first byte is owed at all is learned for each pool ([`crate::manner`]).
+//! a first byte is owed at all is learned for each pool ([`crate::speaks_first`]).
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -16,15 +16,15 @@ use crate::backend::{Backend, TOO_LONG};
 use crate::clock::{self, Time};
 use crate::config::FirstByte;
 use crate::health::{Depth, Evidence, Seen, Source};
-use crate::manner::Owes;
 use crate::pool::Policy;
 use crate::session;
+use crate::speaks_first::Owes;
 
 /// Time between two looks at backends that owe something.
 const LOOK: Duration = Duration::from_millis(10);
 /// A look this much later than it was due ran late by our own fault and proves no silence.
 const LATE: Duration = Duration::from_millis(10);
-/// A backend is silent no earlier than this, nor than so many learned 99th percentiles of its first bytes.
+/// A backend is silent no earlier than this, nor than this many learned 99th percentiles of its first bytes.
 const FLOOR: Duration = Duration::from_millis(50);
 const FACTOR: u32 = 5;
 /// For whoever tries a doubted backend.
@@ -132,7 +132,7 @@ fn silent_after(backend: &Backend, policy: &Policy) -> Option<Duration> {
         (Some((_, p99)), _) => Some((p99 * FACTOR).max(FLOOR).max(backend.slow_for()).min(longest)),
         (None, FirstByte::Expect) => Some(backend.stranger_silent_after().min(longest)),
         // It has answered nobody yet, and the others of its pool have shown that they do.
-        (None, FirstByte::Learn) if backend.shared.manner.owes(FirstByte::Learn) != Owes::Nothing => {
+        (None, FirstByte::Learn) if backend.shared.speaks_first.owes(FirstByte::Learn) != Owes::Nothing => {
             Some(backend.stranger_silent_after().min(longest))
         }
         (None, FirstByte::Learn) => None,

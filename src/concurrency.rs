@@ -13,38 +13,38 @@ use std::time::Duration;
 
 use crate::clock::LOOK;
 
-/// So many times slower, and so much slower, is still as quick as it used to be.
+/// This many times slower, and this much slower, is still as quick as it used to be.
 const SAME: f64 = 2.0;
 const SAME_BY: Duration = Duration::from_millis(20);
 /// The least limit, and the least of a silent one.
 const LEAST: f64 = 4.0;
 const LEAST_SILENT: f64 = 16.0;
-/// A silent backend is asked for at most so many times what it usually had, or for what came in so many looks.
+/// A silent backend is asked for at most this many times what it usually had, or for what came in this many looks.
 const SILENT_TIMES: f64 = 4.0;
 const SILENT_LOOKS: f64 = 7.0;
 /// One step lowers the limit by no more than this, and raises it by this and one.
 const FALL: f64 = 0.7;
 const RISE: f64 = 1.1;
-/// Near the limit at which it was too slow last the next step is smaller, as in CUBIC (RFC 9438); and that is forgotten by so much
+/// Near the limit at which it was too slow last the next step is smaller, as in CUBIC (RFC 9438); and that is forgotten by this much
 /// with each.
 const NEAR: f64 = 0.7;
 const RISE_NEAR: f64 = 1.02;
 const RISE_NEAR_BY: f64 = 0.1;
 const FORGOTTEN: f64 = 1.01;
-/// A limit of so many times what is usual, and so many more, limits nothing; one of a silence must have doubled besides.
+/// A limit of this many times what is usual, and this many more, limits nothing; one of a silence must have doubled besides.
 const GONE_TIMES: f64 = 8.0;
 const GONE: f64 = 64.0;
 /// Part of the limit from which there is no room.
 const FULL: f64 = 0.9;
 /// Weight of one look in what is usual.
 const USUAL: f64 = 0.05;
-/// So many looks make a window, or as many as its answers take twice over; in so many windows in a row fewer must have been
-/// answered than came, by this part and so many.
+/// This many looks make a window, or as many as its answers take twice over; in this many windows in a row fewer must have been
+/// answered than came, by this part and this many.
 const WINDOW: u32 = 4;
 const WINDOWS: u32 = 3;
 const FEWER: f64 = 0.1;
 const FEWER_BY: f64 = 3.0;
-/// A limit that was halved and has not made the backend quicker by a fifth within so many looks was none of the reason.
+/// A limit that was halved and has not made the backend quicker by a fifth within this many looks was none of the reason.
 const PATIENCE: u32 = 10;
 const HELPED: f64 = 0.8;
 
@@ -71,7 +71,7 @@ pub struct Look {
 
 /// The limit of one backend.
 #[derive(Clone, Debug)]
-pub struct Crowd {
+pub struct Concurrency {
     limit: f64,
     /// How many it has usually, how many come from one look to the next, and of how many looks that is known.
     usual: f64,
@@ -91,9 +91,9 @@ pub struct Crowd {
     falling: bool,
 }
 
-impl Default for Crowd {
+impl Default for Concurrency {
     fn default() -> Self {
-        Crowd {
+        Concurrency {
             limit: f64::INFINITY,
             usual: 0.0,
             usual_came: 0.0,
@@ -109,7 +109,7 @@ impl Default for Crowd {
     }
 }
 
-impl Crowd {
+impl Concurrency {
     /// The limit; `u32::MAX`: none.
     pub fn limit(&self) -> u32 {
         self.limit as u32
@@ -215,7 +215,14 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     /// A backend with `workers` that take `time_ms` each, `offered` a second: what it served a second.
-    fn run(crowd: &mut Crowd, workers: f64, time_ms: f64, offered: f64, seconds: u32, shifted: bool) -> f64 {
+    fn run(
+        concurrency: &mut Concurrency,
+        workers: f64,
+        time_ms: f64,
+        offered: f64,
+        seconds: u32,
+        shifted: bool,
+    ) -> f64 {
         let can = workers / time_ms * 1e3;
         let (mut inside, mut served) = (0.0, 0.0);
         for _ in 0..seconds * 10 {
@@ -224,15 +231,15 @@ mod tests {
                 true => offered * time_ms / 1e3,
                 false => inside + (offered - can) / 10.0,
             };
-            inside = inside.min(crowd.limit);
+            inside = inside.min(concurrency.limit);
             let takes = time_ms.max(inside / can * 1e3);
             served += (inside / takes * 1e3).min(can) / 10.0;
             let time = |ms: f64| Some(Duration::from_secs_f64(ms / 1e3));
             let (calm, recent) = (time(time_ms), time(takes));
-            let came = if offered <= can { offered } else { offered.min(can + crowd.limit - inside) };
+            let came = if offered <= can { offered } else { offered.min(can + concurrency.limit - inside) };
             let done = (inside / takes * 1e3).min(can);
             let (came, answered) = ((came / 10.0) as u32, (done / 10.0) as u32);
-            crowd.look(Look {
+            concurrency.look(Look {
                 waiting: inside as u32,
                 came,
                 answered,
@@ -248,19 +255,26 @@ mod tests {
 
     /// What was refused of 10 clients a look, for four seconds after a backend that answered at once began to take `late` looks.
     fn refused_when_slower(late: usize) -> u32 {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let look = Look { came: 10, answered: 10, calm: Some(MS), recent: Some(MS), ..Look::default() };
-        (0..10).for_each(|_| crowd.look(look));
+        (0..10).for_each(|_| concurrency.look(look));
         let (mut came, mut refused) = (Vec::new(), 0);
         for i in 0..40 {
             let waiting: u32 = came.iter().rev().take(late).sum();
-            let lets_in = crowd.limit().saturating_sub(waiting).min(10);
+            let lets_in = concurrency.limit().saturating_sub(waiting).min(10);
             refused += 10 - lets_in;
             came.push(lets_in);
             let answered = if i >= late { came[i - late] } else { 0 };
             let recent = Some(if i > late { MS * 100 * late as u32 } else { MS });
             let silent = i < late;
-            crowd.look(Look { waiting: waiting + lets_in - answered, came: lets_in, answered, silent, recent, ..look });
+            concurrency.look(Look {
+                waiting: waiting + lets_in - answered,
+                came: lets_in,
+                answered,
+                silent,
+                recent,
+                ..look
+            });
         }
         refused
     }
@@ -272,36 +286,45 @@ mod tests {
 
     #[test]
     fn too_much_is_held_back_and_what_can_be_done_is_done() {
-        let mut crowd = Crowd::default();
-        let served = run(&mut crowd, 10.0, 20.0, 400.0, 5, false);
-        assert!(served > 390.0 && crowd.limit() == u32::MAX, "{served} {crowd:?}");
-        let served = run(&mut crowd, 10.0, 20.0, 900.0, 20, true);
-        assert!(crowd.limit() < 40 && crowd.limit() >= 10, "{crowd:?}");
+        let mut concurrency = Concurrency::default();
+        let served = run(&mut concurrency, 10.0, 20.0, 400.0, 5, false);
+        assert!(served > 390.0 && concurrency.limit() == u32::MAX, "{served} {concurrency:?}");
+        let served = run(&mut concurrency, 10.0, 20.0, 900.0, 20, true);
+        assert!(concurrency.limit() < 40 && concurrency.limit() >= 10, "{concurrency:?}");
         assert!(served > 475.0, "{served}");
-        run(&mut crowd, 10.0, 20.0, 200.0, 20, false);
-        assert_eq!(crowd.limit(), u32::MAX, "and then nothing is limited");
+        run(&mut concurrency, 10.0, 20.0, 200.0, 20, false);
+        assert_eq!(concurrency.limit(), u32::MAX, "and then nothing is limited");
     }
 
     #[test]
     fn one_that_only_takes_longer_may_have_more_at_once() {
-        let mut crowd = Crowd::default();
-        run(&mut crowd, 1e6, 1.0, 200.0, 5, false);
+        let mut concurrency = Concurrency::default();
+        run(&mut concurrency, 1e6, 1.0, 200.0, 5, false);
         let (calm, recent) = (Some(MS), Some(MS * 101));
         for (i, waiting) in [5, 12, 20, 20, 21, 19, 20, 22, 18, 20].repeat(20).into_iter().enumerate() {
             let answered = if i == 0 { 0 } else { 18 + waiting % 4 };
-            crowd.look(Look { waiting, came: 20, answered, shifted: false, silent: false, left: false, calm, recent });
-            assert_eq!(crowd.limit(), u32::MAX, "{crowd:?}");
+            concurrency.look(Look {
+                waiting,
+                came: 20,
+                answered,
+                shifted: false,
+                silent: false,
+                left: false,
+                calm,
+                recent,
+            });
+            assert_eq!(concurrency.limit(), u32::MAX, "{concurrency:?}");
         }
     }
 
     #[test]
     fn a_limit_that_does_not_help_is_lifted() {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let (calm, recent) = (Some(MS * 20), Some(MS * 300));
         let mut limited = false;
         for i in 0..200 {
-            let waiting = (f64::from(i) * 5.0).min(crowd.limit) as u32;
-            crowd.look(Look {
+            let waiting = (f64::from(i) * 5.0).min(concurrency.limit) as u32;
+            concurrency.look(Look {
                 waiting,
                 came: 25,
                 answered: 20,
@@ -311,14 +334,14 @@ mod tests {
                 calm,
                 recent,
             });
-            limited |= crowd.limit() != u32::MAX;
+            limited |= concurrency.limit() != u32::MAX;
         }
-        assert!(limited && crowd.limit() == u32::MAX, "{crowd:?}");
+        assert!(limited && concurrency.limit() == u32::MAX, "{concurrency:?}");
     }
 
     #[test]
     fn a_limit_that_helps_again_and_again_stays() {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let crowded = Look {
             waiting: 40,
             came: 24,
@@ -328,94 +351,96 @@ mod tests {
             recent: Some(MS * 72),
             ..Look::default()
         };
-        (0..4).for_each(|_| crowd.look(crowded));
+        (0..4).for_each(|_| concurrency.look(crowded));
         for look in 0..300 {
-            // What is seen of it follows its crowd some looks later.
-            let recent = MS * if look % 7 < 2 && crowd.limit() > 10 { 72 } else { 43 };
-            crowd.look(Look { waiting: crowd.limit(), answered: 20, recent: Some(recent), ..crowded });
-            assert!(crowd.limit() < 40, "{look} {crowd:?}");
+            // What is seen of it follows its load some looks later.
+            let recent = MS * if look % 7 < 2 && concurrency.limit() > 10 { 72 } else { 43 };
+            concurrency.look(Look { waiting: concurrency.limit(), answered: 20, recent: Some(recent), ..crowded });
+            assert!(concurrency.limit() < 40, "{look} {concurrency:?}");
         }
     }
 
     #[test]
     fn one_that_is_slower_after_a_silence_and_has_room_is_let_be() {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let calm =
             Look { waiting: 0, came: 20, answered: 20, calm: Some(MS * 2), recent: Some(MS * 2), ..Look::default() };
-        (0..100).for_each(|_| crowd.look(calm));
-        crowd.look(Look { waiting: 40, answered: 0, silent: true, ..calm });
-        assert!((135..=140).contains(&crowd.limit()), "{crowd:?}");
+        (0..100).for_each(|_| concurrency.look(calm));
+        concurrency.look(Look { waiting: 40, answered: 0, silent: true, ..calm });
+        assert!((135..=140).contains(&concurrency.limit()), "{concurrency:?}");
         (0..100).for_each(|_| {
-            crowd.look(Look { waiting: 80, recent: Some(MS * 400), ..calm });
-            assert!(crowd.limit() > 80, "{crowd:?}");
+            concurrency.look(Look { waiting: 80, recent: Some(MS * 400), ..calm });
+            assert!(concurrency.limit() > 80, "{concurrency:?}");
         });
-        assert_eq!(crowd.limit(), u32::MAX);
+        assert_eq!(concurrency.limit(), u32::MAX);
     }
 
     #[test]
     fn what_hangs_from_a_silence_keeps_nobody_away_when_it_is_over() {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let hanging = Look { waiting: 16, silent: true, calm: Some(MS), recent: Some(MS), ..Look::default() };
-        crowd.look(hanging);
-        assert_eq!(crowd.limit(), u32::MAX, "what seems silent may be its first answer");
-        crowd.look(Look { waiting: 1, came: 1, answered: 1, silent: false, ..hanging });
-        (0..100).for_each(|_| crowd.look(hanging));
-        assert_eq!(crowd.limit(), 16);
-        (0..100).for_each(|_| crowd.look(Look { silent: false, left: true, ..hanging }));
-        assert_eq!(crowd.limit(), 16, "all have left, and it has not spoken");
-        (0..3).for_each(|_| crowd.look(Look { silent: false, ..hanging }));
-        assert!(crowd.limit() > 18, "{crowd:?}");
-        (0..30).for_each(|_| crowd.look(Look { silent: false, ..hanging }));
-        assert_eq!(crowd.limit(), u32::MAX);
+        concurrency.look(hanging);
+        assert_eq!(concurrency.limit(), u32::MAX, "what seems silent may be its first answer");
+        concurrency.look(Look { waiting: 1, came: 1, answered: 1, silent: false, ..hanging });
+        (0..100).for_each(|_| concurrency.look(hanging));
+        assert_eq!(concurrency.limit(), 16);
+        (0..100).for_each(|_| concurrency.look(Look { silent: false, left: true, ..hanging }));
+        assert_eq!(concurrency.limit(), 16, "all have left, and it has not spoken");
+        (0..3).for_each(|_| concurrency.look(Look { silent: false, ..hanging }));
+        assert!(concurrency.limit() > 18, "{concurrency:?}");
+        (0..30).for_each(|_| concurrency.look(Look { silent: false, ..hanging }));
+        assert_eq!(concurrency.limit(), u32::MAX);
     }
 
     #[test]
     fn what_has_gathered_in_a_silence_is_done_before_more_is_let_in() {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let calm =
             Look { waiting: 4, came: 13, answered: 13, calm: Some(MS * 23), recent: Some(MS * 25), ..Look::default() };
-        (0..100).for_each(|_| crowd.look(calm));
-        crowd.look(Look { waiting: 100, answered: 0, silent: true, ..calm });
-        let limit = crowd.limit();
+        (0..100).for_each(|_| concurrency.look(calm));
+        concurrency.look(Look { waiting: 100, answered: 0, silent: true, ..calm });
+        let limit = concurrency.limit();
         // It has spoken, works on what is left from before, and nothing else is answered yet.
-        crowd.look(Look { waiting: 82, came: 82, answered: 4, ..calm });
-        (0..5).for_each(|_| crowd.look(Look { waiting: 94, came: 12, answered: 0, ..calm }));
-        assert!(crowd.limit() < limit * 3 / 2, "{limit} {crowd:?}");
-        (0..20).for_each(|_| crowd.look(calm));
-        assert_eq!(crowd.limit(), u32::MAX);
+        concurrency.look(Look { waiting: 82, came: 82, answered: 4, ..calm });
+        (0..5).for_each(|_| concurrency.look(Look { waiting: 94, came: 12, answered: 0, ..calm }));
+        assert!(concurrency.limit() < limit * 3 / 2, "{limit} {concurrency:?}");
+        (0..20).for_each(|_| concurrency.look(calm));
+        assert_eq!(concurrency.limit(), u32::MAX);
     }
 
     #[test]
     fn a_silence_of_the_past_does_not_excuse_a_crowd() {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let calm =
             Look { waiting: 8, came: 40, answered: 40, calm: Some(MS * 20), recent: Some(MS * 20), ..Look::default() };
-        (0..100).for_each(|_| crowd.look(calm));
-        crowd.look(Look { waiting: 40, answered: 0, silent: true, ..calm });
-        (0..100).for_each(|_| crowd.look(calm));
-        assert_eq!(crowd.limit(), u32::MAX, "the silence is over");
-        run(&mut crowd, 10.0, 20.0, 900.0, 20, true);
-        assert!(crowd.limit() < 40, "{crowd:?}");
+        (0..100).for_each(|_| concurrency.look(calm));
+        concurrency.look(Look { waiting: 40, answered: 0, silent: true, ..calm });
+        (0..100).for_each(|_| concurrency.look(calm));
+        assert_eq!(concurrency.limit(), u32::MAX, "the silence is over");
+        run(&mut concurrency, 10.0, 20.0, 900.0, 20, true);
+        assert!(concurrency.limit() < 40, "{concurrency:?}");
     }
 
     #[test]
     fn a_silent_one_is_asked_for_little() {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let calm =
             Look { waiting: 8, came: 40, answered: 40, calm: Some(MS * 20), recent: Some(MS * 20), ..Look::default() };
-        (0..100).for_each(|_| crowd.look(calm));
-        crowd.look(Look { waiting: 500, answered: 0, silent: true, ..calm });
-        assert!((270..=280).contains(&crowd.limit()), "{crowd:?}");
+        (0..100).for_each(|_| concurrency.look(calm));
+        concurrency.look(Look { waiting: 500, answered: 0, silent: true, ..calm });
+        assert!((270..=280).contains(&concurrency.limit()), "{concurrency:?}");
         // What had gathered makes it slow; it gets no more than it can do.
-        (0..5).for_each(|_| crowd.look(Look { waiting: 275.min(crowd.limit()), recent: Some(MS * 500), ..calm }));
-        assert!(crowd.limit() < 70, "{crowd:?}");
-        (0..100).for_each(|_| crowd.look(calm));
-        assert_eq!(crowd.limit(), u32::MAX);
+        (0..5).for_each(|_| {
+            concurrency.look(Look { waiting: 275.min(concurrency.limit()), recent: Some(MS * 500), ..calm })
+        });
+        assert!(concurrency.limit() < 70, "{concurrency:?}");
+        (0..100).for_each(|_| concurrency.look(calm));
+        assert_eq!(concurrency.limit(), u32::MAX);
     }
 
     #[test]
     fn a_quick_one_may_have_thousands() {
-        let mut crowd = Crowd::default();
+        let mut concurrency = Concurrency::default();
         let look = Look {
             waiting: 5_000,
             came: 9,
@@ -426,7 +451,7 @@ mod tests {
             calm: Some(MS),
             recent: Some(MS * 15),
         };
-        (0..1_000).for_each(|_| crowd.look(look));
-        assert_eq!(crowd.limit(), u32::MAX);
+        (0..1_000).for_each(|_| concurrency.look(look));
+        assert_eq!(concurrency.limit(), u32::MAX);
     }
 }
