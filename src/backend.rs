@@ -725,7 +725,7 @@ impl Backend {
         let good = self.good_ms.load(Relaxed);
         if good > 0 && now.0 / 1_000 <= good + CONTRADICTION_MS && good >= health.last_failure().0 / 1_000 {
             self.counters.contradictions.add(1);
-            health.denies_probe(evidence.began, Time(good * 1_000), now);
+            health.denies_probe(Time(good * 1_000), now);
             self.probe_denied.store(true, Relaxed);
             self.contradicted_ms.store((now.0 / 1_000).max(1), Relaxed);
             return false;

@@ -530,7 +530,7 @@ impl Health {
     fn out_of_sight(&self, policy: &Policy) -> bool {
         self.proof > 0
             || policy.probe_depth.is_none_or(|depth| depth < self.blamed)
-            || self.seen_by_traffic && (policy.probe_elsewhere || self.probe_distrusted)
+            || self.seen_by_traffic && (policy.probe_elsewhere || self.probe_distrusted || self.probe_lies)
     }
 
     /// Takes over another policy: nothing may be blamed so deep that neither traffic nor the new probe can clear it.
@@ -556,10 +556,10 @@ impl Health {
         self.tls_failures = 0;
     }
 
-    /// A probe that began at `began` failed, and a client was served at `good`. Only what comes after a failure denies it: whoever dies
-    /// has served somebody just before.
-    pub fn denies_probe(&mut self, began: Time, good: Time, now: Time) {
-        let since = *self.probe_fails_since.get_or_insert(began);
+    /// A probe failed, and a client was served at `good`. Only what comes after a failure denies it: whoever dies has served somebody
+    /// just before.
+    pub fn denies_probe(&mut self, good: Time, now: Time) {
+        let since = *self.probe_fails_since.get_or_insert(now);
         if good > since {
             self.probe_denied = Some(now);
         }
@@ -568,9 +568,7 @@ impl Health {
     /// A probe succeeds again.
     pub fn believes_probes(&mut self) {
         (self.probe_fails_since, self.probe_denied) = (None, None);
-        if self.probe_lies {
-            (self.probe_lies, self.probe_distrusted) = (false, false);
-        }
+        self.probe_lies = false;
     }
 
     /// Notes that a trial is under way, so that the next waits for its pause.
@@ -711,11 +709,12 @@ impl Health {
                     return None;
                 }
                 self.blamed = evidence.depth;
-                self.seen_by_traffic = !probe;
+                // A client may have seen it before the probe that makes it certain.
+                self.seen_by_traffic = !probe || self.open_by_traffic();
                 // A probe that denied the same a moment ago does not see what clients see.
-                let lately = |at: Option<Time>| !probe && at.is_some_and(|at| now.since(at) < DENIAL);
+                let lately = |at: Option<Time>| self.seen_by_traffic && at.is_some_and(|at| now.since(at) < DENIAL);
                 self.probe_lies = lately(self.probe_denied);
-                self.probe_distrusted = self.probe_lies || lately(self.cleared_by_probe);
+                self.probe_distrusted = lately(self.cleared_by_probe);
                 self.owe_proof(evidence);
                 self.trial_pause = TRIAL_FIRST;
                 self.trial_at = now + TRIAL_FIRST;

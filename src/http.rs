@@ -560,7 +560,12 @@ impl ProxyHttp for Gateway {
         exchange: &mut Box<Exchange>,
         reused: bool,
     ) -> Box<Error> {
-        let verdict = exchange.wait.as_ref().map_or(Verdict::Waits, Wait::verdict);
+        let left = exchange.line.as_ref().is_some_and(InUse::is_left);
+        let verdict = match exchange.wait.as_ref().map_or(Verdict::Waits, Wait::verdict) {
+            // Its backend took no more of it for too long, and it was ended from outside.
+            Verdict::Waits if left => Verdict::TimedOut,
+            verdict => verdict,
+        };
         let hung = exchange.wait.as_ref().is_some_and(Wait::has_hung);
         // What the engine itself knows for unprocessed: a refused stream, a connection that says it is going.
         let unprocessed = classify::is_unprocessed(&error);
@@ -568,7 +573,6 @@ impl ProxyHttp for Gateway {
         let answered = exchange.took.is_some() && !not_now;
         let sent = exchange.sent.take();
         let cut = exchange.line.as_ref().is_some_and(InUse::is_cut);
-        let left = exchange.line.as_ref().is_some_and(InUse::is_left);
         exchange.wait = None;
         exchange.line = None;
         exchange.permit = None;
@@ -583,10 +587,8 @@ impl ProxyHttp for Gateway {
             exchange.judge_left();
             return error;
         }
-        if left && !answered {
-            // It was ended for its client's sake, which has gone or said nothing for too long.
-            exchange.end =
-                Some(if exchange.link().is_some_and(stream::Link::is_left) { End::ClientGone } else { End::Idle });
+        if left && !answered && exchange.link().is_some_and(stream::Link::is_left) {
+            exchange.end = Some(End::ClientGone);
             exchange.forgive();
             return error;
         }
@@ -624,10 +626,10 @@ impl ProxyHttp for Gateway {
         // An idle connection may die of its age; so may one that says that it is going.
         let stale = verdict == Verdict::Waits && (reused || unprocessed);
         match verdict {
-            Verdict::TimedOut => {
+            Verdict::TimedOut | Verdict::GivenUp => {
                 exchange.fail("no answer in time");
-                // Its silence is known where that was the reason.
-                if !hung && !backend.fell_silent() {
+                // The silence of a backend is known where that was the reason.
+                if !hung && verdict == Verdict::TimedOut {
                     backend.replied(&policy.health, exchange.prefix, exchange.class, true, exchange.attempt_began, now);
                 }
                 exchange.end = Some(End::Timeout);
@@ -671,6 +673,7 @@ impl ProxyHttp for Gateway {
     async fn fail_to_proxy(&self, session: &mut Session, error: &Error, exchange: &mut Box<Exchange>) -> FailToProxy {
         let status = match (exchange.end, error.etype()) {
             (_, ErrorType::HTTPStatus(status)) => *status,
+            (Some(End::ClientGone), _) => 0,
             (Some(End::Unreachable | End::Full | End::Stopped), _) => 503,
             (Some(End::Timeout), _) => 504,
             _ => match error.esource() {

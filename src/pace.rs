@@ -77,9 +77,10 @@ const FEW_BELOW: f64 = 0.2;
 const FEW_HANDSHAKES: f64 = 12.0;
 const GROWTH_BY_FEW: f64 = 2.4;
 /// Where there are twice as many answers as handshakes, connections are kept: then this many answers speak for it, over this
-/// time, once the handshakes that it lost are forgotten.
+/// time, once it has lost no handshake for long.
 const KEPT: Duration = Duration::from_secs(1);
 const FEW_ANSWERS: f64 = 12.0;
+const LOST_LONG_AGO: Duration = Duration::from_secs(5);
 /// Where so little is left in memory of those that were lost at this share.
 const FORGOTTEN_LOST: f64 = 1.0;
 /// What waits for longer than this without an answer excuses nobody's slowness any more.
@@ -294,6 +295,8 @@ pub struct Pace {
     /// Part of its handshakes that it loses when it does, at least; and how many have been lost since the last look that saw one end well.
     lost_part: f64,
     lost_run: f64,
+    /// When a handshake was found lost last.
+    lost_at: Time,
     /// Answers of a look while it has all of its share, over some seconds.
     usually_come: f64,
     changed: Time,
@@ -327,6 +330,7 @@ impl Pace {
             lossy_trickle: LOSSY_TRICKLE[1],
             lost_part: 0.0,
             lost_run: 0.0,
+            lost_at: now,
             usually_come: 0.0,
             changed: now,
             seen: now,
@@ -394,6 +398,9 @@ impl Pace {
             self.begin_afresh(now);
         }
         let [well, lost] = [0, 1].map(|i| seen.handshakes[i].saturating_sub(self.before.handshakes[i]) as f64);
+        if lost > 0.0 {
+            self.lost_at = now;
+        }
         self.lost_run = if well > 0.0 { 0.0 } else { self.lost_run + lost };
         for (i, new) in [well, lost].into_iter().enumerate() {
             self.handshakes[i] = self.handshakes[i] * (1.0 - FORGET_HANDSHAKES) + new;
@@ -574,7 +581,7 @@ impl Pace {
         let carried = self.carries_since.is_some_and(|since| now.since(since) >= self.before.lost_known_after);
         let by_handshakes = self.lossy && self.share >= self.lossy_trickle || self.calm.is_none();
         let by_answers = now.since(self.changed) >= KEPT && self.fresh.total >= FEW_ANSWERS.max(2.0 * (well + lost));
-        let kept = by_answers && self.handshakes[1] < FORGOTTEN_LOST;
+        let kept = by_answers && now.since(self.lost_at) >= LOST_LONG_AGO;
         let proven = if by_handshakes { carried || kept } else { self.fresh.total >= if small { 1.0 } else { FRESH } };
         let unseen = now.since(self.seen.max(self.changed)) >= UNSEEN;
         if proven && now.since(self.changed) >= GROWTH_EVERY || unseen {

@@ -47,6 +47,21 @@ fn a_post_at_one_that_has_fallen_silent_is_answered() {
     assert!(good > 0 && bad > 0 && good + bad == answers.len(), "{good} {bad}: {answers:?}");
 }
 
+/// Nobody is given up for what he takes by nature, from the first of them on.
+#[test]
+fn posts_that_take_long_are_waited_for() {
+    let slow = Backend::start("a");
+    slow.set(Mode::Slow(2_000));
+    let proxy =
+        proxy(&pool("p", &[slow.address], "probe: { tcp: {}, interval: 200ms }"), "routes: [ { pool: p } ]", "");
+    proxy.wait_health(&slow.address.to_string(), "up", Duration::from_secs(5));
+    for _ in 0..2 {
+        let mut open: Vec<TcpStream> = (0..12).map(|_| asks(proxy.address(0))).collect();
+        let answers: Vec<String> = open.iter_mut().map(answer_within_ten_seconds).collect();
+        assert!(answers.iter().all(|answer| answer.starts_with("HTTP/1.1 200")), "{answers:?}\n{}", proxy.log());
+    }
+}
+
 fn answer_within_ten_seconds(stream: &mut TcpStream) -> String {
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     let mut answer = Vec::new();

@@ -71,6 +71,8 @@ pub enum Verdict {
     Move,
     /// Its time is up.
     TimedOut,
+    /// It may not be sent twice, and its backend answers nobody.
+    GivenUp,
     /// Its client has not gone on with its body for too long.
     Stalled,
 }
@@ -498,10 +500,14 @@ impl Entry {
     /// was written, which is down for that. One that takes no connections may still answer those that it has, for a while.
     fn is_given_up(&self, waited: Duration) -> bool {
         let backend = &self.request.backend;
+        // Whoever comes after the doubt tries it for others, and has his own time.
         self.complete
             && self.request.once
             && backend.silence.heard_at() <= self.since
+            && backend.doubted_since().is_some_and(|since| self.since < since)
             && (backend.answers_nobody() || waited >= GIVEN_UP_UNREACHED && backend.fell_silent())
+            && backend.first_byte.learned().is_some()
+            && waited >= silent_after(backend)
     }
 
     /// The engine reads no answer while the backend does not take a piece of the body: so the body ends where an answer is there.
@@ -539,8 +545,7 @@ impl Entry {
         let (request, backend) = (&self.request, &self.request.backend);
         let mut tried = request.tried.clone();
         tried.extend(request.pool.members.iter().position(|member| member.backend.id == backend.id));
-        // What has fallen silent sends the others no more either.
-        let lively = request.shared && upstream::others_talk(request.place) && !backend.fell_silent();
+        let lively = request.shared && upstream::others_talk(request.place);
         // One that has not answered either since this one fell silent is no better.
         let since = if reason.unusual { self.since } else { backend.silence.first() };
         let better = |other: &Backend| other.silence.answers_sooner(since, now);
@@ -559,7 +564,11 @@ impl Look {
         if !stalled && !given_up && (clients_turn || waited < request.timeout) {
             return false;
         }
-        entry.verdict = if stalled { Verdict::Stalled } else { Verdict::TimedOut };
+        entry.verdict = match (stalled, given_up) {
+            (true, _) => Verdict::Stalled,
+            (_, true) => Verdict::GivenUp,
+            _ => Verdict::TimedOut,
+        };
         self.steps.push(match request.shared {
             true => Step::Overdue(request.place, request.backend.id),
             false => Step::Cut(request.place),
